@@ -1,0 +1,1 @@
+"""PyTorch -> ONNX. The only folder that imports torch and transformers."""

@@ -1,0 +1,82 @@
+"""From what the user typed after --model to a folder with a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+from vlmtrim.export.job import Refusal
+
+PRESETS = {
+    "llava-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-13b": "llava-hf/llava-1.5-13b-hf",
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+def family_names() -> list[str]:
+    """Names of the families, from the files there are."""
+    folder = Path(__file__).parent / "families"
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+
+
+def load_family(name: str) -> ModuleType:
+    """The family's module. Raises Refusal where there is none."""
+    if name not in family_names():
+        raise Refusal(f"model family {name!r} is not supported; supported: {', '.join(family_names())}")
+    return importlib.import_module(f"vlmtrim.export.families.{name}")
+
+
+def resolve(model: str, scratch: Path, weights: bool = True) -> Path:
+    """Folder of the checkpoint that ``model`` names: preset, ``tiny:<family>``, folder or hub id.
+
+    Args:
+        scratch: where a tiny checkpoint is written.
+        weights: False fetches only the small files of a hub checkpoint.
+    """
+    if model.startswith("tiny:"):
+        from vlmtrim.export.tiny import write_checkpoint
+
+        return write_checkpoint(load_family(model.removeprefix("tiny:")), scratch / "checkpoint")
+    if Path(model).is_dir():
+        return Path(model)
+    hub_id = PRESETS.get(model, model)
+    if not _HUB_ID.fullmatch(hub_id):
+        raise Refusal(
+            f"model {model!r} is no preset ({', '.join(PRESETS)}), no tiny:<family> ({', '.join(family_names())}), "
+            "no folder and no hub id (organisation/name)"
+        )
+    return _download(hub_id, weights)
+
+
+def _download(hub_id: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = _HUB_FILES if weights else [p for p in _HUB_FILES if "safetensors" not in p]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # the hub library raises many kinds; each means the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(
+            f"could not download {hub_id} from the Hugging Face hub ({type(error).__name__}: {reason}); check the "
+            "name and the connection, or download it elsewhere and give the folder"
+        ) from error
+
+
+def read_config(folder: Path) -> tuple[ModuleType, object]:
+    """(family module, transformers config) of a checkpoint folder."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise Refusal(f"{folder} has no config.json, so it is no Hugging Face checkpoint")
+    try:
+        model_type = json.loads(path.read_text()).get("model_type")
+    except ValueError as error:
+        raise Refusal(f"{path} is not valid JSON: {error}") from error
+    family = load_family(str(model_type))
+    return family, AutoConfig.from_pretrained(folder)

@@ -1,0 +1,75 @@
+"""export-vlm: argv -> Job -> pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlmtrim.export.job import DTYPES, ENGINES, Job, Refusal
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of export-vlm; their names are the fields of Job."""
+    p = argparse.ArgumentParser(
+        prog="export-vlm",
+        description="Export a vision-language model to an ONNX bundle that drops visual tokens inside the decoder.",
+        epilog="Example: export-vlm --model tiny:llava --k 2 --r 0.5",
+    )
+    p.add_argument("--model", required=True, help="preset, tiny:<family>, checkpoint folder or hub id")
+    p.add_argument("--method", default="fastv", choices=("fastv", "none"), help="how tokens are selected")
+    p.add_argument("--k", type=int, default=2, help="decoder layers that run on all tokens (default 2)")
+    p.add_argument("--r", type=float, default=0.5, help="share of visual tokens REMOVED, 0 <= r < 1 (default 0.5)")
+    p.add_argument("--seed", type=int, default=0, help="phase of the uniform stride that --k 0 selects with")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights; auto keeps the checkpoint's")
+    p.add_argument("--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)")
+    p.add_argument("--max-batch", type=int, default=1, help="rows that run at once (default 1)")
+    p.add_argument(
+        "--images", type=int, default=1, help="images a full-length conversation holds; sizes the later caches"
+    )
+    p.add_argument("--output", default=None, help="bundle folder (default: bundles/<model>-<method>)")
+    p.add_argument("--engine", default="none", choices=ENGINES, help="TensorRT engines to build as well")
+    p.add_argument("--dry-run", action="store_true", help="print job, contract and sizes; load no weights")
+    p.add_argument("--force", action="store_true", help="replace an existing bundle")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 1 the work failed, 2 bad arguments."""
+    args = parser().parse_args(argv)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from vlmtrim.export.run import dry_run, execute, make_job
+    from vlmtrim.graphs.errors import GraphError
+    from vlmtrim.runtime.errors import RuntimeRefusal
+
+    try:
+        job = make_job(args)
+        if args.dry_run:
+            print(dry_run(job))
+        else:
+            folder = execute(job)
+            print(folder)
+    except (Refusal, GraphError, FileExistsError, RuntimeRefusal) as error:
+        print(f"export-vlm: {error}", file=sys.stderr)
+        return 2 if isinstance(error, Refusal | FileExistsError) else 1
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"export-vlm: {error.strerror or error}{where}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("export-vlm: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def default_output(model: str, label: str) -> str:
+    """Folder name of a bundle where the user gives none."""
+    stem = Path(model).name if Path(model).is_dir() else model.replace(":", "-").replace("/", "--")
+    return str(Path("bundles") / f"{stem}-{label}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""What an export was asked to do, as one typed value."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+ENGINES = ("none", "tensorrt-rtx", "tensorrt")
+
+
+class Refusal(Exception):
+    """Something the user asked for cannot be done; the message is one sentence for the user, never a stack trace."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of export-vlm.
+
+    Attributes:
+        model: preset, ``tiny:<family>``, checkpoint folder or hub id.
+        method: ``fastv`` or ``none``.
+        k, r, seed: parameters of the method.
+        dtype: of weights and activations; ``auto`` keeps the checkpoint's.
+        max_seq_len: tokens of a whole conversation before removal.
+        max_batch: rows that run at once.
+        images: images that a conversation of full length is assumed to hold; the later caches are sized for it.
+        output: bundle folder.
+        engine: engines to build besides the ONNX files.
+        force: replace an existing bundle.
+    """
+
+    model: str
+    output: str
+    method: str = "fastv"
+    k: int = 2
+    r: float = 0.5
+    seed: int = 0
+    dtype: str = "auto"
+    max_seq_len: int = 2048
+    max_batch: int = 1
+    images: int = 1
+    engine: str = "none"
+    force: bool = False
+
+    def to_json(self) -> str:
+        """Serialise for ``job.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def fields(self) -> dict[str, Any]:
+        """Name -> value, for printing."""
+        return dataclasses.asdict(self)

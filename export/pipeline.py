@@ -1,0 +1,263 @@
+"""The whole export as one list: checkpoint -> weights -> trace -> select -> lint -> bind -> save -> engines -> seal."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from vlmtrim.export import checkpoint as checkpoints
+from vlmtrim.export import trace, weights
+from vlmtrim.export.attention import IMPLEMENTATION
+from vlmtrim.export.job import Job, Refusal
+from vlmtrim.graphs.bundle import check_target, seal, staging
+from vlmtrim.graphs.contract import CacheGroup, Contract, TensorSpec, decoder_spec, kept_count
+from vlmtrim.graphs.lint import lint, node_counts
+from vlmtrim.graphs.methods.fastv import FastV
+
+# Files of a checkpoint that a bundle keeps: the runtime reads them, and the bundle stays a loadable checkpoint.
+SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_DYNAMIC_ROPE = ("dynamic", "longrope")
+
+
+def export(job: Job, source: Path) -> Path:
+    """Run a job on the checkpoint in ``source``; returns the bundle's folder.
+
+    Raises Refusal, GraphError or FileExistsError; leaves nothing half done.
+    """
+    target = Path(job.output)
+    check_target(target, job.force)
+    report: dict[str, Any] = {"stages": {}, "nodes": {}}
+    with staging(target, job.force) as folder:
+        with _stage(report, "checkpoint"):
+            family, config = checkpoints.read_config(source)
+            tensors = weights.read_checkpoint(source)
+            dtype = _dtype(job, tensors)
+            contract = build_contract(job, family, config, dtype, source)
+            method = pruning_method(job)
+        with _stage(report, "model without weights"):
+            model = trace.build_without_memory(family.MODEL_CLASS, config, dtype, IMPLEMENTATION)
+            matched = weights.match_parameters(model, tensors)
+        with _stage(report, "weights"):
+            stored = weights.store(tensors, dtype, folder, progress("weights"))
+        plain = contract.graphs["decoder"] if method is None else _plain_decoder(contract, config, family)
+        for plan in family.plans(model, family.read_shape(config), dtype, plain):
+            name = Path(plan.spec.file).stem
+            with _stage(report, f"trace {name}"):
+                graph = trace.trace(plan)
+                lint(graph, plan.spec)
+            if name == "decoder" and method is not None:
+                with _stage(report, f"select ({method.label})"):
+                    method(graph, visual_tokens=job.images * contract.image_tokens)
+                    lint(graph, contract.graphs[name])
+            with _stage(report, f"save {name}"):
+                weights.bind(graph, matched, stored)
+                lint(graph, contract.graphs[name], weights_bound=True)
+                ir.save(graph, folder / plan.spec.file)
+                report["nodes"][name] = node_counts(graph)
+        with _stage(report, "settings"):
+            _copy_settings(source, folder, dtype)
+            (folder / "contract.json").write_text(contract.to_json())
+        if job.engine != "none":
+            from vlmtrim.runtime.engines import build_engines
+
+            with _stage(report, f"engines ({job.engine})"):
+                build_engines(folder, contract, job.engine)
+        (folder / "job.json").write_text(_job_record(job, report))
+        with _stage(report, "checksums"):
+            seal(folder)
+    return target
+
+
+def pruning_method(job: Job) -> FastV | None:
+    """The method a job names. Raises Refusal for an unknown one or for parameters out of range."""
+    if job.method == "none":
+        return None
+    if job.method != "fastv":
+        raise Refusal(f"method {job.method!r} is not supported; supported: fastv, none")
+    try:
+        return FastV(k=job.k, r=job.r, seed=job.seed)
+    except ValueError as error:
+        raise Refusal(str(error)) from error
+
+
+def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, source: Path) -> Contract:
+    """The contract of a job's bundle, from the config alone. Raises Refusal where the job does not fit the model."""
+    shape = family.read_shape(config)
+    method = pruning_method(job)
+    _check_limits(job, shape, config, family)
+    name = str(dtype).removeprefix("torch.")
+    capacity = job.max_seq_len
+    if method is None:
+        parts = [(range(shape.layers), 0.0)]
+    else:
+        try:
+            parts = method.groups(shape.layers)
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+    visual = job.images * shape.image_tokens
+    groups = tuple(
+        CacheGroup(
+            tuple(layers), capacity - visual + kept_count(visual, removed), shape.kv_heads, shape.head_size, removed
+        )
+        for layers, removed in parts
+    )
+    most_images = max(1, capacity // shape.image_tokens)
+    dims = {
+        "B": (1, job.max_batch),
+        "S": (1, capacity),
+        "N": (0, most_images * shape.image_tokens),
+        "I": (1, most_images * job.max_batch),
+    }
+    dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}
+    decoder = decoder_spec(
+        dtype=name, hidden=shape.hidden, vocabulary=shape.vocabulary, groups=groups, selects=method is not None
+    )
+    return Contract(
+        family=family.__name__.rpartition(".")[2],
+        dtype=name,
+        graphs={
+            "vision": family.vision_spec(shape, name),
+            "embed": family.embed_spec(shape, name),
+            "decoder": decoder,
+        },
+        groups=groups,
+        dims=dims,
+        selection=None if method is None else method.describe(),
+        max_seq_len=capacity,
+        images_assumed=job.images,
+        image_tokens=shape.image_tokens,
+        image_token_id=shape.image_token_id,
+        eos_token_ids=_eos_ids(source, config),
+        producer=f"vlmtrim {importlib.metadata.version('vlmtrim')}",
+    )
+
+
+def _check_limits(job: Job, shape: Any, config: Any, family: Any) -> None:
+    if job.max_batch < 1:
+        raise Refusal(f"--max-batch is {job.max_batch}; give 1 or more")
+    if job.images < 1:
+        raise Refusal(f"--images is {job.images}; give 1 or more")
+    if not 1 < job.max_seq_len <= shape.max_positions:
+        raise Refusal(f"--max-seq-len is {job.max_seq_len}; the model takes 2 to {shape.max_positions} tokens")
+    if job.images * shape.image_tokens >= job.max_seq_len:
+        raise Refusal(
+            f"--max-seq-len {job.max_seq_len} does not hold {job.images} image(s) of {shape.image_tokens} tokens; "
+            "give a larger --max-seq-len or fewer --images"
+        )
+    window = family.sliding_window(config)
+    if window is not None and window < job.max_seq_len:
+        raise Refusal(
+            f"the model attends to a sliding window of {window} tokens, which selection does not support beyond the "
+            f"window; give --max-seq-len {window} or less"
+        )
+    rope = getattr(config.text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in _DYNAMIC_ROPE:
+        raise Refusal(f"rope type {rope['rope_type']!r} depends on the length at run time, which a graph cannot hold")
+
+
+def _plain_decoder(contract: Contract, config: Any, family: Any) -> Any:
+    """Boundary of the decoder before the selection: one cache group over all layers."""
+    shape = family.read_shape(config)
+    group = CacheGroup(tuple(range(shape.layers)), contract.max_seq_len, shape.kv_heads, shape.head_size)
+    return decoder_spec(
+        dtype=contract.dtype, hidden=shape.hidden, vocabulary=shape.vocabulary, groups=(group,), selects=False
+    )
+
+
+def _dtype(job: Job, tensors: dict[str, weights.StoredTensor]) -> torch.dtype:
+    if job.dtype != "auto":
+        return getattr(torch, job.dtype)
+    dtype = weights.common_dtype(tensors)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise Refusal(f"the checkpoint is {dtype}; give --dtype float32, float16 or bfloat16")
+    return dtype
+
+
+def _eos_ids(source: Path, config: Any) -> tuple[int, ...]:
+    ids: Any = None
+    generation = source / "generation_config.json"
+    if generation.is_file():
+        ids = json.loads(generation.read_text()).get("eos_token_id")
+    if ids is None:
+        ids = config.text_config.eos_token_id
+    if ids is None:
+        raise Refusal(f"{source} names no eos_token_id in generation_config.json or config.json, so answers never end")
+    return tuple(ids) if isinstance(ids, list) else (int(ids),)
+
+
+def _copy_settings(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    for name in SETTINGS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for required in ("tokenizer.json", "preprocessor_config.json"):
+        combined = required == "preprocessor_config.json" and (folder / "processor_config.json").is_file()
+        if not (folder / required).is_file() and not combined:
+            raise Refusal(f"{source} has no {required}; the runtime needs it (save the processor with save_pretrained)")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _job_record(job: Job, report: dict[str, Any]) -> str:
+    packages = ("vlmtrim", "torch", "transformers", "onnx", "onnx-ir")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return json.dumps({**job.fields(), "versions": versions, **report}, indent=2) + "\n"
+
+
+@contextmanager
+def _stage(report: dict[str, Any], name: str) -> Iterator[None]:
+    """Time a stage; progress goes to stderr."""
+    start = time.perf_counter()
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    yield
+    report["stages"][name] = round(time.perf_counter() - start, 3)
+
+
+def progress(label: str) -> weights.Progress:
+    """A progress line on stderr, at most one a percent."""
+    last = -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        percent = 100 * done // max(total, 1)
+        if percent != last and sys.stderr.isatty():
+            last = percent
+            end = "\n" if done >= total else ""
+            print(f"\r{label}: {done / 1e6:.0f} of {total / 1e6:.0f} MB ({percent} %)", end=end, file=sys.stderr)
+
+    return show
+
+
+def boundary_table(tensors: tuple[TensorSpec, ...]) -> str:
+    """Names and shapes of a graph's inputs or outputs, caches summed up in one line."""
+    lines, caches = [], []
+    for tensor in tensors:
+        shape = ", ".join(str(dim) for dim in tensor.shape)
+        if tensor.name.startswith(("past_key_values", "present")):
+            caches.append(f"[{shape}]")
+        else:
+            lines.append(f"    {tensor.name:20} {tensor.dtype:9} [{shape}]")
+    for shape in dict.fromkeys(caches):
+        lines.append(f"    {caches.count(shape):3} caches           {'':9} {shape}")
+    return "\n".join(lines)

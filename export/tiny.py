@@ -1,0 +1,100 @@
+"""Small random checkpoints made on the spot: nothing is downloaded, every file a real checkpoint has is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+SPECIALS = ("<s>", "</s>", "<pad>", "<image>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def write_checkpoint(family: Any, folder: Path, seed: int = 0, **variant: Any) -> Path:
+    """Write a random float32 checkpoint of a family with tokenizer, image-processor settings and chat template."""
+    config = family.tiny_config(**variant)
+    torch.manual_seed(seed)
+    model = family.MODEL_CLASS(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # The default initialisation makes attention nearly uniform; wider weights make scores differ.
+            if parameter.ndim >= 2 and "language_model" in name:
+                parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    _write_tokenizer(folder)
+    _write_image_processor(folder, config)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Byte-level tokenizer without merges: 256 bytes, then <s>, </s>, <pad>, <image>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, *SPECIALS])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "image_token": "<image>",
+        "extra_special_tokens": {"image_token": "<image>"},
+        "model_max_length": 1024,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def _write_image_processor(folder: Path, config: Any) -> None:
+    size = config.vision_config.image_size
+    is_clip = config.vision_config.model_type == "clip_vision_model"
+    common = {
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "resample": 3,
+        "do_convert_rgb": True,
+    }
+    if is_clip:
+        settings = {
+            **common,
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": size},
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        }
+    else:
+        settings = {
+            **common,
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": size, "width": size},
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1 if is_clip else 0,
+    }
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))

@@ -1,0 +1,255 @@
+"""Checkpoint weights without loading them: headers are read, files are linked, initializers point into them.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header and raw tensors, which is just what
+ONNX external data wants: file, offset, length. Only a change of dtype writes weights anew, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from vlmtrim.export.job import Refusal
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: file, safetensors dtype code, shape, absolute byte offset and length."""
+
+    file: Path
+    code: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype."""
+        return _DTYPES[self.code]
+
+    def read(self) -> torch.Tensor:
+        """Load this one tensor."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            raw = bytearray(stream.read(self.length))
+        return torch.frombuffer(raw, dtype=self.dtype).reshape(self.shape)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Tensors of one safetensors file. Raises Refusal where the file is damaged or truncated."""
+    try:
+        with path.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            if size > path.stat().st_size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(stream.read(size))
+    except (struct.error, ValueError) as error:
+        raise Refusal(f"{path} is no safetensors file ({error}); download the checkpoint again") from error
+    base = 8 + size
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        if entry["dtype"] not in _DTYPES:
+            raise Refusal(f"{path}: {name} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}")
+        if base + end > path.stat().st_size:
+            raise Refusal(
+                f"{path} is truncated: {name} ends at byte {base + end}, the file has {path.stat().st_size}; "
+                "download the checkpoint again"
+            )
+        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), base + start, end - start)
+    return tensors
+
+
+def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint folder, sharded or not. Raises Refusal: nothing there, a shard missing, pickles."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif (folder / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    else:
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        found = f"it holds pickled weights ({pickles[0]})" if pickles else "it holds none"
+        raise Refusal(
+            f"{folder}: expected model.safetensors or model.safetensors.index.json, {found}; "
+            "save the model with save_pretrained(..., safe_serialization=True)"
+        )
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise Refusal(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(shards)}); download it again")
+    tensors: dict[str, StoredTensor] = {}
+    for name in shards:
+        tensors.update(read_header(folder / name))
+    return tensors
+
+
+def common_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The floating dtype that most bytes of the checkpoint have."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        if tensor.dtype.is_floating_point:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.length
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def match_parameters(model: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """Parameter name -> tensor name, through transformers' own renaming rules and the model's tied weights.
+
+    Raises Refusal where a parameter has no tensor or one of another shape.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    matched: dict[str, str] = {}
+    for name in tensors:
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if target in parameters:
+            matched[target] = name
+    for tied, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if tied in parameters and tied not in matched and source in matched:
+            matched[tied] = matched[source]
+    missing = sorted(set(parameters) - set(matched))
+    if missing:
+        raise Refusal(f"the checkpoint lacks {len(missing)} tensors of the model, the first is {missing[0]}")
+    for name, source in matched.items():
+        if tuple(parameters[name].shape) != tensors[source].shape:
+            raise Refusal(
+                f"{tensors[source].file}: {source} has shape {list(tensors[source].shape)}, "
+                f"the config asks for {list(parameters[name].shape)}"
+            )
+    return matched
+
+
+def store(
+    tensors: Mapping[str, StoredTensor], dtype: torch.dtype, folder: Path, progress: Progress
+) -> dict[str, StoredTensor]:
+    """Bring the checkpoint's weights into ``folder`` and say where each tensor lies there.
+
+    Same dtype: its files are hard-linked, or copied where the file system refuses links. Otherwise one
+    ``model.safetensors`` is written, one tensor in memory at a time; names stay.
+    """
+    if all(t.dtype == dtype for t in tensors.values() if t.dtype.is_floating_point):
+        return _link_files(tensors, folder, progress)
+    return _write_cast(tensors, dtype, folder / "model.safetensors", progress)
+
+
+def _link_files(tensors: Mapping[str, StoredTensor], folder: Path, progress: Progress) -> dict[str, StoredTensor]:
+    files = sorted({tensor.file for tensor in tensors.values()})
+    total = sum(file.stat().st_size for file in files)
+    done = 0
+    for file in files:
+        source = file.resolve()  # a hub snapshot holds symbolic links; a bundle must hold the data
+        try:
+            os.link(source, folder / file.name)
+        except OSError:
+            shutil.copyfile(source, folder / file.name)
+        done += source.stat().st_size
+        progress(done, total)
+    if len(files) > 1:
+        shutil.copyfile(files[0].parent / "model.safetensors.index.json", folder / "model.safetensors.index.json")
+    return {name: StoredTensor(folder / t.file.name, t.code, t.shape, t.offset, t.length) for name, t in tensors.items()}
+
+
+def _write_cast(
+    tensors: Mapping[str, StoredTensor], dtype: torch.dtype, path: Path, progress: Progress
+) -> dict[str, StoredTensor]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in tensors.items():
+        target = dtype if tensor.dtype.is_floating_point else tensor.dtype
+        length = math.prod(tensor.shape) * target.itemsize
+        header[name] = {
+            "dtype": _CODES[target],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + length],
+        }
+        position += length
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    flushed = 0
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in tensors.items():
+            values = tensor.read()
+            cast = values.to(dtype) if tensor.dtype.is_floating_point else values
+            flushed += _check_cast(name, values, cast)
+            stream.write(cast.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            progress(stream.tell(), 8 + len(text) + position)
+    return read_header(path)
+
+
+def _check_cast(name: str, values: torch.Tensor, cast: torch.Tensor) -> int:
+    """Number of values that became zero. Raises Refusal where one no longer fits."""
+    if values.dtype == cast.dtype:
+        return 0
+    overflow = int((torch.isinf(cast) & ~torch.isinf(values)).sum())
+    if overflow:
+        largest = float(values.abs().max())
+        raise Refusal(
+            f"{name}: {overflow} values do not fit {cast.dtype} (largest {largest:.3g}, limit "
+            f"{torch.finfo(cast.dtype).max:.3g}); export with --dtype bfloat16 or float32"
+        )
+    return int(((cast == 0) & (values != 0)).sum())
+
+
+def bind(model: ir.Model, matched: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> int:
+    """Point every weight of a traced graph at its stored bytes; returns the number of weights bound.
+
+    Weights are the initializers named ``full.<parameter>``; they are renamed to the parameter.
+    """
+    bound = 0
+    for name in [name for name in model.graph.initializers if name.startswith("full.")]:
+        value = model.graph.initializers.pop(name)
+        parameter = name.removeprefix("full.")
+        value.name = parameter
+        if parameter not in matched:  # a buffer computed from the config, such as CLIP's position ids
+            assert value.const_value is not None
+            value.const_value = ir.tensor(value.const_value.numpy(), name=parameter)
+            model.graph.initializers.add(value)
+            continue
+        tensor = stored[matched[parameter]]
+        value.const_value = ir.ExternalTensor(
+            location=tensor.file.name,
+            offset=tensor.offset,
+            length=tensor.length,
+            dtype=_IR_DTYPES[tensor.code],
+            shape=ir.Shape(tensor.shape),
+            name=parameter,
+            base_dir=tensor.file.parent,
+        )
+        model.graph.initializers.add(value)
+        bound += 1
+    return bound

@@ -1,0 +1,195 @@
+"""What the graphs of a bundle promise. Standard library only; stored in the bundle as ``contract.json``.
+
+The exporter writes the contract, a lint checks every graph against it, and the runtimes (Python, C++) read
+nothing else: they know tensors, dimensions and cache groups, never the name of a pruning method.
+
+Symbolic dimensions
+    B  batch rows             S  tokens of this step          N  visual tokens of this step, per row
+    I  images                 W0, W1, ...  live window of cache group 0, 1, ...
+    Sk tokens of this step that survive the selection
+
+Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C_g capacity of group g)
+
+    ==============================  ========================  ========  =======================================================
+    input                           shape                     dtype     meaning
+    ==============================  ========================  ========  =======================================================
+    inputs_embeds                   [B, S, D]                 model     token embeddings, image features merged in
+    position_ids                    [B, S]                    int64     positions in the conversation before any removal
+    last_index                      [B]                       int64     index in S of each row's last real token
+    visual_positions                [B, N]                    int64     indices in S of the visual tokens, ascending
+                                                                        (only in graphs that select)
+    write_indices.g                 [B]                       int64     where this step's keys go in the caches of group g
+    key_positions.g                 [W_g]                     int64     0, 1, 2, ...; its length is the live window
+    past_key_values.L.key/.value    [B, KV, C_g, Dh]          model     caches of layer L
+    ==============================  ========================  ========  =======================================================
+
+    ==============================  ========================  ========  =======================================================
+    output                          shape                     dtype     meaning
+    ==============================  ========================  ========  =======================================================
+    logits                          [B, V]                    model     of each row's last real token
+    kept_indices                    [B, Sk]                   int64     indices in S that survive, ascending (selecting graphs)
+    present.L.key/.value            [B, KV, C_g, Dh]          model     the caches; bind them to the same buffers as the inputs
+    ==============================  ========================  ========  =======================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA = 1
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+
+Dim = int | str
+
+
+def kept_count(tokens: int, removed: float) -> int:
+    """Number of visual tokens that stay when the share ``removed`` (0 <= removed < 1) of ``tokens`` goes.
+
+    ``round(tokens * (1 - removed))``, halves to even, as in FastV's published code (METHODS: ``round(L * (1 - R))``).
+    """
+    return round(tokens * (1 - removed))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: name, dtype and shape (numbers are fixed, names are symbolic)."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file and its boundary."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """Consecutive layers whose caches always hold the same number of tokens.
+
+    ``removed`` is the share of visual tokens that is gone before the first layer of the group.
+    """
+
+    layers: tuple[int, ...]
+    capacity: int
+    kv_heads: int
+    head_size: int
+    removed: float = 0.0
+
+    def length(self, tokens: int, visual: int) -> int:
+        """Cache entries that a step of ``tokens`` tokens, ``visual`` of them visual, adds to this group."""
+        return tokens - visual + kept_count(visual, self.removed)
+
+    def nbytes(self, batch: int, dtype: str) -> int:
+        """Bytes of all key and value caches of the group."""
+        return 2 * len(self.layers) * batch * self.kv_heads * self.capacity * self.head_size * DTYPE_BYTES[dtype]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Everything a runtime needs to drive the bundle's graphs.
+
+    Attributes:
+        family: model family, e.g. ``llava``.
+        dtype: dtype of weights, embeddings, caches and logits.
+        graphs: ``vision``, ``embed`` and ``decoder`` by name.
+        groups: cache groups in layer order.
+        dims: inclusive (minimum, maximum) of every symbolic input dimension.
+        selection: method name and its parameters, or None for the unpruned model. For people and reports only.
+        max_seq_len: tokens of a whole conversation before removal, the capacity of unpruned caches.
+        images_assumed: images that a conversation of ``max_seq_len`` tokens is assumed to hold; sizes the later caches.
+        image_tokens: visual tokens one image becomes.
+        image_token_id: token id that marks a visual token in the prompt.
+        eos_token_ids: tokens that end an answer.
+    """
+
+    family: str
+    dtype: str
+    graphs: Mapping[str, GraphSpec]
+    groups: tuple[CacheGroup, ...]
+    dims: Mapping[str, tuple[int, int]]
+    selection: Mapping[str, Any] | None
+    max_seq_len: int
+    images_assumed: int
+    image_tokens: int
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    schema: int = SCHEMA
+    producer: str = field(default="vlmtrim")
+
+    @property
+    def removed(self) -> float:
+        """Share of visual tokens removed before the last layer."""
+        return self.groups[-1].removed
+
+    @property
+    def max_images(self) -> int:
+        """Images that fit into one step."""
+        return self.dims["N"][1] // self.image_tokens
+
+    def to_json(self) -> str:
+        """Serialise; the inverse of :meth:`from_json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Contract:
+        """Parse ``contract.json``. Raises ValueError where the text is not a contract of a known schema."""
+        try:
+            raw = json.loads(text)
+            if raw.get("schema") != SCHEMA:
+                raise ValueError(
+                    f"the contract has schema {raw.get('schema')!r}, this vlmtrim reads schema {SCHEMA}: "
+                    "export the model again, or install the vlmtrim that made the bundle"
+                )
+            raw["graphs"] = {name: _graph_spec(graph) for name, graph in raw["graphs"].items()}
+            raw["groups"] = tuple(CacheGroup(**{**g, "layers": tuple(g["layers"])}) for g in raw["groups"])
+            raw["dims"] = {name: (low, high) for name, (low, high) in raw["dims"].items()}
+            raw["eos_token_ids"] = tuple(raw["eos_token_ids"])
+            return Contract(**raw)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a vlmtrim contract: {error!r}") from error
+
+
+def _graph_spec(raw: Mapping[str, Any]) -> GraphSpec:
+    tensors = lambda key: tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw[key])  # noqa: E731
+    return GraphSpec(raw["file"], tensors("inputs"), tensors("outputs"))
+
+
+def cache_names(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
+    """(input, output) names of the key cache and of the value cache of a layer."""
+    key, value = ((f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}") for kind in ("key", "value"))
+    return key, value
+
+
+def decoder_spec(
+    *, dtype: str, hidden: int, vocabulary: int, groups: tuple[CacheGroup, ...], selects: bool
+) -> GraphSpec:
+    """The decoder's boundary as the table above states it; the exporter's lint holds the graph to it."""
+    inputs = [
+        TensorSpec("inputs_embeds", dtype, ("B", "S", hidden)),
+        TensorSpec("position_ids", "int64", ("B", "S")),
+        TensorSpec("last_index", "int64", ("B",)),
+    ]
+    if selects:
+        inputs.append(TensorSpec("visual_positions", "int64", ("B", "N")))
+    outputs = [TensorSpec("logits", dtype, ("B", vocabulary))]
+    if selects:
+        outputs.append(TensorSpec("kept_indices", "int64", ("B", "Sk")))
+    for index, group in enumerate(groups):
+        inputs.append(TensorSpec(f"write_indices.{index}", "int64", ("B",)))
+        inputs.append(TensorSpec(f"key_positions.{index}", "int64", (f"W{index}",)))
+        shape = ("B", group.kv_heads, group.capacity, group.head_size)
+        for layer in group.layers:
+            for past, present in cache_names(layer):
+                inputs.append(TensorSpec(past, dtype, shape))
+                outputs.append(TensorSpec(present, dtype, shape))
+    return GraphSpec("decoder.onnx", tuple(inputs), tuple(outputs))

@@ -1,0 +1,113 @@
+"""FastV (arXiv 2403.06764, ECCV 2024): drop visual tokens after layer k by the attention of the last prompt token."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from vlmtrim.graphs import select
+from vlmtrim.graphs.anatomy import Layer, find_layers, graph_input, seam_before
+from vlmtrim.graphs.contract import kept_count
+from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.ops import Ops
+from vlmtrim.graphs.surgery import split_at
+
+
+@dataclass(frozen=True)
+class FastV:
+    """Select once per step, on entry to layer ``k``; a step without visual tokens removes nothing.
+
+    Rules:
+    1. score = attention probabilities of layer k-1 (counted from 0), last real query row, mean over query heads,
+       at the visual tokens of this step;
+    2. the ``round(N * (1 - r))`` visual tokens of highest score stay, and every other token; ties: lowest index first;
+    3. survivors keep their order and their original position ids;
+    4. layers >= k get caches of their own, smaller by what is removed of ``visual_tokens``;
+    5. k = 0: there is no attention to score with, so a uniform stride with a phase from ``seed`` selects.
+
+    Attributes:
+        k: number of decoder layers that run on all tokens, 0 <= k < number of layers.
+        r: share of visual tokens that is removed, 0 <= r < 1.
+        seed: phase of the stride; used by k = 0 only.
+
+    Raises:
+        GraphError: the graph has no such seam, or reads token states outside its layers; the message names the node.
+    """
+
+    k: int = 2
+    r: float = 0.5
+    seed: int = 0
+
+    name: ClassVar[str] = "fastv"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, int) or self.k < 0:
+            raise ValueError(f"k is {self.k!r}: give the number of layers that see all tokens, 0 or more")
+        if not 0 <= self.r < 1:
+            raise ValueError(f"r is {self.r!r}: give the share of visual tokens to remove, 0 <= r < 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed!r}: give 0 or more")
+
+    @property
+    def label(self) -> str:
+        """Short name for folders and plots."""
+        return f"fastv-k{self.k}-r{self.r:g}" + (f"-seed{self.seed}" if self.k == 0 and self.seed else "")
+
+    def describe(self) -> dict[str, Any]:
+        """What the contract records."""
+        rule = "uniform stride" if self.k == 0 else "last-row attention"
+        return {"method": self.name, "rule": rule, **asdict(self)}
+
+    def groups(self, layers: int) -> list[tuple[range, float]]:
+        """Cache groups as (layers, share of visual tokens removed before them)."""
+        self._check_depth(layers)
+        head = [(range(self.k), 0.0)] if self.k else []
+        return [*head, (range(self.k, layers), self.r)]
+
+    def __call__(self, model: ir.Model, visual_tokens: int = 0) -> ir.Model:
+        """Insert the selection into a decoder graph, in place, and return it.
+
+        Args:
+            model: decoder with the boundary of :mod:`vlmtrim.graphs.contract`, one cache group, no selection yet.
+            visual_tokens: visual tokens that a sequence of full length is assumed to hold; the later caches shrink
+                by what is removed of them. 0 leaves every capacity as it is.
+        """
+        layers = find_layers(model)
+        self._check_depth(len(layers))
+        if any(value.name == "visual_positions" for value in model.graph.inputs):
+            raise GraphError("the decoder already selects visual tokens; start from the unpruned export")
+        capacity = _capacity(layers)
+        saved = visual_tokens - kept_count(visual_tokens, self.r)
+        if not 0 <= saved < capacity:
+            raise GraphError(f"visual_tokens={visual_tokens} does not fit caches of {capacity} tokens")
+
+        seam = seam_before(model, layers, self.k) if self.k else graph_input(model, "inputs_embeds")
+        visual = ir.val("visual_positions", dtype=ir.DataType.INT64, shape=("B", "N"))
+        model.graph.inputs.insert(3, visual)
+        ops = Ops("select")
+        last_index = graph_input(model, "last_index")
+        sizes = select.counts(ops, seam, visual, self.r, most_visual=capacity)
+        if self.k:
+            layer = layers[self.k - 1]
+            row = select.last_row_scores(ops, layer, last_index)
+            scores = select.at_visual_tokens(ops, row, visual, layer.write_indices)
+            keep = select.keep_best(ops, scores, visual, sizes, self.r)
+        else:
+            keep = select.keep_stride(ops, visual, sizes, self.seed)
+        survivors = select.compact(ops, keep, last_index, sizes)
+        split_at(model, ops, seam, layers, self.k, survivors, capacity - saved)
+        return model
+
+    def _check_depth(self, layers: int) -> None:
+        if self.k >= layers:
+            raise GraphError(f"k is {self.k}, the decoder has {layers} layers: give 0 to {layers - 1}")
+
+
+def _capacity(layers: list[Layer]) -> int:
+    capacities = {layer.key_cache.shape[2] for layer in layers if layer.key_cache.shape is not None}
+    capacity = capacities.pop() if len(capacities) == 1 else None
+    if not isinstance(capacity, int):
+        raise GraphError("the caches must share one static capacity before a selection is inserted")
+    return capacity

@@ -1,0 +1,129 @@
+"""Dataflow helpers: what lies behind a value, where all paths meet, and cloning what a region reads from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+
+from vlmtrim.graphs.errors import GraphError
+
+
+def downstream(value: ir.Value) -> set[ir.Node]:
+    """All nodes that depend on ``value``."""
+    found: set[ir.Node] = set()
+    stack = [value]
+    while stack:
+        for node, _ in stack.pop().uses():
+            if node not in found:
+                found.add(node)
+                stack.extend(node.outputs)
+    return found
+
+
+def upstream(value: ir.Value) -> set[ir.Node]:
+    """All nodes that ``value`` depends on."""
+    found: set[ir.Node] = set()
+    stack = [value]
+    while stack:
+        node = stack.pop().producer()
+        if node is not None and node not in found:
+            found.add(node)
+            stack.extend(v for v in node.inputs if v is not None)
+    return found
+
+
+def cut_values(source: ir.Value, sink: ir.Value, order: Sequence[ir.Node]) -> Iterator[ir.Value]:
+    """Values that every path from ``source`` to ``sink`` runs through, in order, both ends included.
+
+    ``order`` is a topological order. Each node on a path is an ancestor or a descendant of a cut value, so right
+    after a cut value is produced it is the only value still to be consumed.
+    """
+    between = downstream(source) & upstream(sink)
+    yield source
+    live = {source: _uses_in(source, between)}
+    for node in order:
+        if node not in between:
+            continue
+        for value in node.inputs:
+            if value is not None and value in live:
+                live[value] -= 1
+                if live[value] == 0:
+                    del live[value]
+        for value in node.outputs:
+            uses = _uses_in(value, between) + (value is sink)
+            if uses:
+                live[value] = uses
+        if len(live) == 1:
+            yield next(iter(live))
+
+
+def _uses_in(value: ir.Value, nodes: set[ir.Node]) -> int:
+    return sum(node in nodes for node, _ in value.uses())
+
+
+class SideInputs:
+    """Re-derives what a region reads from outside for a new set of roots.
+
+    Rules, for a value that a node of the region reads and that is computed outside of it:
+    1. a root is replaced by its substitute;
+    2. a value that depends on no root (weights, constants, caches) is left as it is;
+    3. any other value is cloned, node by node, down to the roots;
+    4. refused: a clone that would read the *contents* of ``shape_only`` (they are token states, which only the
+       layers may transform); reading its shape or dtype is fine.
+    """
+
+    def __init__(self, roots: Mapping[ir.Value, ir.Value], shape_only: ir.Value | None, suffix: str):
+        self._substitutes = dict(roots)
+        self._shape_only = shape_only
+        self._suffix = suffix
+        self._dependent = {node for root in roots for node in downstream(root)}
+        self.cloned: list[ir.Node] = []
+
+    def rewire(self, region: Iterable[ir.Node]) -> None:
+        """Make every node of the region read the re-derived values; new nodes are collected in ``cloned``."""
+        nodes = list(region)
+        inside = set(nodes)
+        for node in nodes:
+            for index, value in enumerate(node.inputs):
+                if value is None or value.producer() in inside:
+                    continue
+                if value is self._shape_only and value is not None:
+                    self._check_reads_shape(node, index)
+                node.replace_input_with(index, self._substitute(value))
+
+    def _substitute(self, value: ir.Value) -> ir.Value:
+        if value not in self._substitutes:
+            producer = value.producer()
+            if producer is None or producer not in self._dependent:
+                return value
+            self._clone(producer)
+        return self._substitutes[value]
+
+    def _clone(self, node: ir.Node) -> None:
+        inputs: list[ir.Value | None] = []
+        for index, value in enumerate(node.inputs):
+            if value is not None and value is self._shape_only:
+                self._check_reads_shape(node, index)
+            inputs.append(None if value is None else self._substitute(value))
+        copy = ir.Node(
+            node.domain,
+            node.op_type,
+            inputs,
+            attributes=list(node.attributes.values()),
+            num_outputs=len(node.outputs),
+            name=f"{node.name}{self._suffix}" if node.name else None,
+        )
+        for old, new in zip(node.outputs, copy.outputs, strict=True):
+            new.name, new.type, new.shape = f"{old.name}{self._suffix}", old.type, old.shape
+            self._substitutes[old] = new
+        self.cloned.append(copy)
+
+    def _check_reads_shape(self, node: ir.Node, index: int) -> None:
+        if node.op_type == "Shape" or (node.op_type == "CastLike" and index == 1):
+            return
+        raise GraphError(
+            f"{node.op_type} ({node.name}) feeds later layers with values computed from {self._shape_only.name} "
+            "outside the layers; the selection can only re-derive positions, masks and shapes, so this model needs "
+            "a rule of its own"
+        )

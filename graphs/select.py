@@ -1,0 +1,151 @@
+"""The selection subgraph: score -> keep -> compact -> gather, in standard operators.
+
+Shapes: B rows, S tokens of this step, N visual tokens, M kept visual tokens, T = S - N + M tokens that survive,
+W live window of the scoring layer's caches, H query heads, KV key/value heads, G = H / KV, Dh head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from vlmtrim.graphs.anatomy import Layer
+from vlmtrim.graphs.contract import kept_count
+from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.ops import Ops
+
+# TensorRT refuses TopK with K above this.
+TOPK_LIMIT = 3840
+
+_BACKWARDS = (np.iinfo(np.int64).min + 1,)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sizes of this step as [1] int64 values."""
+
+    batch: ir.Value
+    tokens: ir.Value
+    visual: ir.Value
+    kept_visual: ir.Value
+    survivors: ir.Value
+
+
+def counts(ops: Ops, hidden: ir.Value, visual_positions: ir.Value, removed: float, most_visual: int) -> Counts:
+    """Sizes from shapes alone. M is looked up in a table of :func:`kept_count`, so that it is exact for every N.
+
+    Float arithmetic in the graph would round N * (1 - r) differently from Python's float64 at decimal halves.
+    """
+    batch, tokens = ops.dim(hidden, 0), ops.dim(hidden, 1)
+    visual = ops.dim(visual_positions, 1)
+    table = ops.const([kept_count(n, removed) for n in range(most_visual + 1)])
+    kept = ops("Gather", table, visual)
+    survivors = ops("Add", ops("Sub", tokens, visual), kept)
+    return Counts(batch, tokens, visual, kept, survivors)
+
+
+def last_row_scores(ops: Ops, layer: Layer, last_index: ir.Value) -> ir.Value:
+    """Attention that each row's last token pays to every key, mean over query heads: float32 [B, W].
+
+    One row of the layer's own softmax (FastV, arXiv 2403.06764, as in its code: last query row). The matrix product
+    is K q^T so that only the single query row is ever transposed.
+    """
+    heads, kv_heads, size = _head_counts(layer)
+    batch = ops.dim(layer.query, 0)
+    row_index = ops("Reshape", last_index, ops.const([-1, 1, 1, 1]))
+    row_shape = ops.concat(batch, ops.const([heads]), ops.const([1]), ops.const([size]))
+    row = ops("GatherElements", layer.query, ops("Expand", row_index, row_shape), axis=2)
+    if layer.scale != 1.0:
+        row = ops("Mul", row, ops("CastLike", ops.const(layer.scale, np.float32), row))
+    grouped = ops("Reshape", row, ops.const([0, kv_heads, heads // kv_heads, size]))
+    logits = ops("MatMul", layer.key, ops("Transpose", grouped, perm=[0, 1, 3, 2]))  # [B, KV, W, G]
+    logits = ops("Cast", ops("Transpose", logits, perm=[0, 1, 3, 2]), to=ir.DataType.FLOAT)
+    window = ops.dim(layer.key, 2)
+    limit_shape = ops.concat(batch, ops.const([1]), ops.const([1]), window)
+    limit = ops("GatherElements", layer.mask, ops("Expand", row_index, limit_shape), axis=2)
+    limited = ops("Add", logits, ops("Cast", limit, to=ir.DataType.FLOAT))
+    return ops("ReduceMean", ops("Softmax", limited, axis=-1), ops.const([1, 2]), keepdims=0)
+
+
+def _head_counts(layer: Layer) -> tuple[int, int, int]:
+    query, cache = layer.query.shape, layer.key_cache.shape
+    if query is None or cache is None or not (isinstance(query[1], int) and isinstance(cache[1], int)):
+        raise GraphError(f"the head counts of layer {layer.index} are not static: query {query}, cache {cache}")
+    if query[1] % cache[1]:
+        raise GraphError(f"layer {layer.index} has {query[1]} query heads, no multiple of its {cache[1]} key heads")
+    return query[1], cache[1], int(cache[3])  # type: ignore[arg-type]
+
+
+def at_visual_tokens(ops: Ops, scores: ir.Value, visual_positions: ir.Value, write_indices: ir.Value) -> ir.Value:
+    """Scores of this step's visual tokens [B, N]; in the cache they lie behind what earlier turns wrote."""
+    cached = ops("Add", visual_positions, ops("Unsqueeze", write_indices, ops.const([1])))
+    return ops("GatherElements", scores, cached, axis=1)
+
+
+def keep_best(ops: Ops, scores: ir.Value, visual_positions: ir.Value, sizes: Counts, removed: float) -> ir.Value:
+    """Keep vector int64 [B, S]: 1 for text and for the M visual tokens of highest score; lowest index wins ties.
+
+    TopK runs on the smaller side, so K stays below N / 2 (TensorRT's limit is 3840). When it names the losers, the
+    scores are reversed first: among equals TopK takes the lowest index, and of equals the highest index must go.
+    """
+    ones = ops("Expand", ops.const([1]), ops.concat(sizes.batch, sizes.tokens))
+    if removed < 0.5:
+        last = ops.const([-1])
+        dropped_count = ops("Sub", sizes.visual, sizes.kept_visual)
+        reversed_scores = ops.slice(scores, last, ops.const(list(_BACKWARDS)), axis=1, step=[-1])
+        _, from_end = ops("TopK", reversed_scores, dropped_count, outputs=2, axis=1, largest=0, sorted=1)
+        dropped = ops("Sub", ops("Sub", sizes.visual, ops.const([1])), from_end)
+        return ops("ScatterElements", ones, *_mark(ops, visual_positions, dropped, 0), axis=1)
+    _, kept = ops("TopK", scores, sizes.kept_visual, outputs=2, axis=1, largest=1, sorted=1)
+    zeros = ops("Expand", ops.const([0]), ops("Shape", visual_positions))
+    text_only = ops("ScatterElements", ones, visual_positions, zeros, axis=1)
+    return ops("ScatterElements", text_only, *_mark(ops, visual_positions, kept, 1), axis=1)
+
+
+def keep_stride(ops: Ops, visual_positions: ir.Value, sizes: Counts, seed: int) -> ir.Value:
+    """Keep vector int64 [B, S] with M visual tokens at a uniform stride: number floor((i N + seed mod N) / M)."""
+    one = ops.const([1])
+    phase = ops("Mod", ops.const([seed]), ops("Max", sizes.visual, one))
+    scalar = ops.const(0)
+    index = ops("Range", scalar, ops("Squeeze", sizes.kept_visual, ops.const([0])), ops.const(1))
+    strided = ops("Div", ops("Add", ops("Mul", index, sizes.visual), phase), ops("Max", sizes.kept_visual, one))
+    kept = ops("Expand", strided, ops.concat(sizes.batch, sizes.kept_visual))
+    ones = ops("Expand", one, ops.concat(sizes.batch, sizes.tokens))
+    zeros = ops("Expand", ops.const([0]), ops("Shape", visual_positions))
+    text_only = ops("ScatterElements", ones, visual_positions, zeros, axis=1)
+    return ops("ScatterElements", text_only, *_mark(ops, visual_positions, kept, 1), axis=1)
+
+
+def _mark(ops: Ops, visual_positions: ir.Value, chosen: ir.Value, mark: int) -> tuple[ir.Value, ir.Value]:
+    """(indices, updates) that write ``mark`` at the chosen visual tokens (indices into N)."""
+    positions = ops("GatherElements", visual_positions, chosen, axis=1)
+    return positions, ops("Expand", ops.const([mark]), ops("Shape", positions))
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """kept_indices int64 [B, T] into S, ascending, and each row's last real token among them, int64 [B]."""
+
+    kept_indices: ir.Value
+    last_index: ir.Value
+
+
+def compact(ops: Ops, keep: ir.Value, last_index: ir.Value, sizes: Counts) -> Survivors:
+    """Indices of the ones in ``keep`` without a sort: each token's slot is its rank, the removed go behind."""
+    rank = ops("CumSum", keep, ops.const(1))
+    token = ops("Range", ops.const(0), ops("Squeeze", sizes.tokens, ops.const([0])), ops.const(1))
+    slot_kept = ops("Sub", rank, ops.const([1]))
+    slot_removed = ops("Sub", ops("Add", sizes.survivors, token), rank)
+    slot = ops("Where", ops("Cast", keep, to=ir.DataType.BOOL), slot_kept, slot_removed)
+    tokens = ops("Expand", token, ops("Shape", keep))
+    order = ops("ScatterElements", tokens, slot, tokens, axis=1)
+    kept_indices = ops.slice(order, ops.const([0]), sizes.survivors, axis=1)
+    last = ops("GatherElements", slot_kept, ops("Unsqueeze", last_index, ops.const([1])), axis=1)
+    return Survivors(kept_indices, ops("Squeeze", last, ops.const([1])))
+
+
+def gather_tokens(ops: Ops, hidden: ir.Value, kept_indices: ir.Value) -> ir.Value:
+    """Rows of ``hidden`` [B, S, D] at ``kept_indices`` [B, T] -> [B, T, D]."""
+    return ops("GatherND", hidden, ops("Unsqueeze", kept_indices, ops.const([2])), batch_dims=1)

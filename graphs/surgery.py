@@ -1,0 +1,79 @@
+"""Splits a decoder at a selection: later layers get the survivors, caches and side inputs of their own."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from vlmtrim.graphs.anatomy import Layer, graph_input
+from vlmtrim.graphs.ops import Ops
+from vlmtrim.graphs.region import SideInputs, downstream
+from vlmtrim.graphs.select import Survivors, gather_tokens
+
+
+def split_at(
+    model: ir.Model,
+    ops: Ops,
+    seam: ir.Value,
+    layers: list[Layer],
+    first: int,
+    survivors: Survivors,
+    capacity: int,
+) -> None:
+    """Feed layers >= ``first`` with the survivors of ``seam`` and caches of ``capacity``.
+
+    ``ops`` holds the selection's nodes; they are inserted here. The graph gains the output ``kept_indices`` and, unless
+    ``first`` is 0, the inputs ``write_indices.1`` and ``key_positions.1`` of the new cache group.
+    """
+    graph = model.graph
+    region = downstream(seam)
+    embeds, positions = graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
+    gathered = gather_tokens(ops, seam, survivors.kept_indices)
+    gathered.type, gathered.shape = seam.type, ir.Shape(("B", "Sk", *list(seam.shape or ())[2:]))
+    roots = {
+        seam: gathered,
+        embeds: gathered,
+        positions: ops("GatherElements", positions, survivors.kept_indices, axis=1),
+        graph_input(model, "last_index"): survivors.last_index,
+    }
+    if first:
+        window = graph_input(model, "key_positions.0")
+        write_indices = layers[0].write_indices
+        roots[write_indices] = ir.val("write_indices.1", dtype=ir.DataType.INT64, shape=("B",))
+        roots[window] = ir.val("key_positions.1", dtype=ir.DataType.INT64, shape=("W1",))
+    side = SideInputs(roots, shape_only=None if seam is embeds else embeds, suffix=".1")
+    order = [node for node in graph if node in region]
+    side.rewire(order)
+    _shrink_caches(layers[first:], capacity)
+
+    graph.extend([*ops.nodes, *side.cloned])
+    if first:
+        start = min(graph.inputs.index(layer.key_cache) for layer in layers[first:])
+        graph.inputs[start:start] = [roots[write_indices], roots[window]]
+    survivors.kept_indices.name = "kept_indices"
+    survivors.kept_indices.type = ir.TensorType(ir.DataType.INT64)
+    survivors.kept_indices.shape = ir.Shape(("B", "Sk"))
+    graph.outputs.insert(1, survivors.kept_indices)
+    rename = {"S": "Sk", "W0": "W1"} if first else {"S": "Sk"}
+    for node in [*order, *side.cloned]:
+        _rename_dims(node, rename)
+    graph.sort()
+
+
+def _shrink_caches(layers: list[Layer], capacity: int) -> None:
+    for layer in layers:
+        for cache in (layer.key_cache, layer.value_cache):
+            for value in (cache, *(node.outputs[0] for node, index in cache.uses() if index == 0)):
+                assert value.shape is not None
+                value.shape = ir.Shape((*value.shape[:2], capacity, *value.shape[3:]))
+
+
+def _rename_dims(node: ir.Node, rename: dict[str, str]) -> None:
+    """Later layers see fewer tokens: a stale dimension name makes ONNX Runtime reuse buffers of the wrong size."""
+    for value in node.outputs:
+        if value.shape is None:
+            continue
+        dims = [getattr(dim, "value", dim) for dim in value.shape]
+        if any(isinstance(dim, str) and dim not in rename and not dim.isidentifier() for dim in dims):
+            value.shape = None  # an expression such as "S + 1"; the runtime infers it anew
+        else:
+            value.shape = ir.Shape([rename.get(dim, dim) if isinstance(dim, str) else dim for dim in dims])

@@ -1,0 +1,25 @@
+"""Runs bundles. Never imports torch or transformers.
+
+>>> import vlmtrim.runtime as vlmtrim
+>>> chat = vlmtrim.open("bundles/tiny-llava-fastv-k2-r0.5", backend="ort-cpu")  # doctest: +SKIP
+>>> for step in chat.generate("What is this?", ["cat.png"]):  # doctest: +SKIP
+...     print(step.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmtrim.graphs.bundle import BundleError, open_bundle
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.generate import Chat, Step
+from vlmtrim.runtime.sampling import Sampling
+from vlmtrim.runtime.select_backend import BACKENDS, make_backend
+from vlmtrim.runtime.session import Session
+
+__all__ = ["BACKENDS", "BundleError", "Chat", "RuntimeRefusal", "Sampling", "Session", "Step", "open"]
+
+
+def open(bundle: str | Path, backend: str = "ort-cpu", batch: int = 1) -> Chat:
+    """Open a bundle on a backend. Raises BundleError for a damaged bundle, RuntimeRefusal where it cannot run."""
+    return Chat(Session(open_bundle(bundle), make_backend(backend), batch))

@@ -1,0 +1,107 @@
+"""What a backend is: it opens graphs, holds caches, runs; the checks are written once, here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmtrim.graphs.contract import Contract, GraphSpec, TensorSpec, cache_names
+from vlmtrim.runtime.errors import RuntimeRefusal
+
+# A tensor of the backend, on its device; only the backend looks inside.
+Tensor = Any
+
+
+class Graph(ABC):
+    """One opened graph.
+
+    ``run`` takes numpy arrays or tensors of the same backend and returns tensors of the backend. Inputs that are
+    bound as caches are not fed, and their outputs are not returned: the graph updates them in place.
+    """
+
+    def __init__(self, spec: GraphSpec, dims: Mapping[str, tuple[int, int]]):
+        self.spec = spec
+        self._dims = dims
+        self._bound: frozenset[str] = frozenset()
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Check the feeds against the contract and run. Raises RuntimeRefusal naming the tensor at fault."""
+        expected = [tensor for tensor in self.spec.inputs if tensor.name not in self._bound]
+        missing = {t.name for t in expected} ^ set(feeds)
+        if missing:
+            raise RuntimeRefusal(f"{self.spec.file}: fed and promised inputs differ in {', '.join(sorted(missing))}")
+        sizes: dict[str, int] = {}
+        for tensor in expected:
+            self._check(tensor, feeds[tensor.name], sizes)
+        return self._run(feeds)
+
+    def bind_caches(self, caches: Mapping[str, Tensor]) -> None:
+        """Bind every cache input, and the output that updates it, to one buffer."""
+        self._bound = frozenset(caches)
+        self._bind_caches(caches)
+
+    def _check(self, tensor: TensorSpec, fed: Tensor, sizes: dict[str, int]) -> None:
+        shape, dtype = self._describe(fed)
+        wrong = dtype != tensor.dtype or len(shape) != len(tensor.shape)
+        for dim, size in zip(tensor.shape, shape, strict=False):
+            wrong = wrong or size != (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
+            low, high = self._dims.get(dim, (0, size)) if isinstance(dim, str) else (size, size)
+            if not low <= size <= high:
+                raise RuntimeRefusal(
+                    f"{self.spec.file}: {dim} of {tensor.name} is {size}, the bundle allows {low} to {high}; "
+                    "export with larger limits (--max-seq-len, --max-batch)"
+                )
+        if wrong:
+            raise RuntimeRefusal(
+                f"{self.spec.file}: {tensor.name} is {dtype} {list(shape)}, "
+                f"the contract promises {tensor.dtype} {list(tensor.shape)}"
+            )
+
+    @abstractmethod
+    def _describe(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
+        """(shape, dtype name) of a numpy array or a tensor of the backend."""
+
+    @abstractmethod
+    def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _bind_caches(self, caches: Mapping[str, Tensor]) -> None: ...
+
+
+class Backend(ABC):
+    """An inference library on a device."""
+
+    name: str
+
+    def open(self, folder: Path, contract: Contract, graph: str) -> Graph:
+        """Open a graph of a bundle by its name in the contract."""
+        return self._open(folder, contract.graphs[graph], contract.dims)
+
+    def make_caches(self, contract: Contract, batch: int) -> dict[str, Tensor]:
+        """Zeroed caches of all groups, by input name."""
+        caches = {}
+        for group in contract.groups:
+            shape = (batch, group.kv_heads, group.capacity, group.head_size)
+            for layer in group.layers:
+                for past, _ in cache_names(layer):
+                    caches[past] = self.zeros(shape, contract.dtype)
+        return caches
+
+    @abstractmethod
+    def _open(self, folder: Path, spec: GraphSpec, dims: Mapping[str, tuple[int, int]]) -> Graph: ...
+
+    @abstractmethod
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """A zeroed tensor on the device."""
+
+    @abstractmethod
+    def to_host(self, tensor: Tensor) -> np.ndarray:
+        """Copy of a tensor as a numpy array."""
+
+    @abstractmethod
+    def reshape(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The same data under another shape."""

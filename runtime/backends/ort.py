@@ -1,0 +1,121 @@
+"""ONNX Runtime on CPU and CUDA. Caches are updated in place: input and output are one OrtValue through IOBinding."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmtrim.graphs.contract import GraphSpec
+from vlmtrim.runtime.backends.base import Backend, Graph, Tensor
+from vlmtrim.runtime.errors import RuntimeRefusal
+
+_PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+
+
+def _import() -> Any:
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise RuntimeRefusal(
+            "ONNX Runtime is not installed; install vlmtrim[cpu] (onnxruntime) or vlmtrim[cuda] (onnxruntime-gpu)"
+        )
+    import onnxruntime
+
+    return onnxruntime
+
+
+class OrtGraph(Graph):
+    """An InferenceSession with one IOBinding that lives as long as the graph."""
+
+    def __init__(self, spec: GraphSpec, dims: Mapping[str, tuple[int, int]], session: Any, device: str):
+        super().__init__(spec, dims)
+        self._ort = _import()
+        self._session = session
+        self._device = device
+        self._binding = session.io_binding()
+        self._free_outputs = [tensor.name for tensor in spec.outputs]
+
+    def _describe(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
+        if isinstance(tensor, np.ndarray):
+            return tensor.shape, tensor.dtype.name
+        return tuple(tensor.shape()), _DTYPES.get(tensor.data_type(), tensor.data_type())
+
+    def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, value in feeds.items():
+            if isinstance(value, np.ndarray):
+                value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self._device, 0)
+            self._binding.bind_ortvalue_input(name, value)
+        for name in self._free_outputs:  # bound anew: a kept binding would hold the last step's shape
+            self._binding.bind_output(name, self._device, 0)
+        self._session.run_with_iobinding(self._binding)
+        values = dict(zip(self._bound_order(), self._binding.get_outputs(), strict=True))
+        return {name: values[name] for name in self._free_outputs}
+
+    def _bound_order(self) -> list[str]:
+        return [*self._cache_outputs, *self._free_outputs]
+
+    _cache_outputs: tuple[str, ...] = ()
+
+    def _bind_caches(self, caches: Mapping[str, Tensor]) -> None:
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        outputs = []
+        for past, value in caches.items():
+            present = past.replace("past_key_values", "present")
+            self._binding.bind_ortvalue_input(past, value)
+            self._binding.bind_ortvalue_output(present, value)
+            outputs.append(present)
+        self._cache_outputs = tuple(outputs)
+        self._free_outputs = [tensor.name for tensor in self.spec.outputs if tensor.name not in set(outputs)]
+
+
+class OrtBackend(Backend):
+    """ONNX Runtime with one execution provider."""
+
+    def __init__(self, name: str, threads: int = 0):
+        ort = _import()
+        provider = _PROVIDERS[name]
+        if provider not in ort.get_available_providers():
+            raise RuntimeRefusal(
+                f"backend {name} needs ONNX Runtime's {provider}, this installation has "
+                f"{', '.join(ort.get_available_providers())}; pip uninstall onnxruntime, then install vlmtrim[cuda]"
+            )
+        self.name = name
+        self._ort = ort
+        self._provider = provider
+        self._device = "cuda" if name == "ort-cuda" else "cpu"
+        self._threads = threads
+
+    def _open(self, folder: Path, spec: GraphSpec, dims: Mapping[str, tuple[int, int]]) -> Graph:
+        if self._device == "cpu" and any(tensor.dtype == "bfloat16" for tensor in spec.inputs):
+            raise RuntimeRefusal(
+                "ONNX Runtime has no bfloat16 kernels on the CPU; export with --dtype float32, or use a GPU backend"
+            )
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        try:
+            session = self._ort.InferenceSession(folder / spec.file, options, providers=[self._provider])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise RuntimeRefusal(f"ONNX Runtime refuses {folder / spec.file}: {error}") from error
+        if session.get_providers()[0] != self._provider:
+            raise RuntimeRefusal(
+                f"ONNX Runtime could not start {self._provider} and fell back to {session.get_providers()[0]}; "
+                "check the NVIDIA driver and that CUDA and cuDNN match onnxruntime-gpu"
+            )
+        return OrtGraph(spec, dims, session, self._device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """A zeroed OrtValue on the device."""
+        return self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device, 0)
+
+    def to_host(self, tensor: Tensor) -> np.ndarray:
+        """Copy of an OrtValue."""
+        return tensor.numpy()
+
+    def reshape(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """On the CPU without a copy of its own; ONNX Runtime has no view of an OrtValue, so CUDA goes through the host."""
+        return self._ort.OrtValue.ortvalue_from_numpy(tensor.numpy().reshape(shape), self._device, 0)

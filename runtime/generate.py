@@ -1,0 +1,138 @@
+"""The generation loop: a generator of steps. Printing, stopping early and timing are the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import load_image
+from vlmtrim.runtime.prompt import Conversation
+from vlmtrim.runtime.sampling import Sampler, Sampling
+from vlmtrim.runtime.session import Prefill, Session
+
+Picture = str | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token per row.
+
+    Attributes:
+        index: 0 for the first token.
+        token_ids: per row; None once a row has ended.
+        texts: per row, what the token adds to the answer (may be empty while bytes do not form a character yet).
+        ended: per row, why it ended with this step: ``eos``, ``length`` or ``capacity``; None while it goes on.
+        prefill: what the prefill did; the same object on every step.
+    """
+
+    index: int
+    token_ids: tuple[int | None, ...]
+    texts: tuple[str, ...]
+    ended: tuple[str | None, ...]
+    prefill: Prefill
+
+    @property
+    def text(self) -> str:
+        """Text of the first row, for sessions of one row."""
+        return self.texts[0]
+
+
+class Chat:
+    """A conversation per row of a session, turn by turn on the same caches."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.reset()
+
+    def reset(self) -> None:
+        """Start new conversations."""
+        self.session.reset()
+        self._rows = [Conversation(self.session.prompter) for _ in range(self.session.batch)]
+        self._pending: list[list[int]] = [[] for _ in range(self.session.batch)]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        images: Sequence[Picture] | Sequence[Sequence[Picture]] = (),
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+    ) -> Iterator[Step]:
+        """Ask, and yield the answer token by token.
+
+        Args:
+            prompts: one question per row; a plain string for a session of one row.
+            images: the question's pictures (files or Pillow images); for several rows, a sequence per row.
+            max_new_tokens: at most so many tokens per row.
+            sampling: greedy when None.
+
+        Raises:
+            RuntimeRefusal: before the first step, where prompt or pictures do not fit.
+        """
+        questions = [prompts] if isinstance(prompts, str) else list(prompts)
+        pictures = [list(images)] if isinstance(prompts, str) else [list(row) for row in images]  # type: ignore[arg-type]
+        pictures = pictures or [[] for _ in questions]
+        if len(questions) != self.session.batch or len(pictures) != len(questions):
+            raise RuntimeRefusal(
+                f"{len(questions)} prompts and {len(pictures)} lists of images for a session of batch "
+                f"{self.session.batch}"
+            )
+        if max_new_tokens < 1:
+            raise RuntimeRefusal(f"max_new_tokens is {max_new_tokens}; give 1 or more")
+        most = self.session.contract.max_images
+        if max(len(row) for row in pictures) > most:
+            raise RuntimeRefusal(
+                f"{max(len(row) for row in pictures)} images for one prompt; with {self.session.contract.image_tokens} "
+                f"tokens each, a conversation of {self.session.contract.max_seq_len} tokens holds at most {most}"
+            )
+        prefill = self._prefill(questions, pictures)
+        return self._answer(prefill, max_new_tokens, Sampler(sampling or Sampling()))
+
+    def _prefill(self, questions: list[str], pictures: list[list[Picture]]) -> Prefill:
+        session = self.session
+        loaded = [load_image(picture) for row in pictures for picture in row]
+        pixels = np.stack([session.image_processor(image) for image in loaded]) if loaded else None
+        fresh = [row.ask(q, len(p)) for row, q, p in zip(self._rows, questions, pictures, strict=True)]
+        expanded = [session.prompter.expand_images(ids, session.contract.image_tokens) for ids in fresh]
+        rows = [pending + ids for pending, ids in zip(self._pending, expanded, strict=True)]
+        return session.prefill(rows, pixels)
+
+    def _answer(self, prefill: Prefill, limit: int, sample: Sampler) -> Iterator[Step]:
+        session, eos = self.session, set(self.session.contract.eos_token_ids)
+        tokenizer = session.prompter.tokenizer
+        streams = [session.prompter.decode_stream() for _ in range(session.batch)]
+        said = ["" for _ in range(session.batch)]
+        live = np.ones(session.batch, dtype=bool)
+        logits = prefill.logits
+        for index in range(limit):
+            tokens = sample(logits)
+            was_live, room = live.copy(), session.room()
+            texts, ended = [""] * session.batch, [None] * session.batch  # type: list[str], list[str | None]
+            for row in np.flatnonzero(was_live):
+                token = int(tokens[row])
+                reason = self._end_reason(token, index, limit, room, eos)
+                if token not in eos:
+                    texts[row] = streams[row].step(tokenizer, token) or ""
+                    said[row] += texts[row]
+                if reason is not None:
+                    ended[row], live[row] = reason, False
+                    self._pending[row] = [] if reason == "eos" else [token]
+                    self._rows[row].answer(said[row])
+            ids = tuple(int(t) if was_live[row] else None for row, t in enumerate(tokens))
+            yield Step(index, ids, tuple(texts), tuple(ended), prefill)
+            if not live.any():
+                return
+            logits = session.decode(tokens, live)
+
+    @staticmethod
+    def _end_reason(token: int, index: int, limit: int, room: int, eos: set[int]) -> str | None:
+        if token in eos:
+            return "eos"
+        if index + 1 == limit:
+            return "length"
+        return "capacity" if room < 1 else None

@@ -1,0 +1,71 @@
+"""From logits to token ids: greedy, temperature, top-k, top-p, reproducible by seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmtrim.runtime.errors import RuntimeRefusal
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: 0 is greedy (the lowest id wins ties); above, logits are divided by it.
+        top_k: only the k most probable tokens; 0 for all.
+        top_p: the smallest set of most probable tokens whose probabilities reach p; 1 for all.
+        seed: of the generator; None draws a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and np.isfinite(self.temperature)):
+            raise RuntimeRefusal(f"temperature is {self.temperature}; give 0 (greedy) or more")
+        if self.top_k < 0:
+            raise RuntimeRefusal(f"top-k is {self.top_k}; give 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise RuntimeRefusal(f"top-p is {self.top_p}; give a share above 0 and at most 1")
+        if self.seed is not None and self.seed < 0:
+            raise RuntimeRefusal(f"seed is {self.seed}; give 0 or more")
+
+
+class Sampler:
+    """Draws tokens for one answer; two samplers with equal settings and a seed draw equal tokens."""
+
+    def __init__(self, sampling: Sampling):
+        self._sampling = sampling
+        self._generator = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: np.ndarray) -> np.ndarray:
+        """logits [B, V] -> token ids int64 [B]."""
+        if self._sampling.temperature == 0:
+            return logits.argmax(axis=-1).astype(np.int64)
+        return np.array([self._draw(row) for row in logits.astype(np.float64)], dtype=np.int64)
+
+    def _draw(self, logits: np.ndarray) -> int:
+        probabilities = token_probabilities(logits, self._sampling)
+        return int(self._generator.choice(len(probabilities), p=probabilities))
+
+
+def token_probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Distribution [V] that a token is drawn from: temperature, then top-k, then top-p (as transformers orders them)."""
+    order = np.argsort(-logits, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    scaled = logits[order] / sampling.temperature
+    kept = np.exp(scaled - scaled[0])
+    kept /= kept.sum()
+    if sampling.top_p < 1:
+        before = np.cumsum(kept) - kept
+        kept = np.where(before < sampling.top_p, kept, 0.0)
+        kept /= kept.sum()
+    probabilities = np.zeros(len(logits))
+    probabilities[order] = kept
+    return probabilities

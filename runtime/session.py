@@ -1,0 +1,211 @@
+"""Drives a bundle: vision -> embed -> decoder, with the caches of every group and their lengths."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vlmtrim.graphs.bundle import Bundle
+from vlmtrim.runtime.backends.base import Backend, Tensor
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import ImageProcessor
+from vlmtrim.runtime.prompt import Prompter
+
+
+@dataclass
+class Times:
+    """Seconds spent since the session was opened or reset, and the number of decode steps."""
+
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What one prefill did.
+
+    Attributes:
+        logits: [B, V] of each row's last token.
+        visual, kept: visual tokens of this step, and how many the last layers keep.
+        kept_indices: per row, indices into its new tokens that survive, ascending; None where nothing is selected.
+    """
+
+    logits: np.ndarray
+    visual: int
+    kept: int
+    kept_indices: list[np.ndarray] | None
+
+
+@dataclass
+class Lengths:
+    """How full the caches are: positions used and entries per group, int64 [B] each."""
+
+    positions: np.ndarray
+    entries: list[np.ndarray] = field(default_factory=list)
+
+
+class Session:
+    """A bundle opened on a backend, holding one conversation per row.
+
+    Every call appends to the caches; :meth:`reset` starts anew. ``batch`` rows run together and must bring the same
+    number of images to a step; their prompts may differ in length.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, batch: int = 1):
+        self.bundle = bundle
+        self.contract = bundle.contract
+        self.backend = backend
+        low, high = self.contract.dims["B"]
+        if not low <= batch <= high:
+            raise RuntimeRefusal(f"batch {batch} is outside the bundle's {low} to {high}; export with --max-batch")
+        self.batch = batch
+        self.prompter = Prompter(bundle.folder, self.contract.image_token_id)
+        self.image_processor = ImageProcessor.from_folder(bundle.folder)
+        self._vision = None  # opened with the first image: text-only use should not pay for it
+        self._embed = backend.open(bundle.folder, self.contract, "embed")
+        self._decoder = backend.open(bundle.folder, self.contract, "decoder")
+        self.caches = backend.make_caches(self.contract, batch)
+        self._decoder.bind_caches(self.caches)
+        self._selects = any(tensor.name == "visual_positions" for tensor in self.contract.graphs["decoder"].inputs)
+        self._hidden = int(self.contract.graphs["embed"].outputs[0].shape[-1])
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation; the caches are reused."""
+        zero = np.zeros(self.batch, dtype=np.int64)
+        self.lengths = Lengths(zero.copy(), [zero.copy() for _ in self.contract.groups])
+        self.times = Times()
+
+    def encode_images(self, pixel_values: np.ndarray) -> Tensor:
+        """pixel_values float32 [I, 3, H, W] -> features on the device, [B, I / B * P, D], images in row order."""
+        if self._vision is None:
+            self._vision = self.backend.open(self.bundle.folder, self.contract, "vision")
+        features = self._vision.run({"pixel_values": pixel_values.astype(self.contract.dtype)})["image_features"]
+        tokens = len(pixel_values) * self.contract.image_tokens // self.batch
+        return self.backend.reshape(features, (self.batch, tokens, self._hidden))
+
+    def prefill(self, rows: Sequence[Sequence[int]], pixel_values: np.ndarray | None = None) -> Prefill:
+        """Run new tokens of every row, image tokens already repeated.
+
+        Args:
+            rows: token ids, one sequence per row; shorter rows are padded on the right.
+            pixel_values: float32 [I, 3, H, W], all rows' images in order, or None.
+        """
+        ids, counts, visual_positions = self._pack(rows)
+        visual = visual_positions.shape[1]
+        images = 0 if pixel_values is None else len(pixel_values)
+        if visual * self.batch != images * self.contract.image_tokens:
+            raise RuntimeRefusal(
+                f"the prompt holds {visual * self.batch} image tokens, {images} image(s) bring "
+                f"{images * self.contract.image_tokens}"
+            )
+        self._check_room(ids.shape[1], visual, counts)
+        start = time.perf_counter()
+        features = self._no_features() if pixel_values is None else self.encode_images(pixel_values)
+        middle = time.perf_counter()
+        outputs = self._step(ids, counts, visual_positions, features)
+        logits = self.backend.to_host(outputs["logits"])
+        kept_indices = None
+        if self._selects:
+            kept = self.backend.to_host(outputs["kept_indices"])
+            kept_indices = [row[row < count] for row, count in zip(kept, counts, strict=True)]
+        self.times.vision += middle - start
+        self.times.prefill += time.perf_counter() - middle
+        return Prefill(logits, visual, self.contract.groups[-1].length(visual, visual), kept_indices)
+
+    def decode(self, tokens: np.ndarray, live: np.ndarray | None = None) -> np.ndarray:
+        """Run one token per row (int64 [B]); returns logits [B, V].
+
+        Rows that are not ``live`` (bool [B]) run along without growing: what they write is overwritten later.
+        """
+        live = np.ones(self.batch, dtype=bool) if live is None else live
+        start = time.perf_counter()
+        nothing = np.zeros((self.batch, 0), dtype=np.int64)
+        outputs = self._step(tokens[:, None], live.astype(np.int64), nothing, self._no_features())
+        logits = self.backend.to_host(outputs["logits"])
+        self.times.decode += time.perf_counter() - start
+        self.times.steps += 1
+        return logits
+
+    def room(self) -> int:
+        """Tokens that every row can still take, visual tokens not counted."""
+        return min(
+            int(group.capacity - entries.max())
+            for group, entries in zip(self.contract.groups, self.lengths.entries, strict=True)
+        )
+
+    def cache_contents(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(keys, values) of every layer as they are filled, [KV, length, Dh]."""
+        contents = []
+        for group, entries in zip(self.contract.groups, self.lengths.entries, strict=True):
+            for layer in group.layers:
+                key, value = (
+                    self.backend.to_host(self.caches[f"past_key_values.{layer}.{kind}"])[row, :, : entries[row]]
+                    for kind in ("key", "value")
+                )
+                contents.append((key, value))
+        return contents
+
+    def _pack(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids [B, S] padded on the right, token counts [B], positions of visual tokens [B, N])."""
+        if len(rows) != self.batch or not all(rows):
+            raise RuntimeRefusal(f"{len(rows)} prompts for a session of batch {self.batch}; none may be empty")
+        counts = np.array([len(row) for row in rows], dtype=np.int64)
+        ids = np.zeros((self.batch, int(counts.max())), dtype=np.int64)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row
+        real = np.arange(ids.shape[1]) < counts[:, None]
+        is_visual = (ids == self.contract.image_token_id) & real
+        per_row = is_visual.sum(axis=1)
+        if (per_row != per_row[0]).any():
+            raise RuntimeRefusal(
+                f"the rows of a batch hold {per_row.tolist()} visual tokens; rows that run together must bring "
+                "the same number of images"
+            )
+        return ids, counts, np.nonzero(is_visual)[1].reshape(self.batch, -1).astype(np.int64)
+
+    def _check_room(self, tokens: int, visual: int, counts: np.ndarray) -> None:
+        for group, entries in zip(self.contract.groups, self.lengths.entries, strict=True):
+            needed = int(entries.max()) + group.length(tokens, visual)
+            if needed > group.capacity:
+                full = int(entries.max())
+                raise RuntimeRefusal(
+                    f"the prompt has {int(counts.max())} tokens ({visual} visual), {full} are in the caches; layers "
+                    f"{group.layers[0]}-{group.layers[-1]} would hold {needed}, their capacity is {group.capacity}: "
+                    "shorten the prompt, reset the conversation, or export with a larger --max-seq-len"
+                )
+
+    def _no_features(self) -> np.ndarray:
+        return np.zeros((self.batch, 0, self._hidden), dtype=self.contract.dtype)
+
+    def _step(
+        self, ids: np.ndarray, counts: np.ndarray, visual_positions: np.ndarray, features: Tensor
+    ) -> dict[str, Tensor]:
+        tokens, visual = ids.shape[1], visual_positions.shape[1]
+        embeds = self._embed.run(
+            {"input_ids": ids, "image_features": features, "visual_positions": visual_positions}
+        )["inputs_embeds"]
+        feeds: dict[str, Tensor] = {
+            "inputs_embeds": embeds,
+            "position_ids": self.lengths.positions[:, None] + np.arange(tokens),
+            "last_index": np.maximum(counts - 1, 0),
+        }
+        if self._selects:
+            feeds["visual_positions"] = visual_positions
+        grown = [group.length(tokens, visual) for group in self.contract.groups]
+        for index, (entries, growth) in enumerate(zip(self.lengths.entries, grown, strict=True)):
+            feeds[f"write_indices.{index}"] = entries
+            feeds[f"key_positions.{index}"] = np.arange(int(entries.max()) + growth)
+        outputs = self._decoder.run(feeds)
+        self.lengths.positions = self.lengths.positions + counts
+        padding = tokens - counts
+        self.lengths.entries = [
+            entries + np.where(counts > 0, growth - padding, 0)
+            for entries, growth in zip(self.lengths.entries, grown, strict=True)
+        ]
+        return outputs
