@@ -1,0 +1,154 @@
+"""check-vlm: a bundle against the pruned PyTorch reference, or against another backend."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmtrim.graphs.bundle import Bundle, BundleError, open_bundle
+from vlmtrim.runtime.check import Parity, Row, Turn, compare, record
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.prompt import Conversation
+from vlmtrim.runtime.select_backend import BACKENDS, make_backend
+from vlmtrim.runtime.session import Session
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of check-vlm."""
+    p = argparse.ArgumentParser(
+        prog="check-vlm",
+        description="Compare a bundle with the unpatched Hugging Face model and an independent pruning oracle: kept "
+        "tokens, caches of every layer, logits and greedy tokens. Exit status 1 when the check fails.",
+    )
+    p.add_argument("bundle", help="bundle folder")
+    p.add_argument("--backend", default="ort-cpu", choices=BACKENDS, help="what runs the bundle")
+    p.add_argument("--against", default="pytorch", choices=("pytorch", *BACKENDS), help="what it is compared with")
+    p.add_argument("--checkpoint", default=None, help="original checkpoint folder (default: the bundle's own weights)")
+    p.add_argument("--image", action="append", default=[], help="picture to ask about (default: two generated ones)")
+    p.add_argument("--prompt", default="What is in the picture?", help="question")
+    p.add_argument("--tokens", type=int, default=32, help="greedy tokens to compare (default 32)")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from vlmtrim.export.job import Refusal
+
+    try:
+        parity = check(args)
+    except (BundleError, RuntimeRefusal, Refusal) as error:
+        print(f"check-vlm: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        record_ = {"bundle": args.bundle, "backend": args.backend, "against": args.against, **parity.to_dict()}
+        print(json.dumps(record_, indent=2))
+    else:
+        print(parity.table())
+        print("passed" if parity else "FAILED")
+    return 0 if parity else 1
+
+
+def check(args: argparse.Namespace) -> Parity:
+    """Run the turns on both sides and compare."""
+    bundle = open_bundle(args.bundle)
+    if args.tokens < 1:
+        raise RuntimeRefusal(f"--tokens is {args.tokens}; give 1 or more")
+    session = Session(bundle, make_backend(args.backend))
+    images = args.image or [generated_picture(seed) for seed in (0, 1)]
+    turns = make_turns(session, args.prompt, images)
+    needed = sum(len(turn.ids) + args.tokens for turn in turns[:2])
+    if needed > bundle.contract.max_seq_len:
+        turns = turns[:1]
+    if args.against == "pytorch":
+        return Parity(tuple(_against_pytorch(args, bundle, session, turns, images[0])))
+    other = Session(bundle, make_backend(args.against))
+    groups = [group.layers for group in bundle.contract.groups]
+    rows: list[Row] = []
+    for turn in turns:
+        expected, tokens = record(other, turn, args.tokens)
+        rows += compare(turn.name, record(session, turn, tokens)[0], expected, groups, bundle.contract.dtype)
+    return Parity(tuple(rows))
+
+
+def _against_pytorch(
+    args: argparse.Namespace, bundle: Bundle, session: Session, turns: list[Turn], image: Any
+) -> list[Row]:
+    from vlmtrim.export.checkpoint import read_config
+    from vlmtrim.export.reference import Reference
+
+    source = Path(args.checkpoint) if args.checkpoint else bundle.folder
+    family, _ = read_config(source)
+    selection = None if bundle.contract.selection is None else dict(bundle.contract.selection)
+    reference = Reference(family.MODEL_CLASS, source, selection)
+    rows = _compare_inputs(bundle, session, args.prompt, image)
+    groups = [group.layers for group in bundle.contract.groups]
+    for turn in turns:
+        expected, tokens = reference.record(turn, args.tokens)
+        rows += compare(turn.name, record(session, turn, tokens)[0], expected, groups, bundle.contract.dtype)
+    return rows
+
+
+def _compare_inputs(bundle: Bundle, session: Session, prompt: str, image: Any) -> list[Row]:
+    """Prompt ids and pixel values against the checkpoint's own Hugging Face processor."""
+    from vlmtrim.export.reference import processed
+    from vlmtrim.runtime.image import load_image
+
+    picture = load_image(image)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    text = session.prompter.render(messages)
+    expected_ids, expected_pixels = processed(bundle.folder, text, picture)
+    ids = session.prompter.expand_images(session.prompter.encode(text, opening=True), bundle.contract.image_tokens)
+    assert expected_pixels is not None
+    error = float(np.abs(session.image_processor(picture) - expected_pixels[0]).max())
+    return [
+        Row("inputs", "prompt token ids", float(ids != expected_ids), 0.0, ids == expected_ids, f"{len(ids)} tokens"),
+        Row("inputs", "pixel values", error, 0.0, error == 0.0),
+    ]
+
+
+def make_turns(session: Session, prompt: str, images: Sequence[Any]) -> list[Turn]:
+    """Two turns of one conversation, the second with another picture, and a conversation without pictures."""
+    from vlmtrim.runtime.image import load_image
+
+    def pixels(source: Any) -> np.ndarray:
+        return session.image_processor(load_image(source))[None]
+
+    prompter, repeat = session.prompter, session.contract.image_tokens
+    talk = Conversation(prompter)
+    first = prompter.expand_images(talk.ask(prompt, 1), repeat)
+    talk.answer("")
+    second = prompter.expand_images(talk.ask("And in this one?", 1), repeat)
+    text_only = Conversation(prompter).ask(prompt, 0)
+    return [
+        Turn("picture", first, pixels(images[0])),
+        Turn("second turn", second, pixels(images[-1]), opens=False),
+        Turn("text only", text_only, None),
+    ]
+
+
+def generated_picture(seed: int) -> Image.Image:
+    """A picture with structure at every scale: gradients, rectangles and noise; equal for equal seeds."""
+    random = np.random.default_rng(seed)
+    ramp = np.linspace(0, 255, 240)
+    pixels = np.stack([np.tile(ramp, (200, 1)), np.tile(ramp[:200, None], (1, 240)), np.full((200, 240), 96.0)], -1)
+    for _ in range(12):
+        top, left = random.integers(0, 160), random.integers(0, 200)
+        pixels[top : top + 40, left : left + 40] = random.integers(0, 255, 3)
+    pixels += random.normal(0, 12, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

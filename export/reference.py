@@ -1,0 +1,128 @@
+"""The oracle of parity: the Hugging Face model as it is, and FastV written a second time, from the paper's rules.
+
+Nothing here shares code with the graph pass. The layers are transformers' own modules with eager attention; this
+file only calls them one after the other, so that hidden states can be gathered in between (FastV, arXiv
+2403.06764: score = softmax attention of layer k-1, last query row, mean over heads; before layer k keep the
+``round(N (1 - r))`` best visual tokens and all others, in order, with their original positions).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from vlmtrim.runtime.check import Recording, Turn
+
+
+class Reference:
+    """One conversation on the unpatched model, batch 1, float32.
+
+    Args:
+        model_class: transformers class of the checkpoint.
+        folder: checkpoint, or a bundle (which is one).
+        selection: the contract's selection (``k``, ``r``, ``seed``), or None for the plain forward.
+    """
+
+    def __init__(self, model_class: Any, folder: Path, selection: dict[str, Any] | None):
+        self.model = model_class.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+        self._text = self.model.model.language_model
+        self._selection = selection
+        self._image_token = self.model.config.image_token_id
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self._cache = DynamicCache()
+        self._position = 0
+
+    @torch.no_grad()
+    def record(self, turn: Turn, steps: int) -> tuple[Recording, list[int]]:
+        """Run a turn and ``steps`` greedy tokens; returns the recording and the tokens that were fed."""
+        if turn.opens:
+            self.reset()
+        ids = torch.tensor([turn.ids])
+        pixels = None if turn.pixel_values is None else torch.from_numpy(turn.pixel_values)
+        logits, kept = self._forward(ids, pixels)
+        caches = [(layer.keys[0].numpy().copy(), layer.values[0].numpy().copy()) for layer in self._cache.layers]
+        all_logits, tokens = [logits], []
+        for _ in range(steps):
+            tokens.append(int(all_logits[-1].argmax()))
+            all_logits.append(self._forward(torch.tensor([[tokens[-1]]]), None)[0])
+        kept_array = None if kept is None else kept.numpy()
+        return Recording(kept_array, caches, torch.stack(all_logits).numpy()), tokens
+
+    def _forward(self, ids: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(logits [V] of the last token, kept indices)."""
+        positions = torch.arange(self._position, self._position + ids.shape[1])[None]
+        self._position += ids.shape[1]
+        if self._selection is None:
+            output = self.model(
+                input_ids=ids, pixel_values=pixels, position_ids=positions, past_key_values=self._cache, use_cache=True
+            )
+            return output.logits[0, -1], None
+        hidden = self._text.embed_tokens(ids)
+        if pixels is not None:
+            features = torch.cat(list(self.model.get_image_features(pixels).pooler_output))
+            hidden = hidden.masked_scatter((ids == self._image_token)[..., None], features)
+        hidden, kept = self._layers(hidden, positions, torch.nonzero(ids[0] == self._image_token)[:, 0])
+        return self.model.lm_head(self._text.norm(hidden))[0, -1], kept
+
+    def _layers(self, hidden: Tensor, positions: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        assert self._selection is not None
+        k = self._selection["k"]
+        kept = torch.arange(hidden.shape[1])
+        seen: list[Tensor] = []
+        watched = self._text.layers[max(k - 1, 0)].self_attn
+        handle = watched.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+        try:
+            for index, layer in enumerate(self._text.layers):
+                if index == k:
+                    kept = self._choose(seen[0][0] if k else None, visual, hidden.shape[1])
+                    hidden, positions = hidden[:, kept], positions[:, kept]
+                past = self._cache.get_seq_length(index)
+                output = layer(
+                    hidden,
+                    attention_mask=_causal(hidden.shape[1], past),
+                    position_ids=positions,
+                    position_embeddings=self._text.rotary_emb(hidden, positions),
+                    past_key_values=self._cache,
+                    use_cache=True,
+                )
+                hidden = output[0] if isinstance(output, tuple) else output
+        finally:
+            handle.remove()
+        return hidden, kept
+
+    def _choose(self, attention: Tensor | None, visual: Tensor, tokens: int) -> Tensor:
+        """Ascending indices that survive. attention [H, S, past + S] of layer k-1; None for the stride of k = 0."""
+        assert self._selection is not None
+        count = round(len(visual) * (1 - self._selection["r"]))
+        if attention is None:
+            stride = [(i * len(visual) + self._selection["seed"] % len(visual)) // count for i in range(count)]
+            winners = visual[stride]
+        else:
+            row = attention.mean(dim=0)[-1, -tokens:]
+            winners = visual[torch.sort(row[visual], descending=True, stable=True).indices[:count]]
+        is_text = torch.ones(tokens, dtype=torch.bool)
+        is_text[visual] = False
+        return torch.cat([torch.nonzero(is_text)[:, 0], winners]).sort().values
+
+
+def _causal(tokens: int, past: int) -> Tensor:
+    """Additive mask [1, 1, tokens, past + tokens]."""
+    above = torch.full((tokens, past + tokens), torch.finfo(torch.float32).min)
+    return above.triu(diagonal=past + 1)[None, None]
+
+
+def processed(folder: Path, text: str, image: Any) -> tuple[list[int], np.ndarray | None]:
+    """Token ids and pixel values that the checkpoint's own Hugging Face processor makes of a rendered prompt."""
+    from transformers import AutoProcessor
+
+    inputs = AutoProcessor.from_pretrained(folder)(text=text, images=image, return_tensors="pt")
+    pixels = inputs.get("pixel_values")
+    return inputs["input_ids"][0].tolist(), None if pixels is None else pixels.numpy()

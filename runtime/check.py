@@ -1,0 +1,162 @@
+"""Parity between two recordings of the same turns: what a bundle did, and what a reference or another backend did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from vlmtrim.runtime.session import Session
+
+# Largest difference allowed, relative to the largest magnitude of the reference (at least 1). float32: the order of
+# summation differs, and errors grow over the layers; 1e-4 is far above what is seen (1e-6) and far below any wrong
+# rule. float16 and bfloat16 carry 11 and 8 bits; the reference runs in float32.
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+# Share of kept tokens that must agree. In 16 bits near-equal scores may swap; in float32 none may.
+KEPT_AGREEMENT = {"float32": 1.0, "float16": 0.9, "bfloat16": 0.8}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question as both sides get it: token ids with image tokens repeated, pixel values [I, 3, H, W] or None."""
+
+    name: str
+    ids: list[int]
+    pixel_values: np.ndarray | None
+    opens: bool = True
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one side did with a turn.
+
+    kept: indices of the turn's tokens that survive, or None; caches: (keys, values) [KV, length, Dh] per layer after
+    the prefill; logits [1 + steps, V]: prefill, then each greedy token fed back.
+    """
+
+    kept: np.ndarray | None
+    caches: list[tuple[np.ndarray, np.ndarray]]
+    logits: np.ndarray
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the parity table."""
+
+    turn: str
+    what: str
+    difference: float
+    tolerance: float
+    passed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The verdict; true when every row passed."""
+
+    rows: tuple[Row, ...]
+
+    def __bool__(self) -> bool:
+        return all(row.passed for row in self.rows)
+
+    def table(self) -> str:
+        """The rows as text; a failed row says which tolerance would have passed."""
+        width = max([len(row.turn) for row in self.rows] + [4])
+        lines = [f"{'turn':{width}}  {'what':28} {'difference':>11} {'allowed':>9}  result"]
+        for row in self.rows:
+            verdict = "ok" if row.passed else f"FAILED (would pass at {row.difference:.2g})"
+            note = f"  {row.note}" if row.note else ""
+            lines.append(
+                f"{row.turn:{width}}  {row.what:28} {row.difference:11.3g} {row.tolerance:9.1g}  {verdict}{note}"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"passed": bool(self), "rows": [asdict(row) for row in self.rows]}
+
+
+def record(session: Session, turn: Turn, tokens: int | Sequence[int], row: int = 0) -> tuple[Recording, list[int]]:
+    """Run a turn on every row of a session, then decode; records one row.
+
+    Args:
+        tokens: tokens to feed one by one, or the number of greedy tokens to decode.
+
+    Returns:
+        The recording, and the tokens that were fed.
+    """
+    if turn.opens:
+        session.reset()
+    pixels = None if turn.pixel_values is None else np.concatenate([turn.pixel_values] * session.batch)
+    prefill = session.prefill([turn.ids] * session.batch, pixels)
+    caches = session.cache_contents(row)
+    logits, fed = [prefill.logits[row]], []
+    for step in range(tokens if isinstance(tokens, int) else len(tokens)):
+        fed.append(int(logits[-1].argmax()) if isinstance(tokens, int) else tokens[step])
+        logits.append(session.decode(np.full(session.batch, fed[-1], dtype=np.int64))[row])
+    kept = None if prefill.kept_indices is None else prefill.kept_indices[row]
+    return Recording(kept, caches, np.stack(logits).astype(np.float32)), fed
+
+
+def compare(turn: str, found: Recording, expected: Recording, groups: Sequence[Sequence[int]], dtype: str) -> list[Row]:
+    """Rows for one turn. ``groups`` lists the layers of each cache group; ``dtype`` chooses the tolerances."""
+    tolerance = TOLERANCE[dtype]
+    rows: list[Row] = []
+    same_tokens = True
+    if found.kept is not None and expected.kept is not None:
+        rows.append(_compare_kept(turn, found.kept, expected.kept, KEPT_AGREEMENT[dtype]))
+        same_tokens = np.array_equal(found.kept, expected.kept)
+    for index, layers in enumerate(groups):
+        rows.append(_compare_caches(turn, index, layers, found, expected, tolerance))
+    if not same_tokens and rows[0].passed:
+        return [*rows, Row(turn, "logits", 0.0, tolerance, True, "not comparable: other tokens were kept")]
+    scale = max(1.0, float(np.abs(expected.logits).max()))
+    errors = np.abs(found.logits - expected.logits).max(axis=1) / scale
+    rows.append(_row(turn, "prefill logits", errors[0], tolerance))
+    if len(errors) > 1:
+        rows.append(_row(turn, f"decode logits, {len(errors) - 1} steps", errors[1:].max(), tolerance))
+    rows.append(_compare_choices(turn, found.logits, expected.logits, tolerance * scale))
+    return rows
+
+
+def _row(turn: str, what: str, difference: float, tolerance: float, note: str = "") -> Row:
+    passed = bool(np.isfinite(difference)) and float(difference) <= tolerance
+    return Row(turn, what, float(difference), tolerance, passed, note)
+
+
+def _compare_kept(turn: str, found: np.ndarray, expected: np.ndarray, agreement: float) -> Row:
+    if len(found) != len(expected):
+        return Row(turn, "kept tokens", 1.0, 0.0, False, f"kept {len(found)}, expected {len(expected)}")
+    common = len(np.intersect1d(found, expected))
+    share = 1 - common / max(len(expected), 1)
+    return _row(turn, "kept tokens", share, round(1 - agreement, 6), f"{common} of {len(expected)} equal")
+
+
+def _compare_caches(
+    turn: str, index: int, layers: Sequence[int], found: Recording, expected: Recording, tolerance: float
+) -> Row:
+    what = f"caches, layers {layers[0]}-{layers[-1]}"
+    worst, length = 0.0, 0
+    for layer in layers:
+        for have, want in zip(found.caches[layer], expected.caches[layer], strict=True):
+            if have.shape != want.shape:
+                return Row(turn, what, float("inf"), tolerance, False, f"{have.shape} against {want.shape}")
+            scale = max(1.0, float(np.abs(want).max(initial=0.0)))
+            worst = max(worst, float(np.abs(have.astype(np.float32) - want).max(initial=0.0)) / scale)
+            length = have.shape[1]
+    if index and found.kept is not None and not np.array_equal(found.kept, expected.kept):
+        return Row(turn, what, 0.0, tolerance, True, "not comparable: other tokens were kept")
+    return _row(turn, what, worst, tolerance, f"{length} entries")
+
+
+def _compare_choices(turn: str, found: np.ndarray, expected: np.ndarray, slack: float) -> Row:
+    """Greedy tokens must agree wherever the reference's best token leads by more than twice the tolerance."""
+    chosen, wanted = found.argmax(axis=1), expected.argmax(axis=1)
+    top_two = np.sort(expected, axis=1)[:, -2:]
+    undecided = top_two[:, 1] - top_two[:, 0] <= 2 * slack
+    wrong = int(((chosen != wanted) & ~undecided).sum())
+    agreeing = int((chosen == wanted).sum())
+    return _row(turn, "greedy tokens", wrong, 0.0, f"{agreeing} of {len(wanted)} equal")
