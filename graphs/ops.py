@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import onnx_ir as ir
 
 
 class Ops:
-    """Collects new nodes in order; :meth:`insert_after` or :meth:`insert_before` puts them into a graph.
+    """Collects new nodes in order; the caller puts ``nodes`` into a graph.
 
     Every value is named ``<prefix>/<op>_<number>`` so that inserted parts are found at once in a viewer.
     """
@@ -46,12 +45,6 @@ class Ops:
         """Join [1]-shaped sizes into a shape tensor."""
         return self("Concat", *values, axis=0)
 
-    def slice(
-        self, value: ir.Value, start: ir.Value, end: ir.Value, axis: int, step: Sequence[int] = (1,)
-    ) -> ir.Value:
-        """``value[start:end:step]`` along one axis; start and end are [1] int64 tensors."""
-        return self("Slice", value, start, end, self.const([axis]), self.const(list(step)))
-
-    def insert_before(self, graph: ir.Graph, anchor: ir.Node) -> None:
-        """Put the collected nodes before ``anchor``."""
-        graph.insert_before(anchor, self.nodes)
+    def slice(self, value: ir.Value, start: ir.Value, end: ir.Value, axis: int) -> ir.Value:
+        """``value[start:end]`` along one axis; start and end are [1] int64 tensors."""
+        return self("Slice", value, start, end, self.const([axis]))

@@ -19,8 +19,6 @@ from vlmtrim.graphs.ops import Ops
 # TensorRT refuses TopK with K above this.
 TOPK_LIMIT = 3840
 
-_BACKWARDS = (np.iinfo(np.int64).min + 1,)
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -92,11 +90,12 @@ def keep_best(ops: Ops, scores: ir.Value, visual_positions: ir.Value, sizes: Cou
     """
     ones = ops("Expand", ops.const([1]), ops.concat(sizes.batch, sizes.tokens))
     if removed < 0.5:
-        last = ops.const([-1])
         dropped_count = ops("Sub", sizes.visual, sizes.kept_visual)
-        reversed_scores = ops.slice(scores, last, ops.const(list(_BACKWARDS)), axis=1, step=[-1])
+        last = ops("Sub", sizes.visual, ops.const([1]))
+        number = ops("Range", ops.const(0), ops("Squeeze", sizes.visual, ops.const([0])), ops.const(1))
+        reversed_scores = ops("Gather", scores, ops("Sub", last, number), axis=1)
         _, from_end = ops("TopK", reversed_scores, dropped_count, outputs=2, axis=1, largest=0, sorted=1)
-        dropped = ops("Sub", ops("Sub", sizes.visual, ops.const([1])), from_end)
+        dropped = ops("Sub", last, from_end)
         return ops("ScatterElements", ones, *_mark(ops, visual_positions, dropped, 0), axis=1)
     _, kept = ops("TopK", scores, sizes.kept_visual, outputs=2, axis=1, largest=1, sorted=1)
     zeros = ops("Expand", ops.const([0]), ops("Shape", visual_positions))
@@ -142,8 +141,9 @@ def compact(ops: Ops, keep: ir.Value, last_index: ir.Value, sizes: Counts) -> Su
     tokens = ops("Expand", token, ops("Shape", keep))
     order = ops("ScatterElements", tokens, slot, tokens, axis=1)
     kept_indices = ops.slice(order, ops.const([0]), sizes.survivors, axis=1)
-    last = ops("GatherElements", slot_kept, ops("Unsqueeze", last_index, ops.const([1])), axis=1)
-    return Survivors(kept_indices, ops("Squeeze", last, ops.const([1])))
+    # No visual token comes after the last real one, so every removed token lies before it. Reading its rank out of
+    # slot_kept would say the same, but TensorRT-RTX 1.7 cannot build a gather at an index that was itself gathered.
+    return Survivors(kept_indices, ops("Sub", last_index, ops("Sub", sizes.tokens, sizes.survivors)))
 
 
 def gather_tokens(ops: Ops, hidden: ir.Value, kept_indices: ir.Value) -> ir.Value:
