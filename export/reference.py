@@ -66,10 +66,11 @@ class Reference:
             )
             return output.logits[0, -1], None
         hidden = self._text.embed_tokens(ids)
+        visual = torch.zeros(0, dtype=torch.int64)
         if pixels is not None:
-            features = torch.cat(list(self.model.get_image_features(pixels).pooler_output))
-            hidden = hidden.masked_scatter((ids == self._image_token)[..., None], features)
-        hidden, kept = self._layers(hidden, positions, torch.nonzero(ids[0] == self._image_token)[:, 0])
+            visual = torch.nonzero(ids[0] == self._image_token)[:, 0]
+            hidden[0, visual] = torch.cat(list(self.model.get_image_features(pixels).pooler_output))
+        hidden, kept = self._layers(hidden, positions, visual)
         return self.model.lm_head(self._text.norm(hidden))[0, -1], kept
 
     def _layers(self, hidden: Tensor, positions: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +104,8 @@ class Reference:
         assert self._selection is not None
         count = round(len(visual) * (1 - self._selection["r"]))
         if attention is None:
-            stride = [(i * len(visual) + self._selection["seed"] % len(visual)) // count for i in range(count)]
+            phase = self._selection["seed"] % max(len(visual), 1)
+            stride = [(i * len(visual) + phase) // count for i in range(count)]
             winners = visual[stride]
         else:
             row = attention.mean(dim=0)[-1, -tokens:]

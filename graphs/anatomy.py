@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.region import cut_values, downstream
@@ -72,6 +73,8 @@ def find_layers(model: ir.Model) -> list[Layer]:
             "the graph has no Attention node (opset 23 or later), so there are no layers to prune between: "
             "export the decoder with export-vlm, or with an exporter that keeps attention fused"
         )
+    if any(node.inputs[0] is None or node.inputs[0].shape is None for node in attentions):
+        ShapeInferencePass()(model)  # a graph saved without inner shapes; head counts are read from them
     return [_layer(index, node) for index, node in enumerate(attentions)]
 
 

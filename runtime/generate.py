@@ -53,7 +53,8 @@ class Chat:
         """Start new conversations."""
         self.session.reset()
         self._rows = [Conversation(self.session.prompter) for _ in range(self.session.batch)]
-        self._pending: list[list[int]] = [[] for _ in range(self.session.batch)]
+        # The last token of an answer that was cut short is said but not yet in the caches; -1 where there is none.
+        self._pending = np.full(self.session.batch, -1, dtype=np.int64)
 
     def generate(
         self,
@@ -99,8 +100,12 @@ class Chat:
         pixels = np.stack([session.image_processor(image) for image in loaded]) if loaded else None
         fresh = [row.ask(q, len(p)) for row, q, p in zip(self._rows, questions, pictures, strict=True)]
         expanded = [session.prompter.expand_images(ids, session.contract.image_tokens) for ids in fresh]
-        rows = [pending + ids for pending, ids in zip(self._pending, expanded, strict=True)]
-        return session.prefill(rows, pixels)
+        cut_short = self._pending >= 0
+        if cut_short.any() and session.room() > 0:
+            # Fed on its own: were it the image token, the prefill would take it for a visual token.
+            session.decode(np.maximum(self._pending, 0), cut_short)
+        self._pending[:] = -1
+        return session.prefill(expanded, pixels)
 
     def _answer(self, prefill: Prefill, limit: int, sample: Sampler) -> Iterator[Step]:
         session, eos = self.session, set(self.session.contract.eos_token_ids)
@@ -121,7 +126,7 @@ class Chat:
                     said[row] += texts[row]
                 if reason is not None:
                     ended[row], live[row] = reason, False
-                    self._pending[row] = [] if reason == "eos" else [token]
+                    self._pending[row] = -1 if reason == "eos" else token
                     self._rows[row].answer(said[row])
             ids = tuple(int(t) if was_live[row] else None for row, t in enumerate(tokens))
             yield Step(index, ids, tuple(texts), tuple(ended), prefill)

@@ -1,0 +1,55 @@
+"""Bundles that several test files share; each is exported once a run."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread only costs
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def export_tiny(tmp_path_factory):
+    """Export a tiny random LLaVA: export_tiny("name", variant={...}, **job fields) -> bundle folder."""
+    from vlmtrim.export import pipeline, tiny
+    from vlmtrim.export.families import llava
+    from vlmtrim.export.job import Job
+
+    done = {}
+
+    def export(name, variant=None, **fields):
+        key = (name, repr(variant), repr(sorted(fields.items())))
+        if key not in done:
+            folder = tmp_path_factory.mktemp(name)
+            checkpoint = tiny.write_checkpoint(llava, folder / "checkpoint", **(variant or {}))
+            job = Job(model=str(checkpoint), output=str(folder / "bundle"), **{"max_seq_len": 512, **fields})
+            done[key] = pipeline.export(job, checkpoint)
+        return done[key]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def fastv_bundle(export_tiny):
+    """Llama with grouped-query attention, CLIP, k = 2, r = 0.5, two rows."""
+    return export_tiny("fastv", k=2, r=0.5, max_batch=2)
+
+
+@pytest.fixture(scope="session")
+def dense_bundle(export_tiny):
+    """The same model without selection."""
+    return export_tiny("dense", method="none")
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory):
+    """A PNG with structure."""
+    from vlmtrim.export.check_cli import generated_picture
+
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    generated_picture(7).save(path)
+    return path

@@ -1,0 +1,79 @@
+"""Real TensorRT-RTX engines, built without a GPU, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+from vlmtrim.graphs.bundle import open_bundle, sha256
+from vlmtrim.graphs.contract import Contract
+from vlmtrim.runtime import engines, profiles
+from vlmtrim.runtime.errors import RuntimeRefusal
+
+
+@pytest.fixture(scope="module")
+def half_bundle(export_tiny):
+    return export_tiny("engine", k=2, r=0.5, dtype="float16", engine="tensorrt-rtx", max_batch=2)
+
+
+def test_engines_hold_two_profiles_and_a_fingerprint(half_bundle):
+    bundle = open_bundle(half_bundle)
+    prints = json.loads(bundle.file(engines.FINGERPRINTS).read_text())
+    assert set(prints) == {"vision.engine", "decoder.engine"}
+    for name, entry in prints.items():
+        assert bundle.file(name).stat().st_size == entry["bytes"] > 100_000
+        assert entry["onnx_sha256"] == sha256(bundle.file(name.replace(".engine", ".onnx")))
+        assert entry["library"] == "tensorrt-rtx" and entry["version"].startswith("1.")
+    assert set(prints["decoder.engine"]["profiles"]) == {"prefill", "decode"}
+
+
+def test_the_second_profile_does_not_double_the_weights(half_bundle):
+    """DESIGN: a profile with only fixed dims would; ours admits two tokens."""
+    bundle = open_bundle(half_bundle)
+    decoder_weights = bundle.file("model.safetensors").stat().st_size
+    engine = bundle.file("decoder.engine").stat().st_size
+    assert engine < decoder_weights + 16e6  # kernels and plans of a tiny model are larger than its 5 MB of weights
+
+
+@pytest.mark.parametrize(("k", "r"), [(0, 0.5), (1, 0.25), (3, 0.9)])
+def test_every_form_of_the_selection_builds(export_tiny, k, r, tmp_path):
+    """k = 0 (stride), the loser side (r < 0.5) and the winner side of the TopK."""
+    folder = export_tiny(f"form-{k}-{r}", {"text": "qwen2"}, k=k, r=r, dtype="bfloat16" if k == 3 else "float16")
+    bundle = open_bundle(folder)
+    trt = engines.import_library("tensorrt-rtx")
+    spec = bundle.contract.graphs["decoder"]
+    engine, _ = engines._build(
+        trt, "tensorrt-rtx", folder / spec.file, spec, profiles.decoder_profiles(bundle.contract)
+    )
+    assert len(engine) > 100_000
+
+
+def test_profiles_come_from_the_contract(fastv_bundle):
+    contract: Contract = open_bundle(fastv_bundle).contract
+    both = profiles.decoder_profiles(contract)
+    assert both["decode"]["S"] == profiles.Range(1, 1, 2) and both["decode"]["N"] == profiles.Range(0, 0, 0)
+    assert both["prefill"]["S"].max == contract.max_seq_len
+    for index, group in enumerate(contract.groups):
+        assert both["prefill"][f"W{index}"].max == both["decode"][f"W{index}"].max == group.capacity
+    assert both["prefill"]["B"].max == 2
+    assert profiles.admits(both["decode"], {"S": 1, "N": 0}) and not profiles.admits(both["decode"], {"S": 3})
+    larger = profiles.decoder_profiles(dataclasses.replace(contract, images_assumed=40))
+    assert larger["prefill"]["N"].opt == contract.dims["N"][1]
+
+
+def test_a_profile_out_of_order_is_refused():
+    with pytest.raises(ValueError, match="min <= opt <= max"):
+        profiles.Range(2, 1, 3)
+
+
+def test_a_missing_library_names_the_extra(monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeRefusal, match=r"vlmtrim\[tensorrt\]"):
+        engines.import_library("tensorrt")
+
+
+def test_an_unparsable_graph_is_refused_with_the_reason(half_bundle, tmp_path):
+    bundle = open_bundle(half_bundle)
+    trt = engines.import_library("tensorrt-rtx")
+    (tmp_path / "decoder.onnx").write_bytes(b"no onnx")
+    with pytest.raises(RuntimeRefusal, match=r"cannot parse decoder\.onnx"):
+        engines._build(trt, "tensorrt-rtx", tmp_path / "decoder.onnx", bundle.contract.graphs["decoder"], {})

@@ -1,0 +1,167 @@
+"""The runtime on a real tiny bundle: in-place caches, turns, limits, the command."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from vlmtrim import runtime
+from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.runtime import cli
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.select_backend import make_backend
+from vlmtrim.runtime.session import Session
+
+
+@pytest.fixture
+def chat(fastv_bundle):
+    return runtime.open(fastv_bundle)
+
+
+def answer(chat, *args, **kwargs):
+    return [step.token_ids[0] for step in chat.generate(*args, **kwargs)]
+
+
+def test_caches_are_updated_in_place(fastv_bundle, picture, capfd):
+    """The decoder writes into the very buffers it was given, and ONNX Runtime does not warn of a copy."""
+    session = Session(open_bundle(fastv_bundle), make_backend("ort-cpu"))
+    pointers = {name: value.data_ptr() for name, value in session.caches.items()}
+    views = {name: value.numpy().copy() for name, value in session.caches.items()}
+    session.prefill([[256, 1, 2, 3]])
+    session.decode(np.array([4]))
+    assert {name: value.data_ptr() for name, value in session.caches.items()} == pointers
+    outputs = session._decoder._binding.get_outputs()
+    bound = {value.data_ptr() for value in outputs}
+    assert set(pointers.values()) <= bound
+    for name, value in session.caches.items():
+        assert np.abs(value.numpy()[:, :, :5]).min(axis=-1).any() and not np.array_equal(value.numpy(), views[name])
+        assert not value.numpy()[:, :, 5:].any()
+    assert "TensorScatter" not in capfd.readouterr().err
+
+
+def test_later_caches_are_smaller_and_counts_add_up(chat, picture):
+    groups = chat.session.contract.groups
+    assert groups[1].capacity == groups[0].capacity - 8
+    steps = list(chat.generate("What is it?", [picture], max_new_tokens=3))
+    prefill = steps[-1].prefill
+    assert (prefill.visual, prefill.kept) == (16, 8)
+    full, pruned = (entries[0] for entries in chat.session.lengths.entries)
+    assert full - pruned == 8 and full == chat.session.lengths.positions[0]
+
+
+def test_a_second_turn_continues_on_the_same_caches(chat, picture):
+    answer(chat, "What is it?", [picture], max_new_tokens=4)
+    before = chat.session.lengths.positions[0]
+    answer(chat, "And this?", [picture], max_new_tokens=4)
+    answer(chat, "Sure?", max_new_tokens=2)
+    assert chat.session.lengths.positions[0] > before + 16
+    full, pruned = (entries[0] for entries in chat.session.lengths.entries)
+    assert full - pruned == 16
+
+
+def test_reset_forgets(chat, picture):
+    first = answer(chat, "What is it?", [picture], max_new_tokens=6)
+    chat.reset()
+    assert answer(chat, "What is it?", [picture], max_new_tokens=6) == first
+
+
+def test_two_rows_answer_as_they_do_alone(fastv_bundle, picture):
+    questions = ["What is it?", "How many things are there in this picture?"]
+    pair = runtime.open(fastv_bundle, batch=2)
+    together = [step.token_ids for step in pair.generate(questions, [[picture], [picture]], max_new_tokens=6)]
+    for row, question in enumerate(questions):
+        alone = answer(runtime.open(fastv_bundle), question, [picture], max_new_tokens=6)
+        assert [ids[row] for ids in together if ids[row] is not None] == alone
+
+
+def test_sampling_is_reproducible_by_seed(chat, picture):
+    drawn = []
+    for seed in (1, 1, 2):
+        chat.reset()
+        sampling = runtime.Sampling(temperature=1.0, top_k=50, top_p=0.95, seed=seed)
+        drawn.append(answer(chat, "What is it?", [picture], max_new_tokens=12, sampling=sampling))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generation_stops_at_the_capacity(fastv_bundle):
+    chat = runtime.open(fastv_bundle)
+    chat.session.contract.eos_token_ids  # noqa: B018
+    steps = list(chat.generate("x" * 470, max_new_tokens=400))
+    assert steps[-1].ended[0] in ("capacity", "eos")
+    assert chat.session.room() <= 1 or steps[-1].ended[0] == "eos"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "says"),
+    [
+        ("x" * 600, 0, "their capacity is"),
+        ("hi", 40, "at most 32"),
+        ("one <image> two <image>", 1, "2 <image> mark"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(chat, picture, prompt, images, says):
+    with pytest.raises(RuntimeRefusal, match=says):
+        chat.generate(prompt, [picture] * images)
+
+
+def test_rows_with_different_numbers_of_images_are_refused(fastv_bundle, picture):
+    with pytest.raises(RuntimeRefusal, match="same number of images"):
+        runtime.open(fastv_bundle, batch=2).generate(["a", "b"], [[picture], []])
+
+
+def test_wrong_feeds_name_the_tensor(chat):
+    feeds = {"input_ids": np.zeros((1, 3), np.int32), "image_features": np.zeros((1, 0, 256), np.float32)}
+    with pytest.raises(RuntimeRefusal, match="visual_positions"):
+        chat.session._embed.run(feeds)
+    feeds["visual_positions"] = np.zeros((1, 0), np.int64)
+    with pytest.raises(RuntimeRefusal, match="input_ids is int32"):
+        chat.session._embed.run(feeds)
+
+
+def test_batch_beyond_the_bundle_is_refused(fastv_bundle):
+    with pytest.raises(RuntimeRefusal, match="batch 3 is outside"):
+        runtime.open(fastv_bundle, batch=3)
+
+
+def test_cuda_without_cuda_says_what_to_install(fastv_bundle):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("CUDA is there")
+    with pytest.raises(RuntimeRefusal, match=r"vlmtrim\[cuda\]"):
+        runtime.open(fastv_bundle, backend="ort-cuda")
+
+
+def test_run_vlm_streams_and_reports(fastv_bundle, picture, capsys):
+    assert cli.main([str(fastv_bundle), "--image", str(picture), "--prompt", "Hi?", "--max-new-tokens", "4"]) == 0
+    assert "16 visual tokens, 8 kept, 8 removed" in capsys.readouterr().err
+    argv = [str(fastv_bundle), "--image", str(picture), "--prompt", "Hi?", "--max-new-tokens", "4", "--json"]
+    assert cli.main(argv) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["visual"], report["kept"], report["removed"], report["backend"]) == (16, 8, 8, "ort-cpu")
+    assert len(report["token_ids"]) <= 4 and isinstance(report["text"], str)
+    assert all(report["times"][name] >= 0 for name in ("vision", "prefill", "decode"))
+
+
+@pytest.mark.parametrize("content", ["text", "bomb", "missing"])
+def test_run_vlm_refuses_bad_pictures_in_one_line(fastv_bundle, tmp_path, capsys, content):
+    path = tmp_path / "picture.png"
+    if content == "text":
+        path.write_text("no picture")
+    elif content == "bomb":
+        Image.new("1", (20_000, 20_000)).save(path)
+    assert cli.main([str(fastv_bundle), "--image", str(path), "--prompt", "Hi?"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("run-vlm: ") and "\n" not in error and str(path) in error
+
+
+def test_running_imports_neither_torch_nor_transformers(fastv_bundle, picture):
+    code = (
+        "import sys; from vlmtrim.runtime import cli; "
+        f"cli.main([{str(fastv_bundle)!r}, '--image', {str(picture)!r}, '--prompt', 'Hi?', '--max-new-tokens', '2']); "
+        "print([m for m in ('torch', 'transformers', 'onnx', 'vlmtrim.export') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
