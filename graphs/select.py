@@ -54,7 +54,10 @@ def last_row_scores(ops: Ops, layer: Layer, last_index: ir.Value) -> ir.Value:
     batch = ops.dim(layer.query, 0)
     row_index = ops("Reshape", last_index, ops.const([-1, 1, 1, 1]))
     row_shape = ops.concat(batch, ops.const([heads]), ops.const([1]), ops.const([size]))
-    row = ops("GatherElements", layer.query, ops("Expand", row_index, row_shape), axis=2)
+    query, factor = _before_scaling(layer.query)
+    row = ops("GatherElements", query, ops("Expand", row_index, row_shape), axis=2)
+    if factor is not None:
+        row = ops("Mul", row, factor)
     if layer.scale != 1.0:
         row = ops("Mul", row, ops("CastLike", ops.const(layer.scale, np.float32), row))
     grouped = ops("Reshape", row, ops.const([0, kv_heads, heads // kv_heads, size]))
@@ -65,6 +68,21 @@ def last_row_scores(ops: Ops, layer: Layer, last_index: ir.Value) -> ir.Value:
     limit = ops("GatherElements", layer.mask, ops("Expand", row_index, limit_shape), axis=2)
     limited = ops("Add", logits, ops("Cast", limit, to=ir.DataType.FLOAT))
     return ops("ReduceMean", ops("Softmax", limited, axis=-1), ops.const([1, 2]), keepdims=0)
+
+
+def _before_scaling(query: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """(value, scalar) whose product is the query, where the graph computes it so.
+
+    The row is read before the multiplication: TensorRT-RTX 1.7 fuses it into bfloat16 attention and cannot build
+    the graph when the product has a second reader.
+    """
+    node = query.producer()
+    if node is not None and node.op_type == "Mul":
+        for value, factor in (node.inputs, reversed(node.inputs)):
+            assert value is not None and factor is not None
+            if ir.convenience.get_const_tensor(factor) is not None and not (factor.shape or ()):
+                return value, factor
+    return query, None
 
 
 def _head_counts(layer: Layer) -> tuple[int, int, int]:
