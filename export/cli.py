@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmtrim.export.job import DTYPES, ENGINES, Job, Refusal
+from vlmtrim.export.job import DTYPES, ENGINES, Refusal
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +24,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--r", type=float, default=0.5, help="share of visual tokens REMOVED, 0 <= r < 1 (default 0.5)")
     p.add_argument("--seed", type=int, default=0, help="phase of the uniform stride that --k 0 selects with")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights; auto keeps the checkpoint's")
-    p.add_argument("--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)")
+    p.add_argument(
+        "--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)"
+    )
     p.add_argument("--max-batch", type=int, default=1, help="rows that run at once (default 1)")
     p.add_argument(
         "--images", type=int, default=1, help="images a full-length conversation holds; sizes the later caches"

@@ -48,7 +48,8 @@ class Reference:
         ids = torch.tensor([turn.ids])
         pixels = None if turn.pixel_values is None else torch.from_numpy(turn.pixel_values)
         logits, kept = self._forward(ids, pixels)
-        caches = [(layer.keys[0].numpy().copy(), layer.values[0].numpy().copy()) for layer in self._cache.layers]
+        layers: list[Any] = self._cache.layers
+        caches = [(layer.keys[0].numpy().copy(), layer.values[0].numpy().copy()) for layer in layers]
         all_logits, tokens = [logits], []
         for _ in range(steps):
             tokens.append(int(all_logits[-1].argmax()))

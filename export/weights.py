@@ -180,7 +180,9 @@ def _link_files(tensors: Mapping[str, StoredTensor], folder: Path, progress: Pro
         progress(done, total)
     if len(files) > 1:
         shutil.copyfile(files[0].parent / "model.safetensors.index.json", folder / "model.safetensors.index.json")
-    return {name: StoredTensor(folder / t.file.name, t.code, t.shape, t.offset, t.length) for name, t in tensors.items()}
+    return {
+        name: StoredTensor(folder / t.file.name, t.code, t.shape, t.offset, t.length) for name, t in tensors.items()
+    }
 
 
 def _write_cast(

@@ -61,7 +61,9 @@ def graph_output(model: ir.Model, name: str) -> ir.Value:
     for value in model.graph.outputs:
         if value.name == name:
             return value
-    raise GraphError(f"the decoder has no output {name!r}; it has: {', '.join(str(v.name) for v in model.graph.outputs)}")
+    raise GraphError(
+        f"the decoder has no output {name!r}; it has: {', '.join(str(v.name) for v in model.graph.outputs)}"
+    )
 
 
 def find_layers(model: ir.Model) -> list[Layer]:

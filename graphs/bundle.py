@@ -52,15 +52,7 @@ class Bundle:
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(path)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def seal(folder: Path) -> None:

@@ -10,26 +10,26 @@ Symbolic dimensions
 
 Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C_g capacity of group g)
 
-    ==============================  ========================  ========  =======================================================
+    ==============================  ========================  ========  ==============================================
     input                           shape                     dtype     meaning
-    ==============================  ========================  ========  =======================================================
+    ==============================  ========================  ========  ==============================================
     inputs_embeds                   [B, S, D]                 model     token embeddings, image features merged in
     position_ids                    [B, S]                    int64     positions in the conversation before any removal
     last_index                      [B]                       int64     index in S of each row's last real token
     visual_positions                [B, N]                    int64     indices in S of the visual tokens, ascending
                                                                         (only in graphs that select)
-    write_indices.g                 [B]                       int64     where this step's keys go in the caches of group g
+    write_indices.g                 [B]                       int64     where this step's keys go in group g
     key_positions.g                 [W_g]                     int64     0, 1, 2, ...; its length is the live window
     past_key_values.L.key/.value    [B, KV, C_g, Dh]          model     caches of layer L
-    ==============================  ========================  ========  =======================================================
+    ==============================  ========================  ========  ==============================================
 
-    ==============================  ========================  ========  =======================================================
+    ==============================  ========================  ========  ==============================================
     output                          shape                     dtype     meaning
-    ==============================  ========================  ========  =======================================================
+    ==============================  ========================  ========  ==============================================
     logits                          [B, V]                    model     of each row's last real token
-    kept_indices                    [B, Sk]                   int64     indices in S that survive, ascending (selecting graphs)
-    present.L.key/.value            [B, KV, C_g, Dh]          model     the caches; bind them to the same buffers as the inputs
-    ==============================  ========================  ========  =======================================================
+    kept_indices                    [B, Sk]                   int64     indices in S that survive (selecting graphs)
+    present.L.key/.value            [B, KV, C_g, Dh]          model     the caches; bind to the buffers of the inputs
+    ==============================  ========================  ========  ==============================================
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def lint(model: ir.Model, spec: GraphSpec, weights_bound: bool = False) -> None:
 
 
 def _spec(value: ir.Value) -> TensorSpec:
-    dims = tuple(getattr(dim, "value", dim) for dim in value.shape or ())
+    dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ())
     dtype = _DTYPES.get(value.dtype, str(value.dtype)) if value.dtype is not None else "?"
     return TensorSpec(str(value.name), dtype, dims)
 

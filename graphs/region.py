@@ -122,8 +122,9 @@ class SideInputs:
     def _check_reads_shape(self, node: ir.Node, index: int) -> None:
         if node.op_type == "Shape" or (node.op_type == "CastLike" and index == 1):
             return
+        source = self._shape_only.name if self._shape_only is not None else "the token states"
         raise GraphError(
-            f"{node.op_type} ({node.name}) feeds later layers with values computed from {self._shape_only.name} "
+            f"{node.op_type} ({node.name}) feeds later layers with values computed from {source} "
             "outside the layers; the selection can only re-derive positions, masks and shapes, so this model needs "
             "a rule of its own"
         )

@@ -89,9 +89,11 @@ def _head_counts(layer: Layer) -> tuple[int, int, int]:
     query, cache = layer.query.shape, layer.key_cache.shape
     if query is None or cache is None or not (isinstance(query[1], int) and isinstance(cache[1], int)):
         raise GraphError(f"the head counts of layer {layer.index} are not static: query {query}, cache {cache}")
-    if query[1] % cache[1]:
-        raise GraphError(f"layer {layer.index} has {query[1]} query heads, no multiple of its {cache[1]} key heads")
-    return query[1], cache[1], int(cache[3])  # type: ignore[arg-type]
+    heads, kv_heads = query[1], cache[1]
+    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    if heads % kv_heads:
+        raise GraphError(f"layer {layer.index} has {heads} query heads, no multiple of its {kv_heads} key heads")
+    return heads, kv_heads, int(cache[3])  # type: ignore[arg-type]
 
 
 def at_visual_tokens(ops: Ops, scores: ir.Value, visual_positions: ir.Value, write_indices: ir.Value) -> ir.Value:

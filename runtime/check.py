@@ -147,7 +147,8 @@ def _compare_caches(
             scale = max(1.0, float(np.abs(want).max(initial=0.0)))
             worst = max(worst, float(np.abs(have.astype(np.float32) - want).max(initial=0.0)) / scale)
             length = have.shape[1]
-    if index and found.kept is not None and not np.array_equal(found.kept, expected.kept):
+    both_select = found.kept is not None and expected.kept is not None
+    if index and both_select and not np.array_equal(found.kept, expected.kept):  # type: ignore[arg-type]
         return Row(turn, what, 0.0, tolerance, True, "not comparable: other tokens were kept")
     return _row(turn, what, worst, tolerance, f"{length} entries")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -76,7 +77,8 @@ class Chat:
             RuntimeRefusal: before the first step, where prompt or pictures do not fit.
         """
         questions = [prompts] if isinstance(prompts, str) else list(prompts)
-        pictures = [list(images)] if isinstance(prompts, str) else [list(row) for row in images]  # type: ignore[arg-type]
+        per_row: list[Any] = [images] if isinstance(prompts, str) else list(images)
+        pictures: list[list[Picture]] = [list(row) for row in per_row]
         pictures = pictures or [[] for _ in questions]
         if len(questions) != self.session.batch or len(pictures) != len(questions):
             raise RuntimeRefusal(
@@ -117,7 +119,8 @@ class Chat:
         for index in range(limit):
             tokens = sample(logits)
             was_live, room = live.copy(), session.room()
-            texts, ended = [""] * session.batch, [None] * session.batch  # type: list[str], list[str | None]
+            texts = [""] * session.batch
+            ended: list[str | None] = [None] * session.batch
             for row in np.flatnonzero(was_live):
                 token = int(tokens[row])
                 reason = self._end_reason(token, index, limit, room, eos)

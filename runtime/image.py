@@ -44,6 +44,11 @@ def _checked_rgb(image: Image.Image, name: str) -> Image.Image:
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
+def _as_dict(size: Any, *keys: str) -> dict[str, int]:
+    """Old settings hold a plain number where newer ones hold named sides."""
+    return dict.fromkeys(keys, size) if isinstance(size, int) else dict(size or {})
+
+
 @dataclass(frozen=True)
 class ImageProcessor:
     """The steps of transformers' CLIP, SigLIP and LLaVA image processors (Pillow backend): bit-equal results.
@@ -78,13 +83,13 @@ class ImageProcessor:
                 raw = content.get("image_processor", raw) if name.startswith("processor") else content
         if not raw:
             raise RuntimeRefusal(f"{folder} has no image-processor settings (preprocessor_config.json)")
-        size = raw.get("size") or {}
-        size = {"shortest_edge": size} if isinstance(size, int) else size
-        crop = raw.get("crop_size") or {}
-        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+        size: dict[str, int] = _as_dict(raw.get("size"), "shortest_edge")
+        crop: dict[str, int] = _as_dict(raw.get("crop_size"), "height", "width")
         cropping = bool(raw.get("do_center_crop", False))
         edge = size.get("shortest_edge")
-        box = crop if cropping else {"height": size.get("height", edge), "width": size.get("width", edge)}
+        box = crop if cropping else size
+        if "height" not in box or "width" not in box:
+            raise RuntimeRefusal(f"{folder}: the image-processor settings give no fixed height and width: {box}")
         normalise = raw.get("do_normalize", True)
         return ImageProcessor(
             height=int(box["height"]),

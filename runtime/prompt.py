@@ -14,8 +14,10 @@ from vlmtrim.runtime.errors import RuntimeRefusal
 # The prompt of LLaVA-1.5 (its model card), for checkpoints that ship no template.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ image_token + '\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ image_token + '\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 

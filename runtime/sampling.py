@@ -55,7 +55,7 @@ class Sampler:
 
 
 def token_probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Distribution [V] that a token is drawn from: temperature, then top-k, then top-p (as transformers orders them)."""
+    """Distribution [V] that a token is drawn from: temperature, top-k, top-p, in transformers' order."""
     order = np.argsort(-logits, kind="stable")
     if sampling.top_k:
         order = order[: sampling.top_k]

@@ -187,9 +187,9 @@ class Session:
         self, ids: np.ndarray, counts: np.ndarray, visual_positions: np.ndarray, features: Tensor
     ) -> dict[str, Tensor]:
         tokens, visual = ids.shape[1], visual_positions.shape[1]
-        embeds = self._embed.run(
-            {"input_ids": ids, "image_features": features, "visual_positions": visual_positions}
-        )["inputs_embeds"]
+        embeds = self._embed.run({"input_ids": ids, "image_features": features, "visual_positions": visual_positions})[
+            "inputs_embeds"
+        ]
         feeds: dict[str, Tensor] = {
             "inputs_embeds": embeds,
             "position_ids": self.lengths.positions[:, None] + np.arange(tokens),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
 from vlmtrim.graphs.contract import CacheGroup, decoder_spec
 from vlmtrim.graphs.ops import Ops
 
@@ -40,7 +41,9 @@ def build(w: dict, capacity: int) -> ir.Model:
         return ops("Transpose", ops("Reshape", x, ops.const([0, -1, count, dh])), perm=[0, 2, 1, 3])
 
     x, write, window = inputs["inputs_embeds"], inputs["write_indices.0"], inputs["key_positions.0"]
-    angle = ops("Mul", ops("Unsqueeze", ops("Cast", inputs["position_ids"], to=1), ops.const([1, 3])), _f(ops, w["freq"]))
+    angle = ops(
+        "Mul", ops("Unsqueeze", ops("Cast", inputs["position_ids"], to=1), ops.const([1, 3])), _f(ops, w["freq"])
+    )
     cos, sin = ops("Cos", angle), ops("Sin", angle)
     step = ops("Range", ops.const(0), ops("Squeeze", ops.dim(x, 1), ops.const([0])), ops.const(1))
     query_at = ops("Add", ops("Unsqueeze", write, ops.const([1])), step)

@@ -198,7 +198,14 @@ def plans(full: LlavaForConditionalGeneration, shape: Shape, dtype: torch.dtype,
         ),
         Plan(
             Decoder(full),
-            (embeds, zeros(rows, tokens), zeros(rows), zeros(rows), zeros(window), [(cache(), cache()) for _ in layers]),
+            (
+                embeds,
+                zeros(rows, tokens),
+                zeros(rows),
+                zeros(rows),
+                zeros(window),
+                [(cache(), cache()) for _ in layers],
+            ),
             (
                 {0: batch, 1: sequence},
                 {0: batch, 1: sequence},
@@ -243,10 +250,11 @@ def tiny_config(
     if text == "mistral":
         decoder["sliding_window"] = None
     is_clip = vision == "clip_vision_model"
+    settings: dict[str, Any] = {"image_token_id": 259}
     return LlavaConfig(
         vision_config=AutoConfig.for_model(vision, **tower, **({"projection_dim": 128} if is_clip else {})),
         text_config=AutoConfig.for_model(text, **decoder),
-        image_token_id=259,
+        **settings,
         vision_feature_select_strategy="default" if is_clip else "full",
         vision_feature_layer=-2 if is_clip else -1,
         tie_word_embeddings=False,

@@ -41,7 +41,7 @@ class OrtGraph(Graph):
     def _describe(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         if isinstance(tensor, np.ndarray):
             return tensor.shape, tensor.dtype.name
-        return tuple(tensor.shape()), _DTYPES.get(tensor.data_type(), tensor.data_type())
+        return tuple(tensor.shape()), str(_DTYPES.get(tensor.data_type(), tensor.data_type()))
 
     def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, value in feeds.items():
@@ -117,5 +117,5 @@ class OrtBackend(Backend):
         return tensor.numpy()
 
     def reshape(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """On the CPU without a copy of its own; ONNX Runtime has no view of an OrtValue, so CUDA goes through the host."""
+        """ONNX Runtime has no view of an OrtValue: on CUDA the features go through the host once per picture."""
         return self._ort.OrtValue.ortvalue_from_numpy(tensor.numpy().reshape(shape), self._device, 0)

@@ -1,9 +1,10 @@
-"""Bundles against the unpatched Hugging Face model with an independent oracle: every text model, tower and head layout."""
+"""Bundles against the unpatched Hugging Face model and an independent oracle: text models, towers, head layouts."""
 
 import json
 
 import numpy as np
 import pytest
+
 from vlmtrim.export import check_cli
 from vlmtrim.export.families import llava
 from vlmtrim.export.reference import Reference
@@ -75,7 +76,9 @@ def test_several_images_in_one_prompt(fastv_bundle):
 
 def test_the_reference_without_removal_is_the_plain_forward(dense_bundle):
     """The oracle's own layer loop at r = 0 equals transformers' forward."""
-    turn = Turn("t", [256, *[259] * 16, 40, 41], np.random.default_rng(0).normal(size=(1, 3, 56, 56)).astype(np.float32))
+    turn = Turn(
+        "t", [256, *[259] * 16, 40, 41], np.random.default_rng(0).normal(size=(1, 3, 56, 56)).astype(np.float32)
+    )
     plain, tokens = Reference(llava.MODEL_CLASS, dense_bundle, None).record(turn, 4)
     looped, same = Reference(llava.MODEL_CLASS, dense_bundle, {"k": 2, "r": 0.0, "seed": 0}).record(turn, 4)
     assert tokens == same

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import decoder as oracle
 from toy_decoder import build, weights
+
 from vlmtrim.graphs import FastV, GraphError, load, save
 from vlmtrim.graphs.contract import CacheGroup, decoder_spec, kept_count
 from vlmtrim.graphs.lint import lint
@@ -165,7 +166,7 @@ def test_names_inside_the_graph_do_not_matter(sessions):
     """The pass works on dataflow: renaming every inner value and node changes nothing."""
     w, _ = sessions((4, 2), 2, 0.5)
     renamed = build(w, CAPACITY)
-    kept = {v for v in (*renamed.graph.inputs, *renamed.graph.outputs)}
+    kept = {*renamed.graph.inputs, *renamed.graph.outputs}
     for index, node in enumerate(reversed(list(renamed.graph))):
         node.name = f"x{index}"
         for value in node.outputs:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from oracles.selection import kept_by_score, kept_by_stride
+
 from vlmtrim.graphs import select
 from vlmtrim.graphs.ops import Ops
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+
 from vlmtrim.graphs.bundle import open_bundle, sha256
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.runtime import engines, profiles

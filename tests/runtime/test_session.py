@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+
 from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime import cli
