@@ -75,8 +75,11 @@ def read_config(folder: Path) -> tuple[ModuleType, object]:
     if not path.is_file():
         raise Refusal(f"{folder} has no config.json, so it is no Hugging Face checkpoint")
     try:
-        model_type = json.loads(path.read_text()).get("model_type")
+        raw = json.loads(path.read_text())
     except ValueError as error:
         raise Refusal(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise Refusal(f"{path} is no Hugging Face config: expected an object, found {type(raw).__name__}")
+    model_type = raw.get("model_type")
     family = load_family(str(model_type))
     return family, AutoConfig.from_pretrained(folder)

@@ -12,23 +12,27 @@ from typing import Any
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export import pipeline
 from vlmtrim.export.cli import default_output
-from vlmtrim.export.job import Job
+from vlmtrim.export.job import Job, Refusal
 from vlmtrim.graphs.contract import DTYPE_BYTES, Contract
 
 DEFAULT_SEQ_LEN = 2048
+_LENGTH_OF_THE_MODEL = 0  # stands in a job until the model's config is read
 
 
 def make_job(args: argparse.Namespace) -> Job:
     """argv -> Job; what was left out is filled in from the method and, for the length, from the model."""
     fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
-    fields["max_seq_len"] = args.max_seq_len if args.max_seq_len is not None else -1
+    if args.max_seq_len is None:
+        fields["max_seq_len"] = _LENGTH_OF_THE_MODEL
+    elif args.max_seq_len < 1:
+        raise Refusal(f"--max-seq-len is {args.max_seq_len}; give 2 or more")
     method = pipeline.pruning_method(Job(**{**fields, "output": ""}))
     fields["output"] = args.output or default_output(args.model, method.label if method else "dense")
     return Job(**fields)
 
 
 def _with_length(job: Job, family: Any, config: Any) -> Job:
-    if job.max_seq_len != -1:
+    if job.max_seq_len != _LENGTH_OF_THE_MODEL:
         return job
     return dataclasses.replace(job, max_seq_len=min(DEFAULT_SEQ_LEN, family.read_shape(config).max_positions))
 

@@ -56,6 +56,8 @@ class StoredTensor:
 
     def read(self) -> torch.Tensor:
         """Load this one tensor."""
+        if not self.length:
+            return torch.empty(self.shape, dtype=self.dtype)
         with self.file.open("rb") as stream:
             stream.seek(self.offset)
             raw = bytearray(stream.read(self.length))
@@ -64,36 +66,49 @@ class StoredTensor:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Tensors of one safetensors file. Raises Refusal where the file is damaged or truncated."""
+    size_on_disk = path.stat().st_size
     try:
         with path.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
-            if size > path.stat().st_size:
+            if size > size_on_disk:
                 raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(size))
-    except (struct.error, ValueError) as error:
+        if not isinstance(header, dict):
+            raise ValueError("the header is no object")
+        header.pop("__metadata__", None)
+        entries = {
+            name: (entry["dtype"], tuple(entry["shape"]), *map(int, entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+        return {
+            name: _stored(path, name, code, shape, 8 + size + start, end - start, size_on_disk)
+            for name, (code, shape, start, end) in entries.items()
+        }
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Refusal(f"{path} is no safetensors file ({error}); download the checkpoint again") from error
-    base = 8 + size
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        if entry["dtype"] not in _DTYPES:
-            raise Refusal(f"{path}: {name} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}")
-        if base + end > path.stat().st_size:
-            raise Refusal(
-                f"{path} is truncated: {name} ends at byte {base + end}, the file has {path.stat().st_size}; "
-                "download the checkpoint again"
-            )
-        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), base + start, end - start)
-    return tensors
+
+
+def _stored(
+    path: Path, name: str, code: str, shape: tuple[int, ...], offset: int, length: int, size_on_disk: int
+) -> StoredTensor:
+    if code not in _DTYPES:
+        raise Refusal(f"{path}: {name} has dtype {code}; supported: {', '.join(_DTYPES)}")
+    if offset + length > size_on_disk:
+        raise Refusal(
+            f"{path} is truncated: {name} ends at byte {offset + length}, the file has {size_on_disk}; "
+            "download the checkpoint again"
+        )
+    return StoredTensor(path, code, shape, offset, length)
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint folder, sharded or not. Raises Refusal: nothing there, a shard missing, pickles."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Refusal(f"{index} is no shard index ({error!r}); download the checkpoint again") from error
     elif (folder / "model.safetensors").is_file():
         shards = ["model.safetensors"]
     else:

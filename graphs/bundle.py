@@ -68,7 +68,11 @@ def open_bundle(folder: str | Path) -> Bundle:
         found = "no such folder" if not folder.is_dir() else f"it has no {SUMS}"
         raise BundleError(f"{folder} is no bundle: {found}; make one with export-vlm")
     sums = {}
-    for line in (folder / SUMS).read_text().splitlines():
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{folder / SUMS} is damaged (no text); export the model again") from error
+    for line in lines:
         digest, _, name = line.partition("  ")
         if not name or "/" in name:
             raise BundleError(f"{folder / SUMS} is damaged: {line!r}; export the model again")
@@ -121,7 +125,7 @@ def check_target(target: Path, force: bool) -> None:
         return
     if not force:
         raise FileExistsError(f"{target} exists; give another --output, or --force to replace it")
-    if not (target / SUMS).is_file() and any(target.iterdir()):
+    if not target.is_dir() or (not (target / SUMS).is_file() and any(target.iterdir())):
         raise FileExistsError(f"{target} is no bundle, so it is not replaced; give another --output")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from vlmtrim.graphs.anatomy import Layer, graph_input
+from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.region import SideInputs, downstream
 from vlmtrim.graphs.select import Survivors, gather_tokens
@@ -62,9 +63,12 @@ def split_at(
 def _shrink_caches(layers: list[Layer], capacity: int) -> None:
     for layer in layers:
         for cache in (layer.key_cache, layer.value_cache):
-            for value in (cache, *(node.outputs[0] for node, index in cache.uses() if index == 0)):
-                assert value.shape is not None
-                value.shape = ir.Shape((*value.shape[:2], capacity, *value.shape[3:]))
+            if cache.shape is None or len(cache.shape) != 4:
+                raise GraphError(f"the cache {cache.name} has shape {cache.shape}; expected [B, KV, C, Dh]")
+            cache.shape = ir.Shape((*cache.shape[:2], capacity, cache.shape[3]))
+            for node, _ in cache.uses():
+                if node.op_type == "TensorScatter":
+                    node.outputs[0].shape = cache.shape
 
 
 def _rename_dims(node: ir.Node, rename: dict[str, str]) -> None:

@@ -45,13 +45,18 @@ class Prompter:
 
     def render(self, messages: list[Message]) -> str:
         """Text of a conversation that the assistant is about to answer."""
-        return self._template.render(
-            messages=messages,
-            add_generation_prompt=True,
-            image_token=self.image_token,
-            bos_token=self.special("bos_token"),
-            eos_token=self.special("eos_token"),
-        )
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=True,
+                image_token=self.image_token,
+                bos_token=self.special("bos_token"),
+                eos_token=self.special("eos_token"),
+            )
+        except RuntimeRefusal:
+            raise
+        except Exception as error:  # a template is a program; whatever it raises, the bundle's template is at fault
+            raise RuntimeRefusal(f"the bundle's chat template fails: {type(error).__name__}: {error}") from error
 
     def encode(self, text: str, opening: bool) -> list[int]:
         """Token ids; ``opening`` adds the start token that the tokenizer prescribes, unless the text has it already."""
@@ -106,8 +111,10 @@ class Conversation:
 
     def _continuation(self, text: str) -> str:
         """What follows the last answer in the newly rendered conversation."""
-        said = self._messages[-2]["content"][0]["text"].strip()
+        said = self._messages[-2]["content"][0]["text"]
         fresh = text[len(self._consumed) :]
+        if said not in fresh:  # templates may trim what was said
+            said = said.strip()
         start = fresh.find(said)
         if not text.startswith(self._consumed) or start < 0 or fresh[:start].strip():
             raise RuntimeRefusal(

@@ -1,0 +1,256 @@
+"""export-vlm: bad input gets one sentence and a status; a dry run tells the sizes. Nothing here traces a graph."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from vlmtrim.export.cli import main
+from vlmtrim.export.families import llava
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(*argv) -> (status, stdout, stderr); the working directory is an empty folder."""
+    here = tmp_path / "cwd"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main(list(argv))
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        assert list(here.iterdir()) == []
+        return status, out, err
+
+    return call
+
+
+def check_refused(result, *words: str, status: int = 2) -> None:
+    code, out, err = result
+    assert code == status
+    assert out == ""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("export-vlm: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def write_config(folder, change=None, **variant):
+    folder.mkdir(parents=True, exist_ok=True)
+    config = llava.tiny_config(**variant).to_dict()
+    if change:
+        change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny LLaVA as config.json alone: 4 layers, 16 visual tokens an image, 1024 positions."""
+    return write_config(tmp_path_factory.mktemp("tiny"))
+
+
+def test_unknown_model_is_refused_with_what_is_allowed(run):
+    check_refused(run("--model", "nonsense"), "nonsense", "llava-7b", "tiny:", "hub id")
+
+
+def test_unknown_family_is_refused_with_the_families_there_are(run):
+    check_refused(run("--model", "tiny:nope"), "nope", "llava")
+    check_refused(run("--model", "tiny:nope", "--dry-run"), "nope", "llava")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--k", "-1"),
+        ("--r", "1"),
+        ("--r", "1.5"),
+        ("--r", "-0.1"),
+        ("--r", "nan"),
+        ("--max-seq-len", "0"),
+        ("--max-seq-len", "-1"),
+        ("--max-seq-len", "-5"),
+        ("--max-seq-len", "1"),
+        ("--max-seq-len", "1025"),
+        ("--max-seq-len", "16"),
+        ("--max-batch", "0"),
+        ("--max-batch", "-2"),
+        ("--images", "0"),
+        ("--images", "64"),
+        ("--seed", "-1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_the_number(run, tiny, flag, value):
+    check_refused(run("--model", tiny, flag, value, "--dry-run"), value)
+
+
+@pytest.mark.parametrize("k", [4, 5, 100])
+def test_k_beyond_the_layers_is_refused(run, tiny, k):
+    check_refused(run("--model", tiny, "--k", str(k), "--dry-run"), str(k), "4")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--k", "two"], ["--r", "half"], ["--dtype", "int3"], ["--method", "best"], ["--engine", "jet"], ["--x"]]
+)
+def test_what_argparse_cannot_read_has_status_2_and_no_traceback(run, tiny, argv):
+    status, out, err = run("--model", tiny, *argv)
+    assert status == 2
+    assert out == ""
+    assert "Traceback" not in err
+    assert argv[0] in err.splitlines()[-1]
+
+
+def test_help_has_status_0(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    assert "REMOVED" in out
+
+
+@pytest.mark.parametrize("as_bundle", [True, False])
+def test_an_existing_output_is_refused_without_force_and_unchanged(run, tiny, tmp_path, as_bundle):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / ("SHA256SUMS" if as_bundle else "holiday.jpg")).write_text("precious")
+    check_refused(run("--model", tiny, "--output", str(output)), str(output), "--output")
+    if not as_bundle:
+        check_refused(run("--model", tiny, "--output", str(output), "--force"), "is no bundle")
+    assert [p.read_text() for p in output.iterdir()] == ["precious"]
+
+
+def test_a_folder_without_config_is_refused(run, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    check_refused(run("--model", str(empty), "--dry-run"), str(empty), "config.json")
+    output = tmp_path / "made"
+    check_refused(run("--model", str(empty), "--output", str(output)), "config.json")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "{}", '{"model_type": "bert"}', '{"model_type": 3}'])
+def test_a_config_that_names_no_family_is_refused(run, tmp_path, text):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+    check_refused(run("--model", str(folder), "--dry-run"))
+
+
+def test_a_folder_without_weights_is_refused_and_leaves_nothing(run, tiny, tmp_path):
+    output = tmp_path / "made"
+    code, out, err = run("--model", tiny, "--output", str(output))
+    assert (code, out) == (2, "")
+    assert "model.safetensors" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert list(tmp_path.glob("*made*")) == []
+
+
+def test_an_unsupported_text_model_is_refused_by_name(run, tmp_path):
+    def change(config):
+        config["text_config"] = {"model_type": "gpt2"}
+
+    check_refused(run("--model", write_config(tmp_path / "m", change), "--dry-run"), "gpt2", "llama")
+
+
+def test_an_unsupported_vision_tower_is_refused_by_name(run, tmp_path):
+    def change(config):
+        config["vision_config"] = {"model_type": "vit"}
+
+    check_refused(run("--model", write_config(tmp_path / "m", change), "--dry-run"), "vit", "clip_vision_model")
+
+
+def test_a_sliding_window_smaller_than_the_conversation_is_refused(run, tmp_path):
+    def change(config):
+        config["text_config"]["sliding_window"] = 300
+
+    model = write_config(tmp_path / "m", change, text="mistral")
+    check_refused(run("--model", model, "--max-seq-len", "301", "--dry-run"), "300")
+    assert run("--model", model, "--max-seq-len", "300", "--dry-run")[0] == 0
+
+
+def test_an_image_token_outside_the_vocabulary_is_refused(run, tmp_path):
+    def change(config):
+        config["image_token_id"] = 9999
+
+    check_refused(run("--model", write_config(tmp_path / "m", change), "--dry-run"), "9999", "272")
+
+
+def test_a_dry_run_prints_contract_and_sizes_and_writes_nothing(run):
+    status, out, _ = run("--model", "tiny:llava", "--dry-run", "--k", "2", "--r", "0.5", "--max-seq-len", "512")
+    assert status == 0
+    for word in ("decoder.onnx: inputs", "visual_positions", "kept_indices", "layers 0-1", "layers 2-3"):
+        assert word in out
+    # 2 (key, value) x 2 layers x 2 heads x 64 wide x 4 bytes = 2048 bytes a token; 16 visual tokens, 8 removed
+    assert f"{2048 * 2 * 512 / 1e6:.1f} MB" in out
+    assert "504 tokens" in out
+
+
+# Llama-2-7B: 32 layers, 32 key/value heads of 128; float16. CLIP ViT-L/14 at 336: 24 x 24 = 576 visual tokens.
+BYTES_PER_TOKEN_AND_LAYER = 2 * 32 * 128 * 2
+
+
+@pytest.fixture(scope="module")
+def llava_7b(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava-7b")
+    text = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32064,
+        "max_position_embeddings": 4096,
+    }
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    }
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "dtype": "float16",
+        "image_token_index": 32000,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": vision,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(("r", "kept"), [(0.5, 288), (0.75, 144), (0.9, 58), (0.0, 576)])
+def test_a_dry_run_of_a_7b_model_tells_the_pruned_cache_bytes(run, llava_7b, r, kept):
+    argv = ["--model", llava_7b, "--k", "2", "--r", str(r), "--max-seq-len", "2048", "--max-batch", "2", "--dry-run"]
+    status, out, _ = run(*argv)
+    assert status == 0
+    early = 2 * 2 * 2048 * BYTES_PER_TOKEN_AND_LAYER  # batch, layers, tokens
+    late = 2 * 30 * (2048 - 576 + kept) * BYTES_PER_TOKEN_AND_LAYER
+    dense = 2 * 32 * 2048 * BYTES_PER_TOKEN_AND_LAYER
+    found = re.findall(r"caches(?: \d)? +([\d.]+) MB", out)
+    assert found == [f"{value / 1e6:.1f}" for value in (early, late, early + late)]
+    assert f"unpruned: {dense / 1e6:.1f} MB" in out
+    parameters = float(re.search(r"\(([\d.]+) M parameters, float16\)", out)[1])
+    assert 7000 < parameters < 7100  # LLaVA-1.5-7B has 7.06 billion

@@ -1,0 +1,271 @@
+"""bundle.py: a bundle is whole, unchanged, or refused; writing one is all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlmtrim.graphs.bundle import BundleError, open_bundle, seal, staging
+from vlmtrim.graphs.contract import CacheGroup, Contract, decoder_spec
+
+SUMS = "SHA256SUMS"
+
+
+def contract_text() -> str:
+    groups = (CacheGroup((0,), 8, 1, 4),)
+    decoder = decoder_spec(dtype="float32", hidden=4, vocabulary=9, groups=groups, selects=False)
+    return Contract(
+        family="llava",
+        dtype="float32",
+        graphs={"decoder": decoder},
+        groups=groups,
+        dims={"B": (1, 1), "S": (1, 8), "N": (0, 4), "W0": (1, 8)},
+        selection=None,
+        max_seq_len=8,
+        images_assumed=1,
+        image_tokens=4,
+        image_token_id=8,
+        eos_token_ids=(2,),
+    ).to_json()
+
+
+def fill(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "contract.json").write_text(contract_text())
+    (folder / "decoder.onnx").write_bytes(bytes(range(256)) * 8)
+    (folder / "weights.safetensors").write_bytes(b"weights" * 100)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    made = fill(tmp_path / "bundle")
+    seal(made)
+    return made
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_sealed_bundle_opens_with_its_contract_and_checksums(folder):
+    bundle = open_bundle(folder)
+    assert bundle.contract == Contract.from_json(contract_text())
+    assert set(bundle.sums) == {"contract.json", "decoder.onnx", "weights.safetensors"}
+    for name, digest in bundle.sums.items():
+        assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    assert bundle.file("decoder.onnx") == folder / "decoder.onnx"
+    assert open_bundle(str(folder)) == bundle
+
+
+def test_the_digest_depends_on_every_byte_and_not_on_the_place(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert open_bundle(copy).digest == open_bundle(folder).digest
+    (copy / "weights.safetensors").write_bytes(b"other")
+    seal(copy)
+    assert open_bundle(copy).digest != open_bundle(folder).digest
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum here")
+def test_sha256sum_accepts_the_checksums_and_notices_damage(folder):
+    command = ["sha256sum", "-c", SUMS]
+    assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+    (folder / "decoder.onnx").write_bytes(b"x")
+    assert subprocess.run(command, cwd=folder, capture_output=True).returncode != 0
+
+
+@pytest.mark.parametrize("name", ["contract.json", "decoder.onnx", "weights.safetensors"])
+@pytest.mark.parametrize("damage", ["edited", "truncated", "emptied", "removed", "grown"])
+def test_a_changed_file_is_refused_by_name(folder, name, damage):
+    path = folder / name
+    content = path.read_bytes()
+    if damage == "removed":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes(
+            {"edited": flipped, "truncated": content[:-1], "emptied": b"", "grown": content + b"\n"}[damage]
+        )
+    with pytest.raises(BundleError) as caught:
+        open_bundle(folder)
+    assert str(path) in str(caught.value)
+    assert "export the model again" in str(caught.value)
+
+
+def test_missing_checksums_are_refused_by_name(folder):
+    (folder / SUMS).unlink()
+    with pytest.raises(BundleError, match=SUMS):
+        open_bundle(folder)
+
+
+def test_a_missing_folder_is_refused_by_name(tmp_path):
+    with pytest.raises(BundleError, match="no such folder") as caught:
+        open_bundle(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["garbage", "0" * 64, "0" * 64 + " one-space", "0" * 64 + "  ../secret"])
+def test_a_damaged_checksum_line_is_refused_with_the_line(folder, line):
+    with (folder / SUMS).open("a") as stream:
+        stream.write(line + "\n")
+    with pytest.raises(BundleError) as caught:
+        open_bundle(folder)
+    assert SUMS in str(caught.value)
+    assert repr(line) in str(caught.value)
+
+
+def test_checksums_that_are_no_text_are_refused_by_name(folder):
+    (folder / SUMS).write_bytes(b"\xff\xfe\x80" * 20)
+    with pytest.raises(BundleError, match=SUMS):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["contract.json", "decoder.onnx"])
+def test_a_required_file_outside_the_checksums_is_refused_by_name(folder, name):
+    lines = (folder / SUMS).read_text().splitlines(keepends=True)
+    (folder / SUMS).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
+    with pytest.raises(BundleError, match=name):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", json.dumps({"schema": 77})])
+def test_a_contract_that_cannot_be_read_is_refused_by_name(folder, text):
+    (folder / "contract.json").write_text(text)
+    seal(folder)
+    with pytest.raises(BundleError) as caught:
+        open_bundle(folder)
+    assert str(folder / "contract.json") in str(caught.value)
+
+
+def test_a_contract_of_another_schema_names_both_schemas(folder):
+    raw = json.loads(contract_text())
+    raw["schema"] = 77
+    (folder / "contract.json").write_text(json.dumps(raw))
+    seal(folder)
+    with pytest.raises(BundleError, match=r"schema 77.*schema 1"):
+        open_bundle(folder)
+
+
+def test_staging_puts_the_finished_folder_in_place_and_leaves_nothing_beside_it(tmp_path):
+    target = tmp_path / "deep" / "bundle"
+    with staging(target, force=False) as partial:
+        assert not target.exists()
+        seal(fill(partial))
+    assert open_bundle(target)
+    assert os.listdir(target.parent) == ["bundle"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_exception_while_staging_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), staging(tmp_path / "bundle", force=False) as partial:
+        fill(partial)
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_exception_while_replacing_leaves_the_old_bundle(folder):
+    before = tree(folder)
+    with pytest.raises(RuntimeError), staging(folder, force=True) as partial:
+        (partial / "contract.json").write_text("half")
+        raise RuntimeError
+    assert tree(folder) == before
+    assert os.listdir(folder.parent) == ["bundle"]
+
+
+def test_an_existing_target_is_refused_without_force_and_unchanged(folder):
+    before = tree(folder)
+    with pytest.raises(FileExistsError, match="--force") as caught, staging(folder, force=False):
+        raise AssertionError("must not start")
+    assert str(folder) in str(caught.value)
+    assert tree(folder) == before
+    assert os.listdir(folder.parent) == ["bundle"]
+
+
+def test_force_replaces_a_bundle_whole(folder):
+    (folder / "old.txt").write_text("old")
+    with staging(folder, force=True) as partial:
+        fill(partial)
+        (partial / "new.txt").write_text("new")
+        seal(partial)
+    assert set(open_bundle(folder).sums) == {"contract.json", "decoder.onnx", "weights.safetensors", "new.txt"}
+    assert not (folder / "old.txt").exists()
+    assert os.listdir(folder.parent) == ["bundle"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path, force):
+    target = tmp_path / "photos"
+    target.mkdir()
+    (target / "holiday.jpg").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="photos"), staging(target, force=force):
+        raise AssertionError("must not start")
+    assert tree(target) == {"holiday.jpg": b"precious"}
+    assert os.listdir(tmp_path) == ["photos"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_at_the_target_is_never_replaced(tmp_path, force):
+    target = tmp_path / "bundle"
+    target.write_text("precious")
+    with pytest.raises(FileExistsError, match="bundle"), staging(target, force=force):
+        raise AssertionError("must not start")
+    assert target.read_text() == "precious"
+
+
+def test_a_leftover_of_a_dead_process_is_removed_and_one_of_a_live_process_stays(tmp_path):
+    dead = tmp_path / f".bundle.partial-{dead_pid()}"
+    alive = tmp_path / f".bundle.partial-{os.getppid()}"
+    other = tmp_path / f".elsewhere.partial-{dead_pid()}"
+    for leftover in (dead, alive, other):
+        fill(leftover)
+    with staging(tmp_path / "bundle", force=False) as partial:
+        seal(fill(partial))
+    assert not dead.exists()
+    assert alive.exists()
+    assert other.exists()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from vlmtrim.graphs.bundle import staging
+with staging(Path(sys.argv[1]), force=True) as partial:
+    (partial / "decoder.onnx").write_bytes(b"half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_killed_export_leaves_no_half_bundle_and_the_next_one_cleans_up(tmp_path, replacing):
+    target = tmp_path / "bundle"
+    if replacing:
+        seal(fill(target))
+    before = tree(target)
+    command = [sys.executable, "-c", KILLED, str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGKILL)
+    assert target.exists() == replacing
+    assert tree(target) == before
+    assert list(tmp_path.glob(".bundle.partial-*"))
+    with staging(target, force=True) as partial:
+        seal(fill(partial))
+    assert open_bundle(target)
+    assert os.listdir(tmp_path) == ["bundle"]
