@@ -14,6 +14,7 @@ PRESETS = {
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
 }
+DEMO = Path(__file__).parent / "demo" / "checkpoint"  # trained, small, in the package: works offline
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
@@ -32,7 +33,7 @@ def load_family(name: str) -> ModuleType:
 
 
 def resolve(model: str, scratch: Path, weights: bool = True) -> Path:
-    """Folder of the checkpoint that ``model`` names: preset, ``tiny:<family>``, folder or hub id.
+    """Folder of the checkpoint that ``model`` names: ``demo``, preset, ``tiny:<family>``, folder or hub id.
 
     Args:
         scratch: where a tiny checkpoint is written.
@@ -42,13 +43,15 @@ def resolve(model: str, scratch: Path, weights: bool = True) -> Path:
         from vlmtrim.export.tiny import write_checkpoint
 
         return write_checkpoint(load_family(model.removeprefix("tiny:")), scratch / "checkpoint")
+    if model == "demo":
+        return DEMO
     if Path(model).is_dir():
         return Path(model)
     hub_id = PRESETS.get(model, model)
     if not _HUB_ID.fullmatch(hub_id):
         raise Refusal(
-            f"model {model!r} is no preset ({', '.join(PRESETS)}), no tiny:<family> ({', '.join(family_names())}), "
-            "no folder and no hub id (organisation/name)"
+            f"model {model!r} is no preset (demo, {', '.join(PRESETS)}), "
+            f"no tiny:<family> ({', '.join(family_names())}), no folder and no hub id (organisation/name)"
         )
     return _download(hub_id, weights)
 

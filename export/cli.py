@@ -16,9 +16,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="export-vlm",
         description="Export a vision-language model to an ONNX bundle that drops visual tokens inside the decoder.",
-        epilog="Example: export-vlm --model tiny:llava --k 2 --r 0.5",
+        epilog="Example: export-vlm --model demo --k 2 --r 0.5",
     )
-    p.add_argument("--model", required=True, help="preset, tiny:<family>, checkpoint folder or hub id")
+    p.add_argument("--model", required=True, help="demo, llava-7b, llava-13b, tiny:<family>, folder or hub id")
     p.add_argument("--method", default="fastv", choices=("fastv", "none"), help="how tokens are selected")
     p.add_argument("--k", type=int, default=2, help="decoder layers that run on all tokens (default 2)")
     p.add_argument("--r", type=float, default=0.5, help="share of visual tokens REMOVED, 0 <= r < 1 (default 0.5)")

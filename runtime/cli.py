@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="run-vlm",
         description="Ask a bundle about a picture; the answer is streamed to stdout.",
-        epilog="Example: run-vlm bundles/tiny-llava-fastv-k2-r0.5 --image tests/data/shapes.png --prompt 'What is it?'",
+        epilog="Example: run-vlm bundles/demo-fastv-k2-r0.5 --image word.png --prompt 'Which word is written?'",
     )
     p.add_argument("bundle", help="bundle folder made by export-vlm")
     p.add_argument("--prompt", required=True, help="question")

@@ -1,5 +1,8 @@
 """The selection subgraph alone, scores given: ONNX Runtime and onnx's reference evaluator against plain Python."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -122,3 +125,21 @@ def test_topk_runs_on_the_smaller_side():
     for r, largest in ((0.25, 0), (0.75, 1)):
         (topk,) = [node for node in selection(r, "score").graph if node.op_type == "TopK"]
         assert topk.attributes["largest"].as_int() == largest
+
+
+@pytest.mark.parametrize("name", ["winners", "losers", "stride"])
+def test_the_subgraph_is_the_golden_text(name):
+    """Structure by diff: REGENERATE=1 pytest rewrites the files."""
+    rule, r = ("stride", 0.5) if name == "stride" else ("score", 0.75 if name == "winners" else 0.25)
+    lines = []
+    for node in selection(r, rule).graph:
+        inputs = ", ".join("" if value is None else str(value.name) for value in node.inputs)
+        settings = {k: v.value for k, v in sorted(node.attributes.items()) if k != "value"}
+        lines.append(
+            f"{', '.join(str(v.name) for v in node.outputs)} = {node.op_type}({inputs}) {settings or ''}".rstrip()
+        )
+    golden = Path(__file__).parent / "golden" / f"{name}.txt"
+    if os.environ.get("REGENERATE"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text("\n".join(lines) + "\n")
+    assert "\n".join(lines) + "\n" == golden.read_text()
