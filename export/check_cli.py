@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlmtrim.export.requirements import missing_extra
 from vlmtrim.graphs.bundle import Bundle, BundleError, open_bundle
 from vlmtrim.runtime.check import Parity, Row, Turn, compare, record
 from vlmtrim.runtime.errors import RuntimeRefusal
@@ -42,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parser().parse_args(argv)
+    if args.against == "pytorch" and (problem := missing_extra()):
+        print(f"check-vlm: {problem}", file=sys.stderr)
+        return 2
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from vlmtrim.export.job import Refusal

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmtrim.export.job import DTYPES, ENGINES, Refusal
+from vlmtrim.export.requirements import missing_extra
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 the work failed, 2 bad arguments."""
     args = parser().parse_args(argv)
+    if problem := missing_extra():
+        print(f"export-vlm: {problem}", file=sys.stderr)
+        return 2
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from vlmtrim.export.run import dry_run, execute, make_job

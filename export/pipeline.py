@@ -23,6 +23,7 @@ from vlmtrim.graphs.bundle import check_target, seal, staging
 from vlmtrim.graphs.contract import CacheGroup, Contract, TensorSpec, decoder_spec, kept_count
 from vlmtrim.graphs.lint import lint, node_counts
 from vlmtrim.graphs.methods.fastv import FastV
+from vlmtrim.runtime.engines import build_engines, import_library
 
 # Files of a checkpoint that a bundle keeps: the runtime reads them, and the bundle stays a loadable checkpoint.
 SETTINGS = (
@@ -46,6 +47,8 @@ def export(job: Job, source: Path) -> Path:
     """
     target = Path(job.output)
     check_target(target, job.force)
+    if job.engine != "none":
+        import_library(job.engine)  # minutes of work should not end in "not installed"
     report: dict[str, Any] = {"stages": {}, "nodes": {}}
     with staging(target, job.force) as folder:
         with _stage(report, "checkpoint"):
@@ -78,8 +81,6 @@ def export(job: Job, source: Path) -> Path:
             _copy_settings(source, folder, dtype)
             (folder / "contract.json").write_text(contract.to_json())
         if job.engine != "none":
-            from vlmtrim.runtime.engines import build_engines
-
             with _stage(report, f"engines ({job.engine})"):
                 build_engines(folder, contract, job.engine)
         (folder / "job.json").write_text(_job_record(job, report))

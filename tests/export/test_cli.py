@@ -254,3 +254,16 @@ def test_a_dry_run_of_a_7b_model_tells_the_pruned_cache_bytes(run, llava_7b, r, 
     assert f"unpruned: {dense / 1e6:.1f} MB" in out
     parameters = float(re.search(r"\(([\d.]+) M parameters, float16\)", out)[1])
     assert 7000 < parameters < 7100  # LLaVA-1.5-7B has 7.06 billion
+
+
+def test_commands_without_the_extra_name_it(monkeypatch, capsys):
+    from vlmtrim.export import check_cli, cli, requirements
+
+    real = requirements.importlib.util.find_spec
+    monkeypatch.setattr(
+        requirements.importlib.util, "find_spec", lambda name: None if name == "onnx_ir" else real(name)
+    )
+    assert cli.main(["--model", "demo"]) == check_cli.main(["bundle"]) == 2
+    assert (
+        capsys.readouterr().err.count("onnx_ir not installed; this command needs: pip install 'vlmtrim[export]'") == 2
+    )

@@ -72,6 +72,18 @@ def test_a_missing_library_names_the_extra(monkeypatch):
         engines.import_library("tensorrt")
 
 
+def test_a_missing_library_is_found_before_the_work(tmp_path, monkeypatch, capsys):
+    from vlmtrim.export import cli
+
+    real = engines.importlib.util.find_spec
+    hidden = ("tensorrt", "tensorrt_bindings")
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None if name in hidden else real(name))
+    argv = ["--model", "tiny:llava", "--engine", "tensorrt", "--output", str(tmp_path / "b")]
+    assert cli.main(argv) == 1
+    error = capsys.readouterr().err
+    assert "vlmtrim[tensorrt]" in error and "trace" not in error and not (tmp_path / "b").exists()
+
+
 def test_an_unparsable_graph_is_refused_with_the_reason(half_bundle, tmp_path):
     bundle = open_bundle(half_bundle)
     trt = engines.import_library("tensorrt-rtx")
