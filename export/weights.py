@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,8 @@ def _write_cast(
             flushed += _check_cast(name, values, cast)
             stream.write(cast.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             progress(stream.tell(), 8 + len(text) + position)
+    if flushed:
+        print(f"weights: {flushed} small values became zero in {dtype}", file=sys.stderr)
     return read_header(path)
 
 
