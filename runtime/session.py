@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlmtrim.graphs.bundle import Bundle
+from vlmtrim.graphs.contract import cache_names
 from vlmtrim.runtime.backends.base import Backend, Tensor
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import ImageProcessor
@@ -145,8 +146,7 @@ class Session:
         for group, entries in zip(self.contract.groups, self.lengths.entries, strict=True):
             for layer in group.layers:
                 key, value = (
-                    self.backend.to_host(self.caches[f"past_key_values.{layer}.{kind}"])[row, :, : entries[row]]
-                    for kind in ("key", "value")
+                    self.backend.to_host(self.caches[past])[row, :, : entries[row]] for past, _ in cache_names(layer)
                 )
                 contents.append((key, value))
         return contents

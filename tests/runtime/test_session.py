@@ -88,7 +88,6 @@ def test_sampling_is_reproducible_by_seed(chat, picture):
 
 def test_generation_stops_at_the_capacity(fastv_bundle):
     chat = runtime.open(fastv_bundle)
-    chat.session.contract.eos_token_ids  # noqa: B018
     steps = list(chat.generate("x" * 470, max_new_tokens=400))
     assert steps[-1].ended[0] in ("capacity", "eos")
     assert chat.session.room() <= 1 or steps[-1].ended[0] == "eos"
