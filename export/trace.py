@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from onnxscript.optimizer import fold_constants
 from torch import nn
 
 from vlmtrim.graphs.contract import GraphSpec
+from vlmtrim.graphs.passes.fuse import fuse
 
 OPSET = 24
 
@@ -28,12 +29,14 @@ class Plan:
         args: example inputs, sizes >= 2 wherever a dimension is symbolic (torch specialises 0 and 1).
         dynamic_shapes: nested like ``args``, as torch.export takes it.
         spec: boundary of the graph; inputs and outputs are named by it, in order.
+        fusions: operator -> how often the model's layers hold it, for :func:`vlmtrim.graphs.passes.fuse.fuse`.
     """
 
     module: nn.Module
     args: Sequence[Any]
     dynamic_shapes: Any
     spec: GraphSpec
+    fusions: Mapping[str, int] = field(default_factory=dict)
 
 
 def build_without_memory(model_class: Any, config: Any, dtype: torch.dtype, attention: str) -> Any:
@@ -81,6 +84,7 @@ def trace(plan: Plan) -> ir.Model:
     model = program.model
     _name_boundary(model, plan.spec)
     tidy(model)
+    fuse(model, plan.fusions)
     return model
 
 

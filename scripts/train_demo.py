@@ -1,4 +1,5 @@
-"""Trains the demo model from nothing, writes it as a Hugging Face checkpoint, and measures it on the test split."""
+"""Trains the demo model, from nothing or from a checkpoint (--start), writes it as a Hugging Face checkpoint, and
+measures it on the test split."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="where a run is kept, to go on from")
     parser.add_argument("--output", type=Path, default=CHECKPOINT, help="where the checkpoint is written")
+    parser.add_argument("--start", type=Path, help="a checkpoint to begin with, instead of random weights")
     parser.add_argument("--vision-minutes", type=float, default=25, help="time to learn to see")
     parser.add_argument("--minutes", type=float, default=30, help="time to learn to answer")
     parser.add_argument("--lr", type=float, default=2.5e-3, help="highest learning rate")
@@ -39,7 +41,7 @@ def main() -> None:
 def _train(arguments: argparse.Namespace) -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     processor = build_processor()
-    recipe = Recipe(arguments.work, arguments.vision_minutes, arguments.minutes, arguments.lr)
+    recipe = Recipe(arguments.work, arguments.vision_minutes, arguments.minutes, arguments.lr, arguments.start)
     trainer = Trainer(recipe, processor)
     trainer.run()
     save_checkpoint(trainer.model, processor, trainer.curve, arguments.output)

@@ -31,7 +31,9 @@ WARM_UP = 60  # optimizer steps
 LAST_RATE = 0.02  # of the full learning rate
 ADAM_SHARE = 0.4
 LOOKING_LAYERS = (1, 3)  # decoder layers whose attention is shown where to look
-LOOKING_SHARE, PATCH_SHARE = 0.3, 0.03  # of these losses beside the answers' own
+LOOKING_SHARE, PATCH_SHARE = 0.3, 0.05  # of these losses beside the answers' own
+STARTED_AT = 10_000_000  # number of the first picture of a run that goes on from a published checkpoint
+FITTING_STEPS = 150  # of the patch heads alone, which a published checkpoint lacks
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Recipe:
     vision_minutes: float
     minutes: float
     lr: float = 2.5e-3  # of Muon; AdamW gets ADAM_SHARE of it
+    start: Path | None = None  # a checkpoint whose weights a fresh run begins with
     vision_batch: int = 32
     batch: int = 10
     questions: int = 20
@@ -96,6 +99,8 @@ class Trainer:
         self.path = recipe.work / "state.pt"
         if self.path.exists():
             self._load()
+        elif recipe.start is not None:
+            self._start_from(recipe.start)
 
     def run(self) -> None:
         """Both stages, from wherever the last save left them."""
@@ -209,6 +214,23 @@ class Trainer:
             }
         )
         print(f"== {stage} {self.steps[stage]} mean {mean:.4f} {_brief(accuracy)}", flush=True)
+
+    def _start_from(self, folder: Path) -> None:
+        """Takes the weights and the curve of a published checkpoint; the patch heads are fitted to its tower anew."""
+        trained = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        self.model.load_state_dict(trained.state_dict())
+        self.curve = json.loads((folder / "training_curve.json").read_text())
+        self.pictures = STARTED_AT  # pictures that the published run has not seen
+        optimizer = torch.optim.AdamW(self.heads.parameters(), lr=3e-3)
+        batches = loader(Pictures(self.packer, "train", 0, self.recipe.vision_batch, 1))
+        embeddings = self.model.lm_head.weight.detach()
+        for _ in range(FITTING_STEPS):
+            batch = next(batches)
+            with torch.no_grad():
+                visual = packing.visual_tokens(self.model, normalise(batch.pixels, self.processor))
+            self.heads(visual, embeddings, batch.labels)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     def _load(self) -> None:
         state = torch.load(self.path, weights_only=True)

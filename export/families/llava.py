@@ -215,6 +215,7 @@ def plans(full: LlavaForConditionalGeneration, shape: Shape, dtype: torch.dtype,
                 [({0: batch}, {0: batch}) for _ in layers],
             ),
             decoder,
+            fusions={"RMSNormalization": 2 * shape.layers + 1, "RotaryEmbedding": 2 * shape.layers},
         ),
     ]
 

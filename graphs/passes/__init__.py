@@ -1,0 +1,1 @@
+"""Passes over traced graphs that no method asks for: they say the same with fewer, fusable operators."""
