@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmtrim.export.job import DTYPES, ENGINES, Refusal
+from vlmtrim.export.job import DTYPES, ENGINES, SCORES, Refusal
 from vlmtrim.export.requirements import missing_extra
 
 
@@ -23,7 +23,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--method", default="fastv", choices=("fastv", "none"), help="how tokens are selected")
     p.add_argument("--k", type=int, default=2, help="decoder layers that run on all tokens (default 2)")
     p.add_argument("--r", type=float, default=0.5, help="share of visual tokens REMOVED, 0 <= r < 1 (default 0.5)")
-    p.add_argument("--seed", type=int, default=0, help="phase of the uniform stride that --k 0 selects with")
+    p.add_argument(
+        "--score",
+        default="last-row",
+        choices=SCORES,
+        help="what ranks visual tokens: attention of the prompt's last token (last-row, default), the same without "
+        "rotary embedding (no-rope) or shared with a uniform stride (coverage); stride and random as baselines",
+    )
+    p.add_argument("--seed", type=int, default=0, help="of --score random, and phase of --score stride")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights; auto keeps the checkpoint's")
     p.add_argument(
         "--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+SCORES = ("last-row", "no-rope", "coverage", "stride", "random")  # of vlmtrim.graphs.scores, known without onnx
 ENGINES = ("none", "tensorrt-rtx", "tensorrt")
 
 
@@ -22,7 +23,7 @@ class Job:
     Attributes:
         model: preset, ``tiny:<family>``, checkpoint folder or hub id.
         method: ``fastv`` or ``none``.
-        k, r, seed: parameters of the method.
+        k, r, seed, score: parameters of the method.
         dtype: of weights and activations; ``auto`` keeps the checkpoint's.
         max_seq_len: tokens of a whole conversation before removal.
         max_batch: rows that run at once.
@@ -38,6 +39,7 @@ class Job:
     k: int = 2
     r: float = 0.5
     seed: int = 0
+    score: str = "last-row"
     dtype: str = "auto"
     max_seq_len: int = 2048
     max_batch: int = 1

@@ -96,7 +96,7 @@ def pruning_method(job: Job) -> FastV | None:
     if job.method != "fastv":
         raise Refusal(f"method {job.method!r} is not supported; supported: fastv, none")
     try:
-        return FastV(k=job.k, r=job.r, seed=job.seed)
+        return FastV(k=job.k, r=job.r, seed=job.seed, score=job.score)
     except ValueError as error:
         raise Refusal(str(error)) from error
 
@@ -148,6 +148,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         images_assumed=job.images,
         image_tokens=shape.image_tokens,
         image_token_id=shape.image_token_id,
+        image_grid=shape.image_grid,
         eos_token_ids=_eos_ids(source, config),
         producer=f"vlmtrim {importlib.metadata.version('vlmtrim')}",
     )

@@ -3,7 +3,8 @@
 Nothing here shares code with the graph pass. The layers are transformers' own modules with eager attention; this
 file only calls them one after the other, so that hidden states can be gathered in between (FastV, arXiv
 2403.06764: score = softmax attention of layer k-1, last query row, mean over heads; before layer k keep the
-``round(N (1 - r))`` best visual tokens and all others, in order, with their original positions).
+``round(N (1 - r))`` best visual tokens and all others, in order, with their original positions). The other scores
+(``no-rope``, ``coverage``, ``stride``, ``random``) are written a second time as well.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Reference:
     Args:
         model_class: transformers class of the checkpoint.
         folder: checkpoint, or a bundle (which is one).
-        selection: the contract's selection (``k``, ``r``, ``seed``), or None for the plain forward.
+        selection: the contract's selection (``k``, ``r``, ``seed``, ``score``), or None for the plain forward.
     """
 
     def __init__(self, model_class: Any, folder: Path, selection: dict[str, Any] | None):
@@ -78,13 +79,17 @@ class Reference:
         assert self._selection is not None
         k = self._selection["k"]
         kept = torch.arange(hidden.shape[1])
-        seen: list[Tensor] = []
+        seen: dict[str, Tensor] = {}
         watched = self._text.layers[max(k - 1, 0)].self_attn
-        handle = watched.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+        handles = [
+            watched.register_forward_hook(lambda _, __, output: seen.update(attention=output[1])),
+            watched.q_proj.register_forward_hook(lambda _, __, output: seen.update(query=output)),
+            watched.k_proj.register_forward_hook(lambda _, __, output: seen.update(key=output)),
+        ]
         try:
             for index, layer in enumerate(self._text.layers):
                 if index == k:
-                    kept = self._choose(seen[0][0] if k else None, visual, hidden.shape[1])
+                    kept = self._choose(seen, visual, hidden.shape[1], watched)
                     hidden, positions = hidden[:, kept], positions[:, kept]
                 past = self._cache.get_seq_length(index)
                 output = layer(
@@ -97,23 +102,44 @@ class Reference:
                 )
                 hidden = output[0] if isinstance(output, tuple) else output
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return hidden, kept
 
-    def _choose(self, attention: Tensor | None, visual: Tensor, tokens: int) -> Tensor:
-        """Ascending indices that survive. attention [H, S, past + S] of layer k-1; None for the stride of k = 0."""
+    def _choose(self, seen: dict[str, Tensor], visual: Tensor, tokens: int, watched: Any) -> Tensor:
+        """Ascending indices that survive; ``seen`` holds attention [1, H, S, past + S] and q, k [1, S, H Dh]."""
         assert self._selection is not None
-        count = round(len(visual) * (1 - self._selection["r"]))
-        if attention is None:
-            phase = self._selection["seed"] % max(len(visual), 1)
-            stride = [(i * len(visual) + phase) // count for i in range(count)]
-            winners = visual[stride]
+        rule, seed = self._selection["score"], self._selection["seed"]
+        count, given = round(len(visual) * (1 - self._selection["r"])), len(visual)
+        first: list[int] = []
+        if rule == "random":
+            scores = torch.from_numpy(np.random.default_rng(seed).random(given, dtype=np.float32))
+        elif rule == "stride":
+            first, scores = _strided(count, given, seed), torch.zeros(given)
+        elif rule == "no-rope":
+            scores = _unrotated_row(seen["query"][0], seen["key"][0], watched.head_dim)[visual]
         else:
-            row = attention.mean(dim=0)[-1, -tokens:]
-            winners = visual[torch.sort(row[visual], descending=True, stable=True).indices[:count]]
+            scores = seen["attention"][0].mean(dim=0)[-1, -tokens:][visual]
+            first = _strided(count // 2, given, seed) if rule == "coverage" else []
+        order = torch.sort(scores, descending=True, stable=True).indices.tolist()
+        ranked = [*first, *(index for index in order if index not in set(first))]
+        winners = visual[sorted(ranked[:count])]
         is_text = torch.ones(tokens, dtype=torch.bool)
         is_text[visual] = False
         return torch.cat([torch.nonzero(is_text)[:, 0], winners]).sort().values
+
+
+def _strided(count: int, given: int, seed: int) -> list[int]:
+    """``count`` of ``given`` tokens at equal distances."""
+    return [(i * given + seed % max(given, 1)) // count for i in range(count)]
+
+
+def _unrotated_row(query: Tensor, key: Tensor, size: int) -> Tensor:
+    """Attention of the last token [S] from projections [S, H Dh] and [S, KV Dh] that were not rotated."""
+    heads, groups = query.unflatten(1, (-1, size)), key.unflatten(1, (-1, size))
+    groups = groups.repeat_interleave(heads.shape[1] // groups.shape[1], dim=1)
+    logits = torch.einsum("hd,shd->hs", heads[-1], groups) * size**-0.5
+    return logits.softmax(-1).mean(0)
 
 
 def _causal(tokens: int, past: int) -> Tensor:

@@ -113,6 +113,31 @@ def _cache_of(value: ir.Value, where: str) -> tuple[ir.Value, ir.Value]:
     return cache, indices
 
 
+def unrotated(layer: Layer) -> tuple[ir.Value, ir.Value]:
+    """Query [B, H, S, Dh] and key [B, KV, S, Dh] of this step before their rotary embedding.
+
+    Raises GraphError where one of them does not come from a RotaryEmbedding.
+    """
+    update = layer.key.producer()
+    while update is not None and update.op_type in _TRANSPARENT:
+        assert update.inputs[0] is not None
+        update = update.inputs[0].producer()
+    assert update is not None and update.inputs[1] is not None  # find_layers has seen the TensorScatter
+    found = []
+    for name, value in (("query", layer.query), ("key", update.inputs[1])):
+        node = value.producer()
+        if node is not None and node.op_type == "Mul":  # the factor on the scores
+            node = next((v.producer() for v in node.inputs if v is not None and v.producer() is not None), node)
+        if node is None or node.op_type != "RotaryEmbedding" or node.inputs[0] is None:
+            source = node.op_type if node else "a graph input"
+            raise GraphError(
+                f"the {name} of attention {layer.index} comes from {source}, not from a RotaryEmbedding (opset 23): "
+                "the score no-rope needs the states before it; choose another score"
+            )
+        found.append(node.inputs[0])
+    return found[0], found[1]
+
+
 def seam_before(model: ir.Model, layers: list[Layer], index: int) -> ir.Value:
     """The residual stream on entry to layer ``index`` (>= 1), a value of shape [B, S, D]."""
     source = layers[index - 1].attention.outputs[0]

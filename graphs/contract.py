@@ -28,6 +28,7 @@ Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C
     ==============================  ========================  ========  ==============================================
     logits                          [B, V]                    model     of each row's last real token
     kept_indices                    [B, Sk]                   int64     indices in S that survive (selecting graphs)
+    visual_scores                   [B, N]                    float32   what the selection ranked the visual tokens by
     present.L.key/.value            [B, KV, C_g, Dh]          model     the caches; bind to the buffers of the inputs
     ==============================  ========================  ========  ==============================================
 """
@@ -108,6 +109,7 @@ class Contract:
         max_seq_len: tokens of a whole conversation before removal, the capacity of unpruned caches.
         images_assumed: images that a conversation of ``max_seq_len`` tokens is assumed to hold; sizes the later caches.
         image_tokens: visual tokens one image becomes.
+        image_grid: rows and columns in which they lie on the image, in reading order; None where they do not.
         image_token_id: token id that marks a visual token in the prompt.
         eos_token_ids: tokens that end an answer.
     """
@@ -123,6 +125,7 @@ class Contract:
     image_tokens: int
     image_token_id: int
     eos_token_ids: tuple[int, ...]
+    image_grid: tuple[int, int] | None = None
     schema: int = SCHEMA
     producer: str = field(default="vlmtrim")
 
@@ -154,6 +157,7 @@ class Contract:
             raw["groups"] = tuple(CacheGroup(**{**g, "layers": tuple(g["layers"])}) for g in raw["groups"])
             raw["dims"] = {name: (low, high) for name, (low, high) in raw["dims"].items()}
             raw["eos_token_ids"] = tuple(raw["eos_token_ids"])
+            raw["image_grid"] = tuple(raw["image_grid"]) if raw.get("image_grid") else None
             return Contract(**raw)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a vlmtrim contract: {error!r}") from error
@@ -184,6 +188,7 @@ def decoder_spec(
     outputs = [TensorSpec("logits", dtype, ("B", vocabulary))]
     if selects:
         outputs.append(TensorSpec("kept_indices", "int64", ("B", "Sk")))
+        outputs.append(TensorSpec("visual_scores", "float32", ("B", "N")))
     for index, group in enumerate(groups):
         inputs.append(TensorSpec(f"write_indices.{index}", "int64", ("B",)))
         inputs.append(TensorSpec(f"key_positions.{index}", "int64", (f"W{index}",)))

@@ -1,19 +1,15 @@
-"""The selection subgraph: score -> keep -> compact -> gather, in standard operators.
+"""The selection subgraph: scores (:mod:`vlmtrim.graphs.scores`) -> keep -> compact -> gather, in standard operators.
 
-Shapes: B rows, S tokens of this step, N visual tokens, M kept visual tokens, T = S - N + M tokens that survive,
-W live window of the scoring layer's caches, H query heads, KV key/value heads, G = H / KV, Dh head size.
+Shapes: B rows, S tokens of this step, N visual tokens, M kept visual tokens, T = S - N + M tokens that survive.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
-from vlmtrim.graphs.anatomy import Layer
 from vlmtrim.graphs.contract import kept_count
-from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
 
 # TensorRT refuses TopK with K above this.
@@ -44,64 +40,6 @@ def counts(ops: Ops, hidden: ir.Value, visual_positions: ir.Value, removed: floa
     return Counts(batch, tokens, visual, kept, survivors)
 
 
-def last_row_scores(ops: Ops, layer: Layer, last_index: ir.Value) -> ir.Value:
-    """Attention that each row's last token pays to every key, mean over query heads: float32 [B, W].
-
-    One row of the layer's own softmax (FastV, arXiv 2403.06764, as in its code: last query row). The matrix product
-    is K q^T so that only the single query row is ever transposed.
-    """
-    heads, kv_heads, size = _head_counts(layer)
-    batch = ops.dim(layer.query, 0)
-    row_index = ops("Reshape", last_index, ops.const([-1, 1, 1, 1]))
-    row_shape = ops.concat(batch, ops.const([heads]), ops.const([1]), ops.const([size]))
-    query, factor = _before_scaling(layer.query)
-    row = ops("GatherElements", query, ops("Expand", row_index, row_shape), axis=2)
-    if factor is not None:
-        row = ops("Mul", row, factor)
-    if layer.scale != 1.0:
-        row = ops("Mul", row, ops("CastLike", ops.const(layer.scale, np.float32), row))
-    grouped = ops("Reshape", row, ops.const([0, kv_heads, heads // kv_heads, size]))
-    logits = ops("MatMul", layer.key, ops("Transpose", grouped, perm=[0, 1, 3, 2]))  # [B, KV, W, G]
-    logits = ops("Cast", ops("Transpose", logits, perm=[0, 1, 3, 2]), to=ir.DataType.FLOAT)
-    window = ops.dim(layer.key, 2)
-    limit_shape = ops.concat(batch, ops.const([1]), ops.const([1]), window)
-    limit = ops("GatherElements", layer.mask, ops("Expand", row_index, limit_shape), axis=2)
-    limited = ops("Add", logits, ops("Cast", limit, to=ir.DataType.FLOAT))
-    return ops("ReduceMean", ops("Softmax", limited, axis=-1), ops.const([1, 2]), keepdims=0)
-
-
-def _before_scaling(query: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-    """(value, scalar) whose product is the query, where the graph computes it so.
-
-    The row is read before the multiplication: TensorRT-RTX 1.7 fuses it into bfloat16 attention and cannot build
-    the graph when the product has a second reader.
-    """
-    node = query.producer()
-    if node is not None and node.op_type == "Mul":
-        for value, factor in (node.inputs, reversed(node.inputs)):
-            assert value is not None and factor is not None
-            if ir.convenience.get_const_tensor(factor) is not None and not (factor.shape or ()):
-                return value, factor
-    return query, None
-
-
-def _head_counts(layer: Layer) -> tuple[int, int, int]:
-    query, cache = layer.query.shape, layer.key_cache.shape
-    if query is None or cache is None or not (isinstance(query[1], int) and isinstance(cache[1], int)):
-        raise GraphError(f"the head counts of layer {layer.index} are not static: query {query}, cache {cache}")
-    heads, kv_heads = query[1], cache[1]
-    assert isinstance(heads, int) and isinstance(kv_heads, int)
-    if heads % kv_heads:
-        raise GraphError(f"layer {layer.index} has {heads} query heads, no multiple of its {kv_heads} key heads")
-    return heads, kv_heads, int(cache[3])  # type: ignore[arg-type]
-
-
-def at_visual_tokens(ops: Ops, scores: ir.Value, visual_positions: ir.Value, write_indices: ir.Value) -> ir.Value:
-    """Scores of this step's visual tokens [B, N]; in the cache they lie behind what earlier turns wrote."""
-    cached = ops("Add", visual_positions, ops("Unsqueeze", write_indices, ops.const([1])))
-    return ops("GatherElements", scores, cached, axis=1)
-
-
 def keep_best(ops: Ops, scores: ir.Value, visual_positions: ir.Value, sizes: Counts, removed: float) -> ir.Value:
     """Keep vector int64 [B, S]: 1 for text and for the M visual tokens of highest score; lowest index wins ties.
 
@@ -118,20 +56,6 @@ def keep_best(ops: Ops, scores: ir.Value, visual_positions: ir.Value, sizes: Cou
         dropped = ops("Sub", last, from_end)
         return ops("ScatterElements", ones, *_mark(ops, visual_positions, dropped, 0), axis=1)
     _, kept = ops("TopK", scores, sizes.kept_visual, outputs=2, axis=1, largest=1, sorted=1)
-    zeros = ops("Expand", ops.const([0]), ops("Shape", visual_positions))
-    text_only = ops("ScatterElements", ones, visual_positions, zeros, axis=1)
-    return ops("ScatterElements", text_only, *_mark(ops, visual_positions, kept, 1), axis=1)
-
-
-def keep_stride(ops: Ops, visual_positions: ir.Value, sizes: Counts, seed: int) -> ir.Value:
-    """Keep vector int64 [B, S] with M visual tokens at a uniform stride: number floor((i N + seed mod N) / M)."""
-    one = ops.const([1])
-    phase = ops("Mod", ops.const([seed]), ops("Max", sizes.visual, one))
-    scalar = ops.const(0)
-    index = ops("Range", scalar, ops("Squeeze", sizes.kept_visual, ops.const([0])), ops.const(1))
-    strided = ops("Div", ops("Add", ops("Mul", index, sizes.visual), phase), ops("Max", sizes.kept_visual, one))
-    kept = ops("Expand", strided, ops.concat(sizes.batch, sizes.kept_visual))
-    ones = ops("Expand", one, ops.concat(sizes.batch, sizes.tokens))
     zeros = ops("Expand", ops.const([0]), ops("Shape", visual_positions))
     text_only = ops("ScatterElements", ones, visual_positions, zeros, axis=1)
     return ops("ScatterElements", text_only, *_mark(ops, visual_positions, kept, 1), axis=1)

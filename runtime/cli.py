@@ -30,6 +30,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-k", type=int, default=0, help="only the k most probable tokens; 0 for all")
     p.add_argument("--top-p", type=float, default=1.0, help="only the most probable tokens that reach p")
     p.add_argument("--seed", type=int, default=None, help="of the sampling")
+    p.add_argument(
+        "--show-kept",
+        metavar="OUT.png",
+        help="draw the pictures with kept patches bright and removed ones dimmed, scores as heat beside them",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     return p
 
@@ -48,17 +53,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from vlmtrim import runtime
+    from vlmtrim.runtime.image import load_image
+    from vlmtrim.runtime.show import check_target, draw_kept
 
     sampling = runtime.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     start = time.perf_counter()
     chat = runtime.open(args.bundle, backend=args.backend)
     opened = time.perf_counter() - start
+    contract = chat.session.contract
+    if args.show_kept:
+        check_target(args.show_kept, contract, len(args.image))
     steps: list[Step] = []
     for step in chat.generate(args.prompt, args.image, max_new_tokens=args.max_new_tokens, sampling=sampling):
         steps.append(step)
         if not args.json:
             print(step.text, end="", flush=True)
     prefill, times = steps[-1].prefill, chat.session.times
+    if args.show_kept and contract.image_grid is not None:
+        seen = [chat.session.image_processor.framed(load_image(path)) for path in args.image]
+        draw_kept(seen, prefill, contract.image_grid).save(args.show_kept)
     if args.json:
         answer = {
             "text": "".join(step.text for step in steps),
@@ -68,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
             "kept": prefill.kept,
             "removed": prefill.visual - prefill.kept,
             "backend": chat.session.backend.name,
-            "selection": chat.session.contract.selection,
+            "selection": contract.selection,
             "times": {
                 "open": round(opened, 6),
                 "vision": round(times.vision, 6),

@@ -34,12 +34,16 @@ class Prefill:
         logits: [B, V] of each row's last token.
         visual, kept: visual tokens of this step, and how many the last layers keep.
         kept_indices: per row, indices into its new tokens that survive, ascending; None where nothing is selected.
+        visual_positions: indices of the visual tokens among each row's new tokens, [B, N].
+        visual_scores: what the visual tokens were ranked by, float32 [B, N]; None where nothing is selected.
     """
 
     logits: np.ndarray
     visual: int
     kept: int
     kept_indices: list[np.ndarray] | None
+    visual_positions: np.ndarray
+    visual_scores: np.ndarray | None
 
 
 @dataclass
@@ -111,13 +115,15 @@ class Session:
         middle = time.perf_counter()
         outputs = self._step(ids, counts, visual_positions, features)
         logits = self.backend.to_host(outputs["logits"])
-        kept_indices = None
+        kept_indices = scores = None
         if self._selects:
             kept = self.backend.to_host(outputs["kept_indices"])
             kept_indices = [row[row < count] for row, count in zip(kept, counts, strict=True)]
+            scores = self.backend.to_host(outputs["visual_scores"])
         self.times.vision += middle - start
         self.times.prefill += time.perf_counter() - middle
-        return Prefill(logits, visual, self.contract.groups[-1].length(visual, visual), kept_indices)
+        kept_visual = self.contract.groups[-1].length(visual, visual)
+        return Prefill(logits, visual, kept_visual, kept_indices, visual_positions, scores)
 
     def decode(self, tokens: np.ndarray, live: np.ndarray | None = None) -> np.ndarray:
         """Run one token per row (int64 [B]); returns logits [B, V].

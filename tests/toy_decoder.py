@@ -41,9 +41,7 @@ def build(w: dict, capacity: int) -> ir.Model:
         return ops("Transpose", ops("Reshape", x, ops.const([0, -1, count, dh])), perm=[0, 2, 1, 3])
 
     x, write, window = inputs["inputs_embeds"], inputs["write_indices.0"], inputs["key_positions.0"]
-    angle = ops(
-        "Mul", ops("Unsqueeze", ops("Cast", inputs["position_ids"], to=1), ops.const([1, 3])), _f(ops, w["freq"])
-    )
+    angle = ops("Mul", ops("Unsqueeze", ops("Cast", inputs["position_ids"], to=1), ops.const([2])), _f(ops, w["freq"]))
     cos, sin = ops("Cos", angle), ops("Sin", angle)
     step = ops("Range", ops.const(0), ops("Squeeze", ops.dim(x, 1), ops.const([0])), ops.const(1))
     query_at = ops("Add", ops("Unsqueeze", write, ops.const([1])), step)
@@ -51,9 +49,7 @@ def build(w: dict, capacity: int) -> ir.Model:
     mask = ops("Where", seen, _f(ops, 0.0), _f(ops, -3e38))
 
     def rotate(y: ir.Value) -> ir.Value:
-        first, second = ops("Split", y, outputs=2, axis=-1, num_outputs=2)
-        a = ops("Sub", ops("Mul", first, cos), ops("Mul", second, sin))
-        return ops("Concat", a, ops("Add", ops("Mul", second, cos), ops("Mul", first, sin)), axis=-1)
+        return ops("RotaryEmbedding", y, cos, sin)
 
     presents = []
     for index, layer in enumerate(w["layers"]):

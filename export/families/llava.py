@@ -40,6 +40,7 @@ class Shape:
     image_size: int
     image_tokens: int
     image_token_id: int
+    image_grid: tuple[int, int] | None
 
 
 def read_shape(config: LlavaConfig) -> Shape:
@@ -69,6 +70,7 @@ def read_shape(config: LlavaConfig) -> Shape:
         image_size=vision.image_size,
         image_tokens=int(tokens),
         image_token_id=config.image_token_id,
+        image_grid=(side, side) if tokens == side * side else None,
     )
 
 

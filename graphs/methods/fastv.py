@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from vlmtrim.graphs import select
+from vlmtrim.graphs import scores, select
 from vlmtrim.graphs.anatomy import Layer, find_layers, graph_input, seam_before
 from vlmtrim.graphs.contract import kept_count
 from vlmtrim.graphs.errors import GraphError
@@ -21,16 +21,17 @@ class FastV:
 
     Rules:
     1. score = attention probabilities of layer k-1 (counted from 0), last real query row, mean over query heads,
-       at the visual tokens of this step;
+       at the visual tokens of this step; other rules: :mod:`vlmtrim.graphs.scores`;
     2. the ``round(N * (1 - r))`` visual tokens of highest score stay, and every other token; ties: lowest index first;
     3. survivors keep their order and their original position ids;
     4. layers >= k get caches of their own, smaller by what is removed of ``visual_tokens``;
-    5. k = 0: there is no attention to score with, so a uniform stride with a phase from ``seed`` selects.
+    5. k = 0: there is no attention to score with, so the default becomes ``stride``.
 
     Attributes:
         k: number of decoder layers that run on all tokens, 0 <= k < number of layers.
         r: share of visual tokens that is removed, 0 <= r < 1.
-        seed: phase of the stride; used by k = 0 only.
+        seed: phase of the stride, or of the random draw.
+        score: the rule that ranks visual tokens, a name in ``scores.RULES``.
 
     Raises:
         GraphError: the graph has no such seam, or reads token states outside its layers; the message names the node.
@@ -39,6 +40,7 @@ class FastV:
     k: int = 2
     r: float = 0.5
     seed: int = 0
+    score: str = "last-row"
 
     name: ClassVar[str] = "fastv"
 
@@ -49,16 +51,26 @@ class FastV:
             raise ValueError(f"r is {self.r!r}: give the share of visual tokens to remove, 0 <= r < 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}: give 0 or more")
+        if self.score not in scores.RULES:
+            raise ValueError(f"score is {self.score!r}: give one of {', '.join(scores.RULES)}")
+        if self.k == 0 and self.score != "last-row" and self.score in scores.NEED_ATTENTION:
+            raise ValueError(f"score {self.score} needs a layer's attention, k is 0: give k of 1 or more, or stride")
+
+    @property
+    def rule(self) -> str:
+        """The scoring rule that is in effect."""
+        return "stride" if self.k == 0 and self.score == "last-row" else self.score
 
     @property
     def label(self) -> str:
         """Short name for folders and plots."""
-        return f"fastv-k{self.k}-r{self.r:g}" + (f"-seed{self.seed}" if self.k == 0 and self.seed else "")
+        score = "" if self.score == "last-row" else f"-{self.score}"
+        seed = f"-seed{self.seed}" if self.seed and self.rule in scores.NEED_SEED else ""
+        return f"fastv-k{self.k}-r{self.r:g}{score}{seed}"
 
     def describe(self) -> dict[str, Any]:
         """What the contract records."""
-        rule = "uniform stride" if self.k == 0 else "last-row attention"
-        return {"method": self.name, "rule": rule, **asdict(self)}
+        return {"method": self.name, **asdict(self), "score": self.rule}
 
     def groups(self, layers: int) -> list[tuple[range, float]]:
         """Cache groups as (layers, share of visual tokens removed before them)."""
@@ -89,15 +101,22 @@ class FastV:
         ops = Ops("select")
         last_index = graph_input(model, "last_index")
         sizes = select.counts(ops, seam, visual, self.r, most_visual=capacity)
-        if self.k:
-            layer = layers[self.k - 1]
-            row = select.last_row_scores(ops, layer, last_index)
-            scores = select.at_visual_tokens(ops, row, visual, layer.write_indices)
-            keep = select.keep_best(ops, scores, visual, sizes, self.r)
-        else:
-            keep = select.keep_stride(ops, visual, sizes, self.seed)
+        step = scores.Step(
+            ops=ops,
+            layer=layers[self.k - 1] if self.k else None,
+            last_index=last_index,
+            visual_positions=visual,
+            sizes=sizes,
+            seed=self.seed,
+            most_visual=capacity,
+        )
+        ranking = scores.RULES[self.rule](step)
+        keep = select.keep_best(ops, ranking, visual, sizes, self.r)
         survivors = select.compact(ops, keep, last_index, sizes)
         split_at(model, ops, seam, layers, self.k, survivors, capacity - saved)
+        ranking.name, ranking.type = "visual_scores", ir.TensorType(ir.DataType.FLOAT)
+        ranking.shape = ir.Shape(("B", "N"))
+        model.graph.outputs.insert(2, ranking)
         return model
 
     def _check_depth(self, layers: int) -> None:

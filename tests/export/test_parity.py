@@ -18,6 +18,10 @@ VARIANTS = {
     "llama-mha-clip-k0": ({"kv_heads": 4}, {"k": 0, "r": 0.5, "seed": 5}),
     "qwen2-mha-siglip": ({"text": "qwen2", "vision": "siglip_vision_model", "kv_heads": 4}, {"k": 1, "r": 0.75}),
     "mistral-gqa-siglip": ({"text": "mistral", "vision": "siglip_vision_model"}, {"k": 3, "r": 0.25}),
+    "llama-gqa-no-rope": ({}, {"k": 2, "r": 0.5, "score": "no-rope"}),
+    "qwen2-gqa-coverage": ({"text": "qwen2"}, {"k": 1, "r": 0.5, "score": "coverage"}),
+    "llama-gqa-stride": ({}, {"k": 2, "r": 0.25, "score": "stride", "seed": 3}),
+    "llama-gqa-random": ({}, {"k": 3, "r": 0.75, "score": "random", "seed": 7}),
     "qwen2-gqa-clip-dense": ({"text": "qwen2"}, {"method": "none"}),
 }
 
@@ -80,7 +84,9 @@ def test_the_reference_without_removal_is_the_plain_forward(dense_bundle):
         "t", [256, *[259] * 16, 40, 41], np.random.default_rng(0).normal(size=(1, 3, 56, 56)).astype(np.float32)
     )
     plain, tokens = Reference(llava.MODEL_CLASS, dense_bundle, None).record(turn, 4)
-    looped, same = Reference(llava.MODEL_CLASS, dense_bundle, {"k": 2, "r": 0.0, "seed": 0}).record(turn, 4)
+    looped, same = Reference(
+        llava.MODEL_CLASS, dense_bundle, {"k": 2, "r": 0.0, "seed": 0, "score": "last-row"}
+    ).record(turn, 4)
     assert tokens == same
     np.testing.assert_allclose(looped.logits, plain.logits, atol=1e-5)
 

@@ -28,13 +28,13 @@ def session(model):
 def sessions():
     cache = {}
 
-    def get(heads, k, r):
-        key = (heads, k, r)
+    def get(heads, k, r, score="last-row"):
+        key = (heads, k, r, score)
         if key not in cache:
             w = weights(1, LAYERS, *heads)
             model = build(w, CAPACITY)
             if k is not None:
-                FastV(k=k, r=r)(model, visual_tokens=VISUAL)
+                FastV(k=k, r=r, score=score)(model, visual_tokens=VISUAL)
             cache[key] = w, session(model)
         return cache[key]
 
@@ -109,9 +109,10 @@ def close(have, want):
     k=st.integers(1, LAYERS - 1),
     r=st.sampled_from([0, 0.25, 0.5, 0.75, 0.9]),
     seed=st.integers(0, 5),
+    score=st.sampled_from(["last-row", "no-rope"]),
 )
-def test_kept_tokens_logits_and_caches_equal_the_numpy_decoder(sessions, turns, heads, k, r, seed):
-    w, graph = sessions(heads, k, r)
+def test_kept_tokens_logits_and_caches_equal_the_numpy_decoder(sessions, turns, heads, k, r, seed, score):
+    w, graph = sessions(heads, k, r, score)
     random, hidden = np.random.default_rng(seed), w["head"].shape[0]
     rows = len(turns[0][0])
     runner = Runner(graph, rows, k, r)
@@ -123,7 +124,7 @@ def test_kept_tokens_logits_and_caches_equal_the_numpy_decoder(sessions, turns, 
         outputs = runner(inputs, visual)
         for row, x in enumerate(inputs):
             at = positions[row] + np.arange(len(x))
-            logits, kept, pasts[row] = oracle.forward(w, x.astype(np.float64), at, visual[row], pasts[row], k, r)
+            logits, kept, pasts[row] = oracle.forward(w, x.astype(np.float64), at, visual[row], pasts[row], k, r, score)
             positions[row] += len(x)
             found = outputs["kept_indices"][row]
             assert found[found < len(x)].tolist() == kept.tolist()
@@ -179,6 +180,24 @@ def test_names_inside_the_graph_do_not_matter(sessions):
     results = [Runner(session(m), 1, 2, 0.5)([x], [list(range(2, 10))]) for m in (pruned, ordinary)]
     for name in results[0]:
         np.testing.assert_array_equal(results[0][name], results[1][name])
+
+
+def test_no_rope_names_the_operator_that_is_missing():
+    model = build(weights(0, LAYERS, 4, 2), CAPACITY)
+    for node in list(model.graph):
+        if node.op_type == "RotaryEmbedding":
+            node.op_type = "Identity"
+    with pytest.raises(GraphError, match="query of attention 1 comes from Identity, not from a RotaryEmbedding"):
+        FastV(k=2, r=0.5, score="no-rope")(model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [({"score": "best"}, "score is 'best': give one of last-row"), ({"k": 0, "score": "coverage"}, "k is 0")],
+)
+def test_scores_that_cannot_be_are_refused(fields, why):
+    with pytest.raises(ValueError, match=why):
+        FastV(**fields)
 
 
 def test_load_prune_save(tmp_path):

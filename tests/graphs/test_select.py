@@ -14,6 +14,7 @@ from oracles.selection import kept_by_score, kept_by_stride
 
 from vlmtrim.graphs import select
 from vlmtrim.graphs.ops import Ops
+from vlmtrim.graphs.scores import RULES, Step
 
 RATIOS = [0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.75, 0.9]
 MOST = 64
@@ -27,8 +28,9 @@ def selection(r: float, rule: str, seed: int = 0) -> ir.Model:
     last = ir.val("last_index", dtype=ir.DataType.INT64, shape=("B",))
     ops = Ops("select")
     sizes = select.counts(ops, hidden, visual, r, MOST)
-    if rule == "stride":
-        keep = select.keep_stride(ops, visual, sizes, seed)
+    if rule != "score":
+        step = Step(ops, None, last, visual, sizes, seed, MOST)
+        keep = select.keep_best(ops, RULES[rule](step), visual, sizes, r)
     else:
         keep = select.keep_best(ops, scores, visual, sizes, r)
     survivors = select.compact(ops, keep, last, sizes)
@@ -36,7 +38,7 @@ def selection(r: float, rule: str, seed: int = 0) -> ir.Model:
     outputs = [survivors.kept_indices, gathered, survivors.last_index]
     for value, dtype in zip(outputs, (ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.INT64), strict=True):
         value.type = ir.TensorType(dtype)
-    inputs = [hidden, visual, last] if rule == "stride" else [hidden, visual, scores, last]
+    inputs = [hidden, visual, last] if rule != "score" else [hidden, visual, scores, last]
     graph = ir.Graph(inputs, outputs, nodes=ops.nodes, opset_imports={"": 24}, name="selection")
     return ir.Model(graph, ir_version=10)
 
@@ -110,6 +112,16 @@ def test_stride_is_uniform_and_seeded(runners, step, r, seed):
     feeds = feeds_for(tokens, visual, None, "stride")
     expected = [kept_by_stride(tokens, v, r, seed) if v else list(range(tokens)) for v in visual]
     check(runners(r, "stride", "onnxruntime", seed)(feeds), feeds, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(step=steps(), r=st.sampled_from(RATIOS), seed=st.sampled_from([0, 1, 7]))
+def test_random_is_numpys_generator(runners, step, r, seed):
+    tokens, visual, _ = step
+    drawn = np.random.default_rng(seed).random(len(visual[0]), dtype=np.float32)
+    feeds = feeds_for(tokens, visual, None, "random")
+    expected = [kept_by_score(tokens, v, drawn, r) for v in visual]
+    check(runners(r, "random", "onnxruntime", seed)(feeds), feeds, expected)
 
 
 @pytest.mark.parametrize("r", [0.1, 0.3, 0.5, 0.7, 0.9])

@@ -35,10 +35,21 @@ def test_the_second_profile_does_not_double_the_weights(half_bundle):
     assert engine < decoder_weights + 16e6  # kernels and plans of a tiny model are larger than its 5 MB of weights
 
 
-@pytest.mark.parametrize(("k", "r"), [(0, 0.5), (1, 0.25), (3, 0.9)])
-def test_every_form_of_the_selection_builds(export_tiny, k, r, tmp_path):
-    """k = 0 (stride), the loser side (r < 0.5) and the winner side of the TopK."""
-    folder = export_tiny(f"form-{k}-{r}", {"text": "qwen2"}, k=k, r=r, dtype="bfloat16" if k == 3 else "float16")
+@pytest.mark.parametrize(
+    ("k", "r", "score", "dtype"),
+    [
+        (0, 0.5, "last-row", "float16"),
+        (1, 0.25, "last-row", "float16"),
+        (3, 0.9, "last-row", "bfloat16"),
+        (2, 0.5, "no-rope", "float16"),
+        (2, 0.75, "no-rope", "bfloat16"),
+        (2, 0.5, "coverage", "bfloat16"),
+        (2, 0.25, "random", "float16"),
+    ],
+)
+def test_every_form_of_the_selection_builds(export_tiny, k, r, score, dtype):
+    """k = 0 (stride), every score, the loser side (r < 0.5) and the winner side of the TopK."""
+    folder = export_tiny(f"form-{k}-{r}-{score}", {"text": "qwen2"}, k=k, r=r, score=score, dtype=dtype)
     bundle = open_bundle(folder)
     trt = engines.import_library("tensorrt-rtx")
     spec = bundle.contract.graphs["decoder"]

@@ -1,0 +1,97 @@
+"""Draws which visual tokens survived: kept patches bright, removed ones dimmed, and their scores as heat beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vlmtrim.graphs.contract import Contract
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.session import Prefill
+
+PANEL = 480  # pixels, at least, of a drawn picture's height
+GAP = 12
+CAPTION = 28
+DIMMED = 0.22  # of its brightness
+# From low to high score: a dark-to-light ramp that also reads in grey and for colour-blind eyes.
+HEAT = np.array([(13, 8, 70), (110, 20, 135), (190, 55, 100), (245, 125, 35), (252, 240, 120)], np.float64)
+
+
+def check_target(path: str | Path, contract: Contract, pictures: int) -> None:
+    """Raise RuntimeRefusal now if a drawing could not be made or written later."""
+    target = Path(path)
+    if contract.image_grid is None:
+        raise RuntimeRefusal(
+            f"--show-kept needs visual tokens that lie on a grid; the {contract.image_tokens} tokens of this "
+            f"{contract.family} bundle do not"
+        )
+    if not pictures:
+        raise RuntimeRefusal("--show-kept draws the prompt's pictures; give at least one --image")
+    if target.suffix.lower() not in Image.registered_extensions():
+        raise RuntimeRefusal(f"--show-kept cannot write {target.name}; give a file name that ends in .png")
+    if not target.parent.is_dir():
+        raise RuntimeRefusal(f"--show-kept: there is no folder {target.parent}; make it first")
+
+
+def draw_kept(pictures: Sequence[Image.Image], prefill: Prefill, grid: tuple[int, int], row: int = 0) -> Image.Image:
+    """One drawing of a prompt's pictures, below each other; right of each its scores, where the prefill has any.
+
+    Args:
+        pictures: what the model saw (:meth:`ImageProcessor.framed`), in order.
+        prefill: of the step that brought the pictures.
+        grid: rows and columns of one picture's visual tokens.
+        row: of the batch.
+    """
+    shape = (len(pictures), *grid)
+    kept = np.ones(shape, bool)
+    if prefill.kept_indices is not None:
+        kept = np.isin(prefill.visual_positions[row], prefill.kept_indices[row]).reshape(shape)
+    scores = None if prefill.visual_scores is None else prefill.visual_scores[row].reshape(shape)
+    strips = [
+        _strip(picture.convert("RGB"), kept[index], None if scores is None else scores[index])
+        for index, picture in enumerate(pictures)
+    ]
+    drawing = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    top = 0
+    for strip in strips:
+        drawing.paste(strip, (0, top))
+        top += strip.height
+    return drawing
+
+
+def _strip(picture: Image.Image, kept: np.ndarray, scores: np.ndarray | None) -> Image.Image:
+    factor = -(-PANEL // picture.height)
+    size = (picture.width * factor, picture.height * factor)
+    pixels = np.asarray(picture.resize(size, Image.Resampling.NEAREST), np.float64)
+    light = np.where(kept, 1.0, DIMMED)
+    panels = [(pixels * _spread(light, size)[..., None], f"{kept.sum()} of {kept.size} visual tokens kept")]
+    if scores is not None:
+        grey = pixels.mean(-1, keepdims=True)
+        heat = 0.7 * _spread(_heat(scores), size) + 0.3 * grey
+        panels.append((heat, f"score, {scores.min():.2g} (dark) to {scores.max():.2g}"))
+    strip = Image.new("RGB", (len(panels) * (size[0] + GAP) + GAP, size[1] + CAPTION + GAP), "white")
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(16)
+    for index, (panel, caption) in enumerate(panels):
+        left = GAP + index * (size[0] + GAP)
+        strip.paste(Image.fromarray(panel.clip(0, 255).astype(np.uint8)), (left, GAP))
+        draw.text((left, GAP + size[1] + 5), caption, fill="black", font=font)
+    return strip
+
+
+def _heat(scores: np.ndarray) -> np.ndarray:
+    """[rows, columns] -> colours; the root shows differences among the many low scores of a softmax."""
+    low, high = float(scores.min()), float(scores.max())
+    level = np.sqrt((scores.astype(np.float64) - low) / max(high - low, 1e-30)) * (len(HEAT) - 1)
+    below = np.minimum(level.astype(int), len(HEAT) - 2)
+    share = (level - below)[..., None]
+    return HEAT[below] * (1 - share) + HEAT[below + 1] * share
+
+
+def _spread(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Values of patches -> values of pixels."""
+    rows = np.arange(size[1]) * values.shape[0] // size[1]
+    columns = np.arange(size[0]) * values.shape[1] // size[0]
+    return values[rows][:, columns]
