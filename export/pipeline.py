@@ -40,8 +40,11 @@ SETTINGS = (
 _DYNAMIC_ROPE = ("dynamic", "longrope")
 
 
-def export(job: Job, source: Path) -> Path:
+def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) -> Path:
     """Run a job on the checkpoint in ``source``; returns the bundle's folder.
+
+    ``traces`` serves many exports that differ in nothing but the selection: give every call the same dict, and the
+    model is traced by the first call only.
 
     Raises Refusal, GraphError or FileExistsError; leaves nothing half done.
     """
@@ -66,7 +69,7 @@ def export(job: Job, source: Path) -> Path:
         for plan in family.plans(model, family.read_shape(config), dtype, plain):
             name = Path(plan.spec.file).stem
             with _stage(report, f"trace {name}"):
-                graph = trace.trace(plan)
+                graph = _traced(plan, traces)
                 lint(graph, plan.spec)
             if name == "decoder" and method is not None:
                 with _stage(report, f"select ({method.label})"):
@@ -87,6 +90,14 @@ def export(job: Job, source: Path) -> Path:
         with _stage(report, "checksums"):
             seal(folder)
     return target
+
+
+def _traced(plan: trace.Plan, traces: dict[str, ir.Model] | None) -> ir.Model:
+    if traces is None:
+        return trace.trace(plan)
+    if plan.spec.file not in traces:
+        traces[plan.spec.file] = trace.trace(plan)
+    return traces[plan.spec.file].clone()
 
 
 def pruning_method(job: Job) -> FastV | None:

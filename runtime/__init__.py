@@ -15,9 +15,9 @@ from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.generate import Chat, Step
 from vlmtrim.runtime.sampling import Sampling
 from vlmtrim.runtime.select_backend import BACKENDS, make_backend
-from vlmtrim.runtime.session import Session
+from vlmtrim.runtime.session import Prefill, Session
 
-__all__ = ["BACKENDS", "BundleError", "Chat", "RuntimeRefusal", "Sampling", "Session", "Step", "open"]
+__all__ = ["BACKENDS", "BundleError", "Chat", "Prefill", "RuntimeRefusal", "Sampling", "Session", "Step", "open"]
 
 
 def open(bundle: str | Path, backend: str = "ort-cpu", batch: int = 1) -> Chat:

@@ -28,6 +28,7 @@ from transformers import Qwen2Config
 from vlmtrim.export import trace, weights
 from vlmtrim.export.attention import IMPLEMENTATION
 from vlmtrim.export.families import llava
+from vlmtrim.export.flops import prefill_macs
 from vlmtrim.graphs import FastV
 from vlmtrim.graphs.contract import CacheGroup, GraphSpec, decoder_spec, kept_count
 from vlmtrim.runtime.backends.ort import OrtBackend
@@ -55,21 +56,9 @@ def make_checkpoint(folder: Path) -> Any:
     return model
 
 
-def prefill_flops(tokens: int) -> tuple[float, float]:
-    """(one layer, head) multiply-adds of a prefill as it is executed: full S x S attention, 3 MLP matrices."""
-    d, f = TEXT.hidden_size, TEXT.intermediate_size
-    size = d // TEXT.num_attention_heads
-    projections = d * size * (2 * TEXT.num_attention_heads + 2 * TEXT.num_key_value_heads)
-    layer = tokens * (projections + 3 * d * f) + 2 * tokens * tokens * d
-    return float(layer), float(d * TEXT.vocab_size)
-
-
 def predicted_speedup(tokens: int, visual: int, r: float) -> float:
-    """Dense FLOPs over pruned FLOPs."""
-    layers = TEXT.num_hidden_layers
-    dense, head = prefill_flops(tokens)
-    pruned, _ = prefill_flops(tokens - visual + kept_count(visual, r))
-    return (layers * dense + head) / (K * dense + (layers - K) * pruned + head)
+    """Dense multiply-adds over pruned ones."""
+    return prefill_macs(TEXT, tokens, visual, K, 0) / prefill_macs(TEXT, tokens, visual, K, r)
 
 
 class Decoder:
