@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,22 @@ def write_checkpoint(family: Any, folder: Path, seed: int = 0, **variant: Any) -
                 parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    _write_tokenizer(folder)
-    _write_image_processor(folder, config)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    write_processor(folder, config, {token: 256 + index for index, token in enumerate(SPECIALS)})
     return folder
 
 
-def _write_tokenizer(folder: Path) -> None:
-    """Byte-level tokenizer without merges: 256 bytes, then <s>, </s>, <pad>, <image>."""
+def write_processor(folder: Path, config: Any, specials: dict[str, int]) -> None:
+    """Tokenizer, image-processor settings and chat template for a config; ``specials`` are the ids of SPECIALS."""
+    _write_tokenizer(folder, specials)
+    _write_image_processor(folder, config)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def _write_tokenizer(folder: Path, specials: dict[str, int]) -> None:
+    """Byte-level tokenizer without merges: a token for every byte, at the lowest ids that are free."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*alphabet, *SPECIALS])}
+    free = (index for index in count() if index not in specials.values())
+    vocabulary = {**dict(zip(alphabet, free, strict=False)), **specials}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]

@@ -34,7 +34,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
 Progress = Callable[[int, int], None]
@@ -210,7 +210,7 @@ def _write_cast(
         target = dtype if tensor.dtype.is_floating_point else tensor.dtype
         length = math.prod(tensor.shape) * target.itemsize
         header[name] = {
-            "dtype": _CODES[target],
+            "dtype": CODES[target],
             "shape": list(tensor.shape),
             "data_offsets": [position, position + length],
         }
