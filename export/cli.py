@@ -41,7 +41,16 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", default=None, help="bundle folder (default: bundles/<model>-<method>)")
     p.add_argument("--engine", default="none", choices=ENGINES, help="TensorRT engines to build as well")
-    p.add_argument("--dry-run", action="store_true", help="print job, contract and sizes; load no weights")
+    p.add_argument(
+        "--engine-shards",
+        type=_shards,
+        default=0,
+        metavar="auto|N",
+        help="cut the decoder into N engines of consecutive layers; auto (default): as few as memory allows",
+    )
+    p.add_argument("--copy-weights", action="store_true", help="copy the checkpoint's files instead of linking them")
+    p.add_argument("--max-memory", type=float, default=None, metavar="GB", help="refuse a job that needs more memory")
+    p.add_argument("--dry-run", action="store_true", help="print job, contract, sizes and operators; load no weights")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     return p
 
@@ -76,6 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("export-vlm: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def _shards(text: str) -> int:
+    if text == "auto":
+        return 0
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of 1 or more")
+    return int(text)
 
 
 def default_output(model: str, label: str) -> str:

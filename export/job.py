@@ -30,6 +30,9 @@ class Job:
         images: images that a conversation of full length is assumed to hold; the later caches are sized for it.
         output: bundle folder.
         engine: engines to build besides the ONNX files.
+        engine_shards: engines that the decoder is cut into; 0 for as few as memory allows.
+        copy_weights: copy the checkpoint's files even where they could be linked.
+        max_memory: gigabytes (1e9 bytes) that the job may take; None for what is free.
         force: replace an existing bundle.
     """
 
@@ -45,6 +48,9 @@ class Job:
     max_batch: int = 1
     images: int = 1
     engine: str = "none"
+    engine_shards: int = 0
+    copy_weights: bool = False
+    max_memory: float | None = None
     force: bool = False
 
     def to_json(self) -> str:

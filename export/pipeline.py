@@ -1,7 +1,8 @@
-"""The whole export as one list: checkpoint -> weights -> trace -> select -> lint -> bind -> save -> engines -> seal."""
+"""The whole export as one list: checkpoint -> plan -> weights -> trace -> select -> bind -> save -> engines -> seal."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ import onnx_ir as ir
 import torch
 
 from vlmtrim.export import checkpoint as checkpoints
-from vlmtrim.export import trace, weights
+from vlmtrim.export import memory, trace, weights
 from vlmtrim.export.attention import IMPLEMENTATION
 from vlmtrim.export.job import Job, Refusal
+from vlmtrim.graphs import shard
 from vlmtrim.graphs.bundle import check_target, seal, staging
-from vlmtrim.graphs.contract import CacheGroup, Contract, TensorSpec, decoder_spec, kept_count
-from vlmtrim.graphs.lint import lint, node_counts
+from vlmtrim.graphs.contract import DTYPE_BYTES, CacheGroup, Contract, TensorSpec, decoder_spec, kept_count
+from vlmtrim.graphs.lint import lint, lint_chain, node_counts
 from vlmtrim.graphs.methods.fastv import FastV
 from vlmtrim.runtime.engines import build_engines, import_library
 
@@ -40,6 +43,31 @@ SETTINGS = (
 _DYNAMIC_ROPE = ("dynamic", "longrope")
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before the first graph is traced.
+
+    ``tensors`` of the checkpoint are None where only its config is at hand; ``model`` has parameters without memory.
+    """
+
+    job: Job
+    source: Path
+    family: Any
+    config: Any
+    tensors: dict[str, weights.StoredTensor] | None
+    dtype: torch.dtype
+    contract: Contract
+    method: FastV | None
+    model: Any
+    plan: memory.Plan
+
+    @property
+    def plan_lines(self) -> list[str]:
+        """The memory plan for people."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return memory.lines(self.plan, self.contract, self.job.max_batch, parameters)
+
+
 def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) -> Path:
     """Run a job on the checkpoint in ``source``; returns the bundle's folder.
 
@@ -55,33 +83,24 @@ def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) ->
     report: dict[str, Any] = {"stages": {}, "nodes": {}}
     with staging(target, job.force) as folder:
         with _stage(report, "checkpoint"):
-            family, config = checkpoints.read_config(source)
-            tensors = weights.read_checkpoint(source)
-            dtype = _dtype(job, tensors)
-            contract = build_contract(job, family, config, dtype, source)
-            method = pruning_method(job)
-        with _stage(report, "model without weights"):
-            model = trace.build_without_memory(family.MODEL_CLASS, config, dtype, IMPLEMENTATION)
-            matched = weights.match_parameters(model, tensors)
+            prepared = prepare(job, source, weights.read_checkpoint(source))
+            assert prepared.tensors is not None
+            matched = weights.match_parameters(prepared.model, prepared.tensors)
+        print("\n".join(prepared.plan_lines), file=sys.stderr, flush=True)
+        contract = prepared.contract
         with _stage(report, "weights"):
-            stored = weights.store(tensors, dtype, folder, progress("weights"))
-        plain = contract.graphs["decoder"] if method is None else _plain_decoder(contract, config, family)
-        for plan in family.plans(model, family.read_shape(config), dtype, plain):
-            name = Path(plan.spec.file).stem
-            with _stage(report, f"trace {name}"):
-                graph = _traced(plan, traces)
-                lint(graph, plan.spec)
-            if name == "decoder" and method is not None:
-                with _stage(report, f"select ({method.label})"):
-                    method(graph, visual_tokens=job.images * contract.image_tokens)
-                    lint(graph, contract.graphs[name])
+            stored = weights.store(prepared.tensors, prepared.dtype, folder, progress("weights"), copy=job.copy_weights)
+        for name, graph in graphs(prepared, report, traces):
             with _stage(report, f"save {name}"):
                 weights.bind(graph, matched, stored)
                 lint(graph, contract.graphs[name], weights_bound=True)
-                ir.save(graph, folder / plan.spec.file)
+                ir.save(graph, folder / contract.graphs[name].file)
                 report["nodes"][name] = node_counts(graph)
+            if name == "decoder" and prepared.plan.shards > 1:
+                with _stage(report, "cut decoder"):
+                    contract = _cut(graph, contract, prepared.plan.shards, folder)
         with _stage(report, "settings"):
-            _copy_settings(source, folder, dtype)
+            _copy_settings(source, folder, prepared.dtype)
             (folder / "contract.json").write_text(contract.to_json())
         if job.engine != "none":
             with _stage(report, f"engines ({job.engine})"):
@@ -90,6 +109,57 @@ def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) ->
         with _stage(report, "checksums"):
             seal(folder)
     return target
+
+
+def prepare(job: Job, source: Path, tensors: dict[str, weights.StoredTensor] | None) -> Prepared:
+    """Contract, model and memory plan of a job. Raises Refusal where the job fits neither model nor memory."""
+    family, config = checkpoints.read_config(source)
+    dtype = _dtype(job, config, tensors)
+    contract = build_contract(job, family, config, dtype, source)
+    model = trace.build_without_memory(family.MODEL_CLASS, config, dtype, IMPLEMENTATION)
+    plan = memory.make_plan(job, contract, model, None if tensors is None else weights.bytes_by_dtype(tensors))
+    return Prepared(job, source, family, config, tensors, dtype, contract, pruning_method(job), model, plan)
+
+
+def graphs(
+    prepared: Prepared, report: dict[str, Any], traces: dict[str, ir.Model] | None = None
+) -> Iterator[tuple[str, ir.Model]]:
+    """Every graph of the bundle with its selection and without weights, held to the contract."""
+    contract, method, job = prepared.contract, prepared.method, prepared.job
+    shape = prepared.family.read_shape(prepared.config)
+    plain = contract.graphs["decoder"] if method is None else _plain_decoder(contract, prepared.config, prepared.family)
+    for plan in prepared.family.plans(prepared.model, shape, prepared.dtype, plain):
+        name = Path(plan.spec.file).stem
+        with _stage(report, f"trace {name}"):
+            graph = _traced(plan, traces)
+            lint(graph, plan.spec)
+        if name == "decoder" and method is not None:
+            with _stage(report, f"select ({method.label})"):
+                method(graph, visual_tokens=job.images * contract.image_tokens)
+                lint(graph, contract.graphs[name])
+        yield name, graph
+
+
+def _cut(decoder: ir.Model, contract: Contract, pieces: int, folder: Path) -> Contract:
+    """Write the decoder's chain beside it; returns the contract with its graphs."""
+    layers = sum(len(group.layers) for group in contract.groups)
+    head = contract.graphs["decoder"].outputs[0].shape[1]
+    hidden = contract.graphs["decoder"].inputs[0].shape[2]
+    assert isinstance(head, int) and isinstance(hidden, int)
+    tail = head * hidden * DTYPE_BYTES[contract.dtype]
+    tail /= (shard.weight_bytes(decoder) - tail) / layers
+    chain = shard.cut(decoder, shard.boundaries(layers, pieces, tail))
+    specs = shard.specs(chain, "decoder")
+    lint_chain(specs, contract.graphs["decoder"])
+    for graph, spec in zip(chain, specs, strict=True):
+        ir.save(graph, folder / spec.file)
+    named = {Path(spec.file).stem: spec for spec in specs}
+    dims = dict(contract.dims)
+    if contract.selection is not None:
+        dims["Sk"] = dims["S"]
+    return dataclasses.replace(
+        contract, graphs={**contract.graphs, **named}, dims=dims, chains={"decoder": tuple(named)}
+    )
 
 
 def _traced(plan: trace.Plan, traces: dict[str, ir.Model] | None) -> ir.Model:
@@ -197,10 +267,10 @@ def _plain_decoder(contract: Contract, config: Any, family: Any) -> Any:
     )
 
 
-def _dtype(job: Job, tensors: dict[str, weights.StoredTensor]) -> torch.dtype:
+def _dtype(job: Job, config: Any, tensors: dict[str, weights.StoredTensor] | None) -> torch.dtype:
     if job.dtype != "auto":
         return getattr(torch, job.dtype)
-    dtype = weights.common_dtype(tensors)
+    dtype = weights.common_dtype(tensors) if tensors is not None else config.dtype or torch.float32
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise Refusal(f"the checkpoint is {dtype}; give --dtype float32, float16 or bfloat16")
     return dtype

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from vlmtrim.export import checkpoint as checkpoints
-from vlmtrim.export import pipeline
+from vlmtrim.export import pipeline, weights
 from vlmtrim.export.cli import default_output
 from vlmtrim.export.job import Job, Refusal
-from vlmtrim.graphs.contract import DTYPE_BYTES, Contract
+from vlmtrim.graphs.lint import node_counts
 
 DEFAULT_SEQ_LEN = 2048
 _LENGTH_OF_THE_MODEL = 0  # stands in a job until the model's config is read
@@ -37,8 +37,8 @@ def _with_length(job: Job, family: Any, config: Any) -> Job:
     return dataclasses.replace(job, max_seq_len=min(DEFAULT_SEQ_LEN, family.read_shape(config).max_positions))
 
 
-def _read(job: Job, scratch: str, weights: bool) -> tuple[Job, Path, Any, Any]:
-    source = checkpoints.resolve(job.model, Path(scratch), weights=weights)
+def _read(job: Job, scratch: str, with_weights: bool) -> tuple[Job, Path, Any, Any]:
+    source = checkpoints.resolve(job.model, Path(scratch), weights=with_weights)
     family, config = checkpoints.read_config(source)
     return _with_length(job, family, config), source, family, config
 
@@ -46,40 +46,29 @@ def _read(job: Job, scratch: str, weights: bool) -> tuple[Job, Path, Any, Any]:
 def execute(job: Job) -> Path:
     """Export; returns the bundle's folder."""
     with tempfile.TemporaryDirectory(prefix="vlmtrim-") as scratch:
-        job, source, _, _ = _read(job, scratch, weights=True)
+        job, source, _, _ = _read(job, scratch, with_weights=True)
         return pipeline.export(job, source)
 
 
 def dry_run(job: Job) -> str:
-    """Job, contract and expected sizes as text; reads the config, never the weights."""
-    import torch
-
+    """Job, contract, memory plan and operators as text; the graphs are traced, weights are neither read nor written."""
     with tempfile.TemporaryDirectory(prefix="vlmtrim-") as scratch:
-        job, source, family, config = _read(job, scratch, weights=False)
-        name = job.dtype if job.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
-        contract = pipeline.build_contract(job, family, config, getattr(torch, name), source)
-        with torch.device("meta"):
-            model = family.MODEL_CLASS(config)
-        parameters = sum(math.prod(p.shape) for p in model.parameters())
+        job, source, _, _ = _read(job, scratch, with_weights=False)
+        has_weights = any(source.glob("*.safetensors"))
+        prepared = pipeline.prepare(job, source, weights.read_checkpoint(source) if has_weights else None)
+        if prepared.tensors is not None:
+            weights.match_parameters(prepared.model, prepared.tensors)
+        report: dict[str, Any] = {"stages": {}}
+        nodes = {name: node_counts(graph) for name, graph in pipeline.graphs(prepared, report)}
     lines = ["job"]
-    lines += [f"    {key:12} {value}" for key, value in dataclasses.asdict(job).items()]
-    for graph in contract.graphs.values():
+    lines += [f"    {key:13} {value}" for key, value in dataclasses.asdict(job).items()]
+    for graph in prepared.contract.graphs.values():
         lines += [f"{graph.file}: inputs", pipeline.boundary_table(graph.inputs)]
         lines += [f"{graph.file}: outputs", pipeline.boundary_table(graph.outputs)]
-    lines += ["sizes", *sizes(contract, parameters, job.max_batch)]
+    lines += ["sizes", *prepared.plan_lines, "operators"]
+    for name, counts in nodes.items():
+        listed = ", ".join(f"{operator} {count}" for operator, count in counts.items())
+        lines += textwrap.wrap(
+            f"{name}: {sum(counts.values())} nodes: {listed}", 110, initial_indent="    ", subsequent_indent=" " * 8
+        )
     return "\n".join(lines)
-
-
-def sizes(contract: Contract, parameters: int, batch: int) -> list[str]:
-    """Expected sizes, one line each: weights, caches by group, dense against pruned."""
-    weight_bytes = parameters * DTYPE_BYTES[contract.dtype]
-    lines = [f"    weights      {weight_bytes / 1e6:10.1f} MB  ({parameters / 1e6:.1f} M parameters, {contract.dtype})"]
-    pruned = dense = 0
-    for index, group in enumerate(contract.groups):
-        size = group.nbytes(batch, contract.dtype)
-        pruned += size
-        dense += dataclasses.replace(group, capacity=contract.max_seq_len).nbytes(batch, contract.dtype)
-        span = f"layers {group.layers[0]}-{group.layers[-1]}"
-        lines.append(f"    caches {index}     {size / 1e6:10.1f} MB  ({span}, {group.capacity} tokens, batch {batch})")
-    lines.append(f"    caches       {pruned / 1e6:10.1f} MB  (unpruned: {dense / 1e6:.1f} MB)")
-    return lines

@@ -12,7 +12,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ _DTYPES = {
 CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
+COPY_BYTES = 1 << 24
 Progress = Callable[[int, int], None]
 
 
@@ -130,11 +131,17 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 def common_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
     """The floating dtype that most bytes of the checkpoint have."""
+    sizes = bytes_by_dtype(tensors)
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def bytes_by_dtype(tensors: Mapping[str, StoredTensor]) -> dict[torch.dtype, int]:
+    """Bytes of the checkpoint's floating tensors by their dtype."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
         if tensor.dtype.is_floating_point:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.length
-    return max(sizes, key=lambda dtype: sizes[dtype])
+    return sizes
 
 
 def match_parameters(model: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
@@ -170,35 +177,51 @@ def match_parameters(model: Any, tensors: Mapping[str, StoredTensor]) -> dict[st
 
 
 def store(
-    tensors: Mapping[str, StoredTensor], dtype: torch.dtype, folder: Path, progress: Progress
+    tensors: Mapping[str, StoredTensor], dtype: torch.dtype, folder: Path, progress: Progress, copy: bool = False
 ) -> dict[str, StoredTensor]:
     """Bring the checkpoint's weights into ``folder`` and say where each tensor lies there.
 
-    Same dtype: its files are hard-linked, or copied where the file system refuses links. Otherwise one
-    ``model.safetensors`` is written, one tensor in memory at a time; names stay.
+    Same dtype: its files are hard-linked, or copied where the file system refuses links or ``copy`` is set. Otherwise
+    one ``model.safetensors`` is written, one tensor in memory at a time; names stay.
     """
     if all(t.dtype == dtype for t in tensors.values() if t.dtype.is_floating_point):
-        return _link_files(tensors, folder, progress)
+        return _take_files(tensors, folder, progress, copy)
     return _write_cast(tensors, dtype, folder / "model.safetensors", progress)
 
 
-def _link_files(tensors: Mapping[str, StoredTensor], folder: Path, progress: Progress) -> dict[str, StoredTensor]:
+def _take_files(
+    tensors: Mapping[str, StoredTensor], folder: Path, progress: Progress, copy: bool
+) -> dict[str, StoredTensor]:
     files = sorted({tensor.file for tensor in tensors.values()})
     total = sum(file.stat().st_size for file in files)
     done = 0
     for file in files:
         source = file.resolve()  # a hub snapshot holds symbolic links; a bundle must hold the data
-        try:
-            os.link(source, folder / file.name)
-        except OSError:
-            shutil.copyfile(source, folder / file.name)
+        if copy or not _link(source, folder / file.name):
+            for written in _copy(source, folder / file.name):
+                progress(done + written, total)
         done += source.stat().st_size
-        progress(done, total)
     if len(files) > 1:
         shutil.copyfile(files[0].parent / "model.safetensors.index.json", folder / "model.safetensors.index.json")
     return {
         name: StoredTensor(folder / t.file.name, t.code, t.shape, t.offset, t.length) for name, t in tensors.items()
     }
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        return False
+    return True
+
+
+def _copy(source: Path, target: Path) -> Iterator[int]:
+    """Copy piece by piece; yields the bytes written so far."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while piece := reader.read(COPY_BYTES):
+            writer.write(piece)
+            yield writer.tell()
 
 
 def _write_cast(

@@ -102,7 +102,9 @@ class Contract:
     Attributes:
         family: model family, e.g. ``llava``.
         dtype: dtype of weights, embeddings, caches and logits.
-        graphs: ``vision``, ``embed`` and ``decoder`` by name.
+        graphs: ``vision``, ``embed`` and ``decoder`` by name, and the pieces of a chain where there is one.
+        chains: name of a graph -> names of graphs that do the same one after the other, for libraries that cannot take
+            it in one piece; what a piece returns under a name, a later one takes under that name.
         groups: cache groups in layer order.
         dims: inclusive (minimum, maximum) of every symbolic input dimension.
         selection: method name and its parameters, or None for the unpruned model. For people and reports only.
@@ -126,8 +128,13 @@ class Contract:
     image_token_id: int
     eos_token_ids: tuple[int, ...]
     image_grid: tuple[int, int] | None = None
+    chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     schema: int = SCHEMA
     producer: str = field(default="vlmtrim")
+
+    def chain(self, graph: str) -> tuple[str, ...]:
+        """Names of the graphs to run one after the other in place of ``graph``; itself where it is not cut."""
+        return self.chains.get(graph, (graph,))
 
     @property
     def removed(self) -> float:
@@ -157,6 +164,7 @@ class Contract:
             raw["groups"] = tuple(CacheGroup(**{**g, "layers": tuple(g["layers"])}) for g in raw["groups"])
             raw["dims"] = {name: (low, high) for name, (low, high) in raw["dims"].items()}
             raw["eos_token_ids"] = tuple(raw["eos_token_ids"])
+            raw["chains"] = {name: tuple(chain) for name, chain in raw.get("chains", {}).items()}
             raw["image_grid"] = tuple(raw["image_grid"]) if raw.get("image_grid") else None
             return Contract(**raw)
         except (KeyError, TypeError, AttributeError) as error:

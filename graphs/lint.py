@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from vlmtrim.graphs.contract import GraphSpec, TensorSpec
@@ -47,6 +49,37 @@ def _spec(value: ir.Value) -> TensorSpec:
     dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ())
     dtype = _DTYPES.get(value.dtype, str(value.dtype)) if value.dtype is not None else "?"
     return TensorSpec(str(value.name), dtype, dims)
+
+
+def boundary(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """(inputs, outputs) of a graph as a contract states them."""
+    return tuple(map(_spec, model.graph.inputs)), tuple(map(_spec, model.graph.outputs))
+
+
+def lint_chain(chain: Sequence[GraphSpec], whole: GraphSpec) -> None:
+    """Raise GraphError unless a chain of graphs takes and returns what the whole graph does, and nothing else.
+
+    Every input is one of the whole graph's, or an output of an earlier graph with the same dtype and shape.
+    """
+    outside = {tensor.name: tensor for tensor in whole.inputs}
+    produced: dict[str, TensorSpec] = {}
+    used: set[str] = set()
+    for spec in chain:
+        for tensor in spec.inputs:
+            if (produced.get(tensor.name) or outside.get(tensor.name)) != tensor:
+                raise GraphError(f"{spec.file}: no earlier graph and no input of {whole.file} provides {tensor}")
+            used.add(tensor.name)
+        for tensor in spec.outputs:
+            if tensor.name in produced:
+                raise GraphError(f"{spec.file}: {tensor.name} is returned by two graphs of the chain")
+            produced[tensor.name] = tensor
+    for tensor in whole.outputs:
+        if produced.get(tensor.name) != tensor:
+            raise GraphError(f"no graph of the chain returns {tensor}")
+    if left := sorted(set(outside) - used):
+        raise GraphError(f"no graph of the chain reads {left[0]}")
+    if extra := sorted(set(produced) - used - {tensor.name for tensor in whole.outputs}):
+        raise GraphError(f"{extra[0]} is returned by a graph of the chain and read by none")
 
 
 def _same_boundary(file: str, kind: str, found: list[TensorSpec], promised: tuple[TensorSpec, ...]) -> None:

@@ -30,10 +30,14 @@ def split_at(
     embeds, positions = graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
     gathered = gather_tokens(ops, seam, survivors.kept_indices)
     gathered.type, gathered.shape = seam.type, ir.Shape(("B", "Sk", *list(seam.shape or ())[2:]))
+    kept_positions = ops("GatherElements", positions, survivors.kept_indices, axis=1)
+    for value, shape in ((kept_positions, ("B", "Sk")), (survivors.last_index, ("B",))):
+        value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(shape)
+    kept_positions.name, survivors.last_index.name = "kept_position_ids", "kept_last_index"
     roots = {
         seam: gathered,
         embeds: gathered,
-        positions: ops("GatherElements", positions, survivors.kept_indices, axis=1),
+        positions: kept_positions,
         graph_input(model, "last_index"): survivors.last_index,
     }
     if first:

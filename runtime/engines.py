@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def import_library(name: str) -> Any:
 
 
 def build_engines(folder: Path, contract: Contract, library: str) -> dict[str, Any]:
-    """Build ``vision.engine`` and ``decoder.engine`` and write their fingerprints.
+    """Build ``vision.engine`` and ``decoder.engine``, or an engine for every piece of their chains.
 
     Args:
         folder: the bundle, before it is sealed.
@@ -57,26 +58,38 @@ def build_engines(folder: Path, contract: Contract, library: str) -> dict[str, A
     """
     trt = import_library(library)
     fingerprints: dict[str, Any] = {}
-    for name, rules in (("vision", profile_rules.vision_profiles), ("decoder", profile_rules.decoder_profiles)):
-        spec, profiles = contract.graphs[name], rules(contract)
-        engine, capabilities = _build(trt, library, folder / spec.file, spec, profiles)
-        (folder / f"{name}.engine").write_bytes(engine)
-        fingerprints[f"{name}.engine"] = {
-            "library": library,
-            "version": trt.__version__,
-            "compute_capabilities": capabilities,
-            "onnx_sha256": sha256(folder / spec.file),
-            "bytes": len(engine),
-            "profiles": {key: {dim: [r.min, r.opt, r.max] for dim, r in p.items()} for key, p in profiles.items()},
-        }
-        print(f"{name}.engine: {len(engine) / 1e6:.1f} MB, {library} {trt.__version__}", file=sys.stderr)
+    for whole, rules in (("vision", profile_rules.vision_profiles), ("decoder", profile_rules.decoder_profiles)):
+        profiles = rules(contract)
+        for name in contract.chain(whole):
+            fingerprints[f"{name}.engine"] = _build_one(trt, library, folder, name, contract.graphs[name], profiles)
     (folder / FINGERPRINTS).write_text(json.dumps(fingerprints, indent=2) + "\n")
     return fingerprints
 
 
+def _build_one(
+    trt: Any, library: str, folder: Path, name: str, spec: GraphSpec, profiles: Mapping[str, profile_rules.Profile]
+) -> dict[str, Any]:
+    """Write ``<name>.engine``; returns its fingerprint. The engine is freed before the next one is built."""
+    start = time.perf_counter()
+    engine, capabilities = _build(trt, library, folder / spec.file, spec, profiles)
+    with (folder / f"{name}.engine").open("wb") as stream:
+        stream.write(engine)
+    size, seconds = len(engine), time.perf_counter() - start
+    print(f"{name}.engine: {size / 1e6:.1f} MB in {seconds:.1f} s, {library} {trt.__version__}", file=sys.stderr)
+    return {
+        "library": library,
+        "version": trt.__version__,
+        "compute_capabilities": capabilities,
+        "onnx_sha256": sha256(folder / spec.file),
+        "bytes": size,
+        "seconds": round(seconds, 1),
+        "profiles": {key: {dim: [r.min, r.opt, r.max] for dim, r in p.items()} for key, p in profiles.items()},
+    }
+
+
 def _build(
     trt: Any, library: str, onnx: Path, spec: GraphSpec, profiles: Mapping[str, profile_rules.Profile]
-) -> tuple[bytes, list[str]]:
+) -> tuple[memoryview, list[str]]:
     messages: list[str] = []
     logger = _logger(trt, messages)
     builder = _create_builder(trt, library, logger, messages)
@@ -97,7 +110,7 @@ def _build(
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise RuntimeRefusal(f"{library} cannot build {onnx.name}: {'; '.join(messages[-3:]) or 'no reason given'}")
-    return bytes(memoryview(engine)), _capabilities(config)
+    return memoryview(engine), _capabilities(config)  # no copy: engines are as large as the weights
 
 
 def _create_builder(trt: Any, library: str, logger: Any, messages: list[str]) -> Any:

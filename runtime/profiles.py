@@ -45,6 +45,9 @@ def decoder_profiles(contract: Contract) -> dict[str, Profile]:
     tokens = min(visual + _TYPICAL_TEXT, dims["S"][1])
     prefill = {"B": batch, "S": Range(1, tokens, dims["S"][1]), "N": Range(0, visual, dims["N"][1])}
     decode = {"B": batch, "S": Range(1, 1, 2), "N": Range(0, 0, 0)}
+    if "Sk" in dims:  # enters the pieces of a chain that lie behind a selection
+        survivors = contract.groups[-1].length(tokens, visual)
+        prefill["Sk"], decode["Sk"] = Range(1, survivors, dims["Sk"][1]), Range(1, 1, 2)
     for index, group in enumerate(contract.groups):
         window = Range(1, min(group.length(tokens, visual), group.capacity), group.capacity)
         prefill[f"W{index}"] = decode[f"W{index}"] = window

@@ -68,6 +68,7 @@ def build(w: dict, capacity: int) -> ir.Model:
         y = ops("Reshape", ops("Transpose", y, perm=[0, 2, 1, 3]), ops.const([0, -1, heads * dh]))
         x = ops("Add", x, ops("MatMul", y, _f(ops, layer["o"])))
         x = ops("Add", x, ops("Tanh", ops("MatMul", x, _f(ops, layer["m"]))))
+        x.dtype, x.shape = ir.DataType.FLOAT, ir.Shape(("B", "S", heads * dh))
     last = ops("GatherND", x, ops("Unsqueeze", inputs["last_index"], ops.const([1])), batch_dims=1)
     logits = ops("MatMul", last, _f(ops, w["head"]))
     logits.name, logits.dtype, logits.shape = "logits", ir.DataType.FLOAT, ir.Shape(("B", w["head"].shape[1]))

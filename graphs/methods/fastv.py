@@ -100,7 +100,8 @@ class FastV:
         model.graph.inputs.insert(3, visual)
         ops = Ops("select")
         last_index = graph_input(model, "last_index")
-        sizes = select.counts(ops, seam, visual, self.r, most_visual=capacity)
+        # Sizes come from the embeddings: read off the seam, they would tie what follows to what is before it.
+        sizes = select.counts(ops, graph_input(model, "inputs_embeds"), visual, self.r, most_visual=capacity)
         step = scores.Step(
             ops=ops,
             layer=layers[self.k - 1] if self.k else None,

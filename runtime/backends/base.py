@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +72,40 @@ class Graph(ABC):
     def _bind_caches(self, caches: Mapping[str, Tensor]) -> None: ...
 
 
+class Chain:
+    """Several graphs that do one's work one after the other; to the outside it is a :class:`Graph`."""
+
+    def __init__(self, graphs: Sequence[Graph]):
+        self._graphs = graphs
+        self._caches: frozenset[str] = frozenset()
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run every graph on the feeds and on what earlier ones returned; returns all that was returned."""
+        known = dict(feeds)
+        for graph in self._graphs:
+            wanted = (tensor.name for tensor in graph.spec.inputs)
+            known |= graph.run({name: known[name] for name in wanted if name not in self._caches and name in known})
+        return {name: value for name, value in known.items() if name not in feeds}
+
+    def bind_caches(self, caches: Mapping[str, Tensor]) -> None:
+        """Bind to every graph the caches of its own layers."""
+        self._caches = frozenset(caches)
+        for graph in self._graphs:
+            names = {tensor.name for tensor in graph.spec.inputs}
+            graph.bind_caches({name: value for name, value in caches.items() if name in names})
+
+
 class Backend(ABC):
-    """An inference library on a device."""
+    """An inference library on a device; ``chained`` says whether it runs a graph in the pieces of its chain."""
 
     name: str
+    chained = False
 
-    def open(self, folder: Path, contract: Contract, graph: str) -> Graph:
+    def open(self, folder: Path, contract: Contract, graph: str) -> Graph | Chain:
         """Open a graph of a bundle by its name in the contract."""
-        return self._open(folder, contract.graphs[graph], contract.dims)
+        names = contract.chain(graph) if self.chained else (graph,)
+        graphs = [self._open(folder, contract.graphs[name], contract.dims) for name in names]
+        return graphs[0] if len(graphs) == 1 else Chain(graphs)
 
     def make_caches(self, contract: Contract, batch: int) -> dict[str, Tensor]:
         """Zeroed caches of all groups, by input name."""

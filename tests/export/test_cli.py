@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -242,18 +243,63 @@ def llava_7b(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("r", "kept"), [(0.5, 288), (0.75, 144), (0.9, 58), (0.0, 576)])
-def test_a_dry_run_of_a_7b_model_tells_the_pruned_cache_bytes(run, llava_7b, r, kept):
-    argv = ["--model", llava_7b, "--k", "2", "--r", str(r), "--max-seq-len", "2048", "--max-batch", "2", "--dry-run"]
-    status, out, _ = run(*argv)
-    assert status == 0
+def test_the_plan_of_a_7b_model_tells_the_pruned_cache_bytes(llava_7b, r, kept):
+    from vlmtrim.export.job import Job
+    from vlmtrim.export.pipeline import prepare
+
+    job = Job(model=llava_7b, output="", k=2, r=r, max_seq_len=2048, max_batch=2)
+    out = "\n".join(prepare(job, Path(llava_7b), None).plan_lines)
     early = 2 * 2 * 2048 * BYTES_PER_TOKEN_AND_LAYER  # batch, layers, tokens
     late = 2 * 30 * (2048 - 576 + kept) * BYTES_PER_TOKEN_AND_LAYER
     dense = 2 * 32 * 2048 * BYTES_PER_TOKEN_AND_LAYER
     found = re.findall(r"caches(?: \d)? +([\d.]+) MB", out)
     assert found == [f"{value / 1e6:.1f}" for value in (early, late, early + late)]
     assert f"unpruned: {dense / 1e6:.1f} MB" in out
-    parameters = float(re.search(r"\(([\d.]+) M parameters, float16\)", out)[1])
+    parameters = float(re.search(r"\(([\d.]+) M parameters, float16, linked", out)[1])
     assert 7000 < parameters < 7100  # LLaVA-1.5-7B has 7.06 billion
+
+
+def test_engine_shards_follow_from_memory(llava_7b):
+    """Building takes 3.2 times the weights of an engine: 13.2 GB of decoder need 3 pieces under 18 GB."""
+    from vlmtrim.export.job import Job, Refusal
+    from vlmtrim.export.pipeline import prepare
+
+    def plan(**fields):
+        job = Job(model=llava_7b, output="", engine="tensorrt-rtx", max_seq_len=2048, **fields)
+        return prepare(job, Path(llava_7b), None).plan
+
+    assert [plan(max_memory=limit).shards for limit in (60, 24, 18, 8)] == [1, 2, 3, 6]
+    for limit in (60, 24, 18, 8):
+        assert plan(max_memory=limit).peak <= limit * 1e9
+    assert plan(max_memory=60, engine_shards=5).shards == 5
+    with pytest.raises(Refusal, match=r"building the engines needs about 21.* GB, --max-memory allows 18 GB.*shards"):
+        plan(max_memory=18, engine_shards=2)
+
+
+def test_max_memory_refuses_before_the_work(run, tmp_path):
+    argv = ["--model", "tiny:llava", "--output", str(tmp_path / "b"), "--max-memory", "0.1"]
+    status, _, err = run(*argv)
+    assert status == 2 and "--max-memory allows 0.1 GB" in err and "trace" not in err
+    assert not list(tmp_path.glob("*b*"))
+
+
+def test_a_dry_run_counts_the_operators_that_the_export_writes(run, tmp_path):
+    argv = ["--model", "tiny:llava", "--k", "1", "--r", "0.5"]
+    status, out, _ = run(*argv, "--dry-run")
+    assert status == 0
+    assert run(*argv, "--output", str(tmp_path / "b"))[0] == 0
+    nodes = json.loads((tmp_path / "b" / "job.json").read_text())["nodes"]
+    assert nodes["decoder"]["RMSNormalization"] == 9 and nodes["decoder"]["RotaryEmbedding"] == 8
+    said = " ".join(out.split())
+    for name, counts in nodes.items():
+        listed = ", ".join(f"{operator} {count}" for operator, count in counts.items())
+        assert f"{name}: {sum(counts.values())} nodes: {listed}" in said
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_engine_shards_that_are_no_number_are_refused(run, text):
+    status, _, err = run("--model", "demo", "--engine-shards", text)
+    assert status == 2 and f"'{text}' is neither auto nor a number" in err.splitlines()[-1]
 
 
 def test_commands_without_the_extra_name_it(monkeypatch, capsys):

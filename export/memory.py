@@ -1,0 +1,152 @@
+"""What an export, its engines and its bundle will need, before any of it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmtrim.export.job import Job, Refusal
+from vlmtrim.graphs.contract import DTYPE_BYTES, Contract
+
+# Measured with scripts/bench_export.py: the process with torch and transformers and the trace of a 7B or 13B model.
+EXPORT_BYTES = 0.7e9
+# A cast holds one tensor as it is stored, as it is written, and what the check for overflow needs.
+CAST_COPIES = 4
+# TensorRT-RTX 1.7: peak of a build over the weights of the engine (DESIGN, section 5).
+BUILD_FACTOR = 3.2
+# Share of the free memory that an engine build may plan with.
+HEADROOM = 0.85
+GRAPH_BYTES = 2e6  # ONNX files, contract, tokenizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, all of them.
+
+    Attributes:
+        weights: of the model in the bundle's dtype.
+        decoder: the part of them in the decoder graph.
+        vision: the part of them in the vision graph.
+        linked: whether the bundle shares the checkpoint's files.
+        export: peak memory of the export without engines.
+        shards: engines that the decoder is cut into; 0 where none is built.
+        build: peak memory while engines are built; 0 where none is.
+        disk: what the bundle adds on disk.
+        dense_caches: of the unpruned model.
+    """
+
+    weights: int
+    decoder: int
+    vision: int
+    linked: bool
+    export: int
+    shards: int
+    build: int
+    disk: int
+    dense_caches: int
+
+    @property
+    def peak(self) -> int:
+        """Memory that the whole job needs."""
+        return max(self.export, self.build)
+
+
+def make_plan(job: Job, contract: Contract, model: Any, dtypes: Mapping[torch.dtype, int] | None) -> Plan:
+    """Plan for a model on the meta device or without memory.
+
+    Args:
+        dtypes: bytes of the checkpoint's floating tensors by dtype; None where its files are not at hand.
+
+    Raises:
+        Refusal: more memory is needed than ``--max-memory`` allows.
+    """
+    size = DTYPE_BYTES[contract.dtype]
+    sizes = {name: math.prod(parameter.shape) * size for name, parameter in model.named_parameters()}
+    weights = sum(sizes.values())
+    vision = sum(n for name, n in sizes.items() if "vision_tower" in name or "projector" in name)
+    embedding = sum(n for name, n in sizes.items() if "embed_tokens" in name)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    decoder = weights - vision - (0 if tied else embedding)
+    same = dtypes is None or set(dtypes) == {getattr(torch, contract.dtype)}
+    linked = same and not job.copy_weights
+    export = EXPORT_BYTES + (0 if same else CAST_COPIES * max(sizes.values()) * 4 / size)
+    shards = build = 0
+    if job.engine != "none":
+        shards = job.engine_shards or engine_shards(decoder, contract, memory_limit(job))
+        build = max(int(BUILD_FACTOR * part) for part in (vision, -(-decoder // shards))) + int(EXPORT_BYTES)
+    plan = Plan(
+        weights=weights,
+        decoder=decoder,
+        vision=vision,
+        linked=linked,
+        export=int(export),
+        shards=shards,
+        build=build,
+        disk=int(GRAPH_BYTES + (0 if linked else weights) + (decoder + vision if shards else 0)),
+        dense_caches=sum(
+            dataclasses.replace(group, capacity=contract.max_seq_len).nbytes(job.max_batch, contract.dtype)
+            for group in contract.groups
+        ),
+    )
+    if job.max_memory is not None and plan.peak > job.max_memory * 1e9:
+        stage = "building the engines" if plan.build > plan.export else "the export"
+        advice = "give more --engine-shards" if plan.build > plan.export else "keep the checkpoint's dtype"
+        raise Refusal(
+            f"{stage} needs about {plan.peak / 1e9:.1f} GB, --max-memory allows {job.max_memory:g} GB; {advice} or "
+            "a larger --max-memory"
+        )
+    return plan
+
+
+def engine_shards(decoder: int, contract: Contract, limit: float) -> int:
+    """Fewest engines of the decoder whose builds fit into ``limit`` bytes of memory, at most one a layer."""
+    layers = sum(len(group.layers) for group in contract.groups)
+    per_engine = max(limit - EXPORT_BYTES, 1e8) / BUILD_FACTOR
+    return min(layers, max(1, math.ceil(decoder / per_engine)))
+
+
+def memory_limit(job: Job) -> float:
+    """Bytes that engine builds may plan with: ``--max-memory``, else most of what is free now."""
+    return job.max_memory * 1e9 if job.max_memory is not None else HEADROOM * free_memory()
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free for this process: the machine's, or its control group's where that is less."""
+    meminfo = Path("/proc/meminfo")
+    free = 8 << 30  # where nothing is known
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    limit, used = (group / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(free, 0)
+
+
+def lines(plan: Plan, contract: Contract, batch: int, parameters: int) -> list[str]:
+    """The plan for people, one line a figure."""
+    megabytes = lambda size: f"{size / 1e6:10.1f} MB"  # noqa: E731
+    shared = "linked to the checkpoint's files" if plan.linked else "written anew"
+    out = [
+        f"    weights      {megabytes(plan.weights)}  ({parameters / 1e6:.1f} M parameters, {contract.dtype}, {shared})"
+    ]
+    pruned = 0
+    for index, group in enumerate(contract.groups):
+        size = group.nbytes(batch, contract.dtype)
+        pruned += size
+        span = f"layers {group.layers[0]}-{group.layers[-1]}"
+        out.append(f"    caches {index}     {megabytes(size)}  ({span}, {group.capacity} tokens, batch {batch})")
+    out.append(f"    caches       {megabytes(pruned)}  (unpruned: {plan.dense_caches / 1e6:.1f} MB)")
+    out.append(f"    disk         {megabytes(plan.disk)}  (what the bundle adds)")
+    out.append(f"    export       {megabytes(plan.export)}  of memory at its peak")
+    if plan.shards:
+        cut = "in one piece" if plan.shards == 1 else f"the decoder in {plan.shards} pieces"
+        out.append(f"    engines      {megabytes(plan.build)}  of memory at their peak ({cut})")
+    return out

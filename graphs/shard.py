@@ -1,0 +1,181 @@
+"""Cuts a decoder into graphs of consecutive layers, so that each can become an engine of its own.
+
+The graphs form a chain: what one returns under a name, a later one takes under the same name. Building an engine needs
+about 3.2 times its weights in memory, so a model that is too large in one piece is built in several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+
+from vlmtrim.graphs.anatomy import Layer, find_layers, graph_input, seam_before
+from vlmtrim.graphs.contract import GraphSpec
+from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.lint import boundary
+from vlmtrim.graphs.region import downstream
+
+HIDDEN = "hidden_states"
+
+
+def boundaries(layers: int, shards: int, tail: float = 0.0) -> list[int]:
+    """First layers of shards 1, 2, ... such that the largest shard is as small as can be.
+
+    Args:
+        layers: number of layers, all of the same size.
+        shards: number of shards, 1 to ``layers``.
+        tail: size of what follows the last layer (norm, logits), in layers.
+    """
+    if not 1 <= shards <= layers:
+        raise GraphError(f"{layers} layers cannot be cut into {shards} shards: give 1 to {layers}")
+
+    def before_tail(size: float) -> int:
+        return int(size - tail + 1e-9)
+
+    sizes = sorted({size for n in range(1, layers + 1) for size in (n, n + tail) if before_tail(size) >= 1})
+    size = next(size for size in sizes if int(size) * (shards - 1) + before_tail(size) >= layers)
+    last = min(before_tail(size), layers - shards + 1)
+    starts, start = [], 0
+    for remaining in range(shards - 1, 0, -1):
+        start += -(-(layers - last - start) // remaining)
+        starts.append(start)
+    return starts
+
+
+def cut(model: ir.Model, starts: Sequence[int]) -> list[ir.Model]:
+    """The decoder as a chain of graphs; shard i begins with layer ``starts[i - 1]``, the first with layer 0.
+
+    What crosses a cut are the hidden states [B, S or Sk, D] (``hidden_states.<layer>``) and, behind a selection,
+    vectors as long as the sequence, such as the positions that survived. Masks, rotary tables and shapes are computed
+    again in every shard. Weights stay references to the same files. The model itself is left as it is.
+
+    Raises:
+        GraphError: a shard would need something else of an earlier one; the message names the value.
+    """
+    layers = find_layers(model)
+    if any(value.type is None for node in model.graph for value in node.outputs):
+        ShapeInferencePass()(model)  # ranks tell what may cross
+    seams = [seam_before(model, layers, start) for start in starts]
+    for start, seam in zip(starts, seams, strict=True):
+        seam.name = f"{HIDDEN}.{start}"
+    edges = [0, *starts, len(layers)]
+    needs = [_Needs(model, seam) for seam in seams]
+    crossing = {value for need in needs for value in need.small}
+    shards = []
+    for index in range(len(edges) - 1):
+        first, last = edges[index], edges[index + 1]
+        inside = _produced(model, seams, index)
+        outputs = [value for value in seams[index : index + 1] if value is not None]
+        outputs += [v for v in model.graph.outputs if v.producer() in inside]
+        outputs += [v for v in crossing if v.producer() in inside and v not in outputs]
+        need = needs[index - 1] if index else None
+        shards.append(_extract(model, seams[index - 1] if index else None, need, outputs, layers[first:last]))
+    return shards
+
+
+def specs(shards: Sequence[ir.Model], stem: str) -> list[GraphSpec]:
+    """Boundaries of a chain, for the contract; files are ``<stem>-<number>.onnx``."""
+    return [GraphSpec(f"{stem}-{index}.onnx", *boundary(shard)) for index, shard in enumerate(shards)]
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+class _Needs:
+    """What the part of a decoder behind a seam reads of the part before it."""
+
+    def __init__(self, model: ir.Model, seam: ir.Value):
+        self.seam = seam
+        self.small: list[ir.Value] = []
+        self.shapes: list[ir.Node] = []
+        contents = _contents(model, seam)
+        region = downstream(seam) & contents
+        seen: set[ir.Value] = {seam}
+        stack = [v for node in region for v in node.inputs if v is not None]
+        while stack:
+            value = stack.pop()
+            node = value.producer()
+            if value in seen or node is None or node in region:
+                continue
+            seen.add(value)
+            if node in contents and value.shape is not None and len(value.shape) <= 2:
+                self.small.append(value)
+            elif node in contents and node.op_type in ("MatMul", "Attention", "TensorScatter", "Gemm"):
+                raise GraphError(
+                    f"a cut at {seam.name} fails: {value.name} ({node.op_type}) is computed before it and read "
+                    "behind it; give fewer --engine-shards"
+                )
+            elif node.op_type == "Shape":
+                self.shapes.append(node)
+            else:
+                stack.extend(v for v in node.inputs if v is not None)
+
+
+def _contents(model: ir.Model, seam: ir.Value) -> set[ir.Node]:
+    """Nodes whose values cannot be had behind a seam without what is before it.
+
+    They depend on what the tokens are, or on how many there were before a selection; how many there are at the seam
+    is known behind it too.
+    """
+    found: set[ir.Node] = set()
+    stack = [graph_input(model, "inputs_embeds")]
+    while stack:
+        value = stack.pop()
+        for node, index in value.uses():
+            same_sizes = node.op_type == "Shape" and value.shape == seam.shape
+            if same_sizes or (node.op_type == "CastLike" and index == 1) or node in found:
+                continue
+            found.add(node)
+            stack.extend(node.outputs)
+    return found
+
+
+def _produced(model: ir.Model, seams: list[ir.Value], index: int) -> set[ir.Node]:
+    """Nodes of shard ``index``: behind its seam and not behind the next one."""
+    behind = [set(model.graph), *(downstream(seam) for seam in seams), set()]
+    return behind[index] - behind[index + 1]
+
+
+def _extract(
+    model: ir.Model, seam: ir.Value | None, need: _Needs | None, outputs: list[ir.Value], layers: list[Layer]
+) -> ir.Model:
+    shard = model.clone()
+    graph = shard.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    values |= {value.name: value for value in graph.inputs}
+    # A value in ``outputs`` that is a graph input of this shard cannot be: its producer lies inside.
+    graph.outputs[:] = [values[value.name] for value in outputs]
+    if seam is not None and need is not None:
+        entering = []
+        for value in (seam, *need.small):
+            old = values[value.name]
+            entry = ir.val(str(value.name), type=value.type, shape=value.shape)
+            old.replace_all_uses_with(entry)
+            old.name = f"{value.name}/before"
+            entering.append(entry)
+        for node in need.shapes:
+            _read_shape_of(values[node.outputs[0].name].producer(), entering[0])
+        graph.inputs[:0] = entering
+    RemoveUnusedNodesPass()(shard)
+    for value in list(graph.inputs):
+        if not value.uses():
+            graph.inputs.remove(value)
+    graph.sort()
+    found = sum(node.op_type == "Attention" for node in graph)
+    if found != len(layers):
+        raise GraphError(
+            f"the shard of layers {layers[0].index} to {layers[-1].index} holds {found} Attention nodes instead of "
+            f"{len(layers)}: layers depend on each other in a way that cannot be cut; give --engine-shards 1"
+        )
+    return shard
+
+
+def _read_shape_of(node: ir.Node | None, hidden: ir.Value) -> None:
+    """Let a Shape of earlier token states read the hidden states that enter, which have the same sizes."""
+    assert node is not None and node.inputs[0] is not None
+    if node.inputs[0].shape == hidden.shape:
+        node.replace_input_with(0, hidden)
