@@ -6,13 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.graphs.contract import DTYPE_BYTES, Contract
+from vlmtrim.runtime.machine import free_memory
 
 # Measured with scripts/bench_export.py: the process with torch and transformers and the trace of a 7B or 13B model.
 EXPORT_BYTES = 0.7e9
@@ -114,20 +114,6 @@ def engine_shards(decoder: int, contract: Contract, limit: float) -> int:
 def memory_limit(job: Job) -> float:
     """Bytes that engine builds may plan with: ``--max-memory``, else most of what is free now."""
     return job.max_memory * 1e9 if job.max_memory is not None else HEADROOM * free_memory()
-
-
-def free_memory() -> int:
-    """Bytes of memory that are free for this process: the machine's, or its control group's where that is less."""
-    meminfo = Path("/proc/meminfo")
-    free = 8 << 30  # where nothing is known
-    if meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, used = (group / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(free, 0)
 
 
 def lines(plan: Plan, contract: Contract, batch: int, parameters: int) -> list[str]:

@@ -1,5 +1,7 @@
 """The bundle on disk: written whole or not at all, every file under a sha256, refused when one differs.
 
+A large file that did not change since it was last hashed is not hashed again (:mod:`vlmtrim.graphs.checksums`).
+
 Standard library only: the runtime reads bundles with it.
 
     contract.json             what the graphs promise (vlmtrim.graphs.contract)
@@ -21,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmtrim.graphs.checksums import known_sha256
 from vlmtrim.graphs.contract import Contract
 
 SUMS = "SHA256SUMS"
@@ -49,16 +52,10 @@ class Bundle:
         return hashlib.sha256("".join(f"{k}{v}" for k, v in sorted(self.sums.items())).encode()).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def seal(folder: Path) -> None:
     """Write the checksums of every file of a finished bundle."""
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names))
+    (folder / SUMS).write_text("".join(f"{known_sha256(folder / name)}  {name}\n" for name in names))
 
 
 def open_bundle(folder: str | Path) -> Bundle:
@@ -81,7 +78,7 @@ def open_bundle(folder: str | Path) -> Bundle:
         path = folder / name
         if not path.is_file():
             raise BundleError(f"{path} is missing; export the model again")
-        if sha256(path) != digest:
+        if known_sha256(path) != digest:
             raise BundleError(f"{path} is damaged or was edited (its sha256 differs); export the model again")
     for required in ("contract.json", "decoder.onnx"):
         if required not in sums:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmtrim.graphs.bundle import sha256
+from vlmtrim.graphs.checksums import sha256
 from vlmtrim.graphs.contract import Contract, GraphSpec
 from vlmtrim.runtime import profiles as profile_rules
 from vlmtrim.runtime.errors import RuntimeRefusal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import numpy as np
 from vlmtrim.graphs.contract import GraphSpec
 from vlmtrim.runtime.backends.base import Backend, Graph, Tensor
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.machine import free_memory
 
+FREE_SHARE = 0.9  # of the free memory that a decoder may fill
 _PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
@@ -25,6 +28,12 @@ def _import() -> Any:
     import onnxruntime
 
     return onnxruntime
+
+
+def _resident_bytes(folder: Path, spec: GraphSpec) -> int:
+    """What the CPU provider keeps in memory for a graph: its weights transposed, float16 ones as float32."""
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return weights * (2 if any(tensor.dtype == "float16" for tensor in spec.inputs) else 1)
 
 
 class OrtGraph(Graph):
@@ -94,9 +103,7 @@ class OrtBackend(Backend):
             raise RuntimeRefusal(
                 "ONNX Runtime has no bfloat16 kernels on the CPU; export with --dtype float32, or use a GPU backend"
             )
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
+        options = self._options(folder, spec)
         try:
             session = self._ort.InferenceSession(folder / spec.file, options, providers=[self._provider])
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -107,6 +114,26 @@ class OrtBackend(Backend):
                 "check the NVIDIA driver and that CUDA and cuDNN match onnxruntime-gpu"
             )
         return OrtGraph(spec, dims, session, self._device)
+
+    def _options(self, folder: Path, spec: GraphSpec) -> Any:
+        ort = self._ort
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        if self._device == "cpu" and spec.file == "decoder.onnx":
+            needed, free = _resident_bytes(folder, spec), free_memory()
+            if needed > FREE_SHARE * free:
+                print(
+                    f"{spec.file}: ONNX Runtime's copies of the weights would take {needed / 1e9:.1f} GB, "
+                    f"{free / 1e9:.1f} GB are free: it reads them from the file at every step instead, which is slow",
+                    file=sys.stderr,
+                )
+                # Each weight is converted where it is used and dropped after it, so nothing may be prepared ahead.
+                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+                options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+                options.enable_cpu_mem_arena = False
+                options.enable_mem_pattern = False
+        return options
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """A zeroed OrtValue on the device."""

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from vlmtrim.graphs.bundle import open_bundle, sha256
+from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.graphs.checksums import sha256
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.runtime import engines, profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
