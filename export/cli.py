@@ -49,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
         help="cut the decoder into N engines of consecutive layers; auto (default): as few as memory allows",
     )
     p.add_argument("--copy-weights", action="store_true", help="copy the checkpoint's files instead of linking them")
+    p.add_argument(
+        "--clip-overflow", action="store_true", help="clip weights that do not fit --dtype instead of refusing them"
+    )
     p.add_argument("--max-memory", type=float, default=None, metavar="GB", help="refuse a job that needs more memory")
     p.add_argument("--dry-run", action="store_true", help="print job, contract, sizes and operators; load no weights")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")

@@ -177,16 +177,22 @@ def match_parameters(model: Any, tensors: Mapping[str, StoredTensor]) -> dict[st
 
 
 def store(
-    tensors: Mapping[str, StoredTensor], dtype: torch.dtype, folder: Path, progress: Progress, copy: bool = False
+    tensors: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    folder: Path,
+    progress: Progress,
+    copy: bool = False,
+    clip: bool = False,
 ) -> dict[str, StoredTensor]:
     """Bring the checkpoint's weights into ``folder`` and say where each tensor lies there.
 
     Same dtype: its files are hard-linked, or copied where the file system refuses links or ``copy`` is set. Otherwise
-    one ``model.safetensors`` is written, one tensor in memory at a time; names stay.
+    one ``model.safetensors`` is written, one tensor in memory at a time; names stay. Values that do not fit the dtype
+    are refused, or become its largest where ``clip`` is set.
     """
     if all(t.dtype == dtype for t in tensors.values() if t.dtype.is_floating_point):
         return _take_files(tensors, folder, progress, copy)
-    return _write_cast(tensors, dtype, folder / "model.safetensors", progress)
+    return _write_cast(tensors, dtype, folder / "model.safetensors", progress, clip)
 
 
 def _take_files(
@@ -225,7 +231,7 @@ def _copy(source: Path, target: Path) -> Iterator[int]:
 
 
 def _write_cast(
-    tensors: Mapping[str, StoredTensor], dtype: torch.dtype, path: Path, progress: Progress
+    tensors: Mapping[str, StoredTensor], dtype: torch.dtype, path: Path, progress: Progress, clip: bool
 ) -> dict[str, StoredTensor]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -240,32 +246,39 @@ def _write_cast(
         position += length
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    flushed = 0
+    flushed = clipped = 0
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors.items():
             values = tensor.read()
             cast = values.to(dtype) if tensor.dtype.is_floating_point else values
-            flushed += _check_cast(name, values, cast)
+            if cast is not values:
+                overflow = torch.isinf(cast) & ~torch.isinf(values)
+                clipped += _clip(cast, overflow) if clip else _refuse_overflow(name, values, cast, overflow)
+                flushed += int(((cast == 0) & (values != 0)).sum())
             stream.write(cast.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             progress(stream.tell(), 8 + len(text) + position)
+    if clipped:
+        print(f"weights: {clipped} values were clipped to {torch.finfo(dtype).max:.6g} in {dtype}", file=sys.stderr)
     if flushed:
         print(f"weights: {flushed} small values became zero in {dtype}", file=sys.stderr)
     return read_header(path)
 
 
-def _check_cast(name: str, values: torch.Tensor, cast: torch.Tensor) -> int:
-    """Number of values that became zero. Raises Refusal where one no longer fits."""
-    if values.dtype == cast.dtype:
-        return 0
-    overflow = int((torch.isinf(cast) & ~torch.isinf(values)).sum())
-    if overflow:
+def _refuse_overflow(name: str, values: torch.Tensor, cast: torch.Tensor, overflow: torch.Tensor) -> int:
+    count = int(overflow.sum())
+    if count:
         largest = float(values.abs().max())
         raise Refusal(
-            f"{name}: {overflow} values do not fit {cast.dtype} (largest {largest:.3g}, limit "
-            f"{torch.finfo(cast.dtype).max:.3g}); export with --dtype bfloat16 or float32"
+            f"{name}: {count} values do not fit {cast.dtype} (largest {largest:.3g}, limit "
+            f"{torch.finfo(cast.dtype).max:.3g}); export with --dtype bfloat16 or float32, or with --clip-overflow"
         )
-    return int(((cast == 0) & (values != 0)).sum())
+    return 0
+
+
+def _clip(cast: torch.Tensor, overflow: torch.Tensor) -> int:
+    cast[overflow] = torch.copysign(torch.tensor(torch.finfo(cast.dtype).max, dtype=cast.dtype), cast[overflow])
+    return int(overflow.sum())
 
 
 def bind(model: ir.Model, matched: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> int:

@@ -174,6 +174,24 @@ def test_an_overflow_is_refused_by_the_tensors_name(tmp_path):
     assert "bfloat16" in message
 
 
+def test_an_overflow_is_clipped_where_asked_and_counted(tmp_path, capsys):
+    values = torch.tensor([1.0, 7e4, -1e6, float("inf"), 1e-9, 0.0], dtype=torch.bfloat16)
+    save_file({"a": values}, tmp_path / "model.safetensors")
+    out = tmp_path / "out"
+    out.mkdir()
+    weights.store(weights.read_checkpoint(tmp_path), torch.float16, out, quiet, clip=True)
+    expected = torch.tensor([1.0, 65504.0, -65504.0, float("inf"), 0.0, 0.0], dtype=torch.float16)
+    assert torch.equal(load_file(out / "model.safetensors")["a"], expected)
+    said = capsys.readouterr().err
+    assert "2 values were clipped to 65504" in said and "1 small values became zero" in said
+
+
+def test_files_are_copied_where_asked(whole, tmp_path):
+    weights.store(weights.read_checkpoint(whole), torch.float32, tmp_path, quiet, copy=True)
+    copied, source = tmp_path / "model.safetensors", whole / "model.safetensors"
+    assert copied.read_bytes() == source.read_bytes() and copied.stat().st_nlink == 1
+
+
 def test_a_missing_shard_is_refused_by_name(sharded, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_bytes((sharded / "model.safetensors.index.json").read_bytes())
     shards = sorted(sharded.glob("*.safetensors"))

@@ -1,0 +1,93 @@
+"""A killed export leaves no bundle, and the next run leaves nothing else behind."""
+
+import json
+import multiprocessing
+import os
+import signal
+from contextlib import contextmanager
+
+import pytest
+
+from vlmtrim.export import pipeline, tiny
+from vlmtrim.export.families import llava
+from vlmtrim.export.job import Job
+from vlmtrim.graphs import bundle as bundles
+from vlmtrim.graphs.bundle import open_bundle
+
+LAST = "rename"  # after the last stage: the finished folder takes its place
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.write_checkpoint(llava, tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def traces():
+    return {}
+
+
+def job(checkpoint, output, **fields):
+    return Job(model=str(checkpoint), output=str(output), max_seq_len=256, dtype="float16", **fields)
+
+
+@pytest.fixture(scope="module")
+def stages(checkpoint, traces, tmp_path_factory):
+    """Every stage of an export, in order; the trace is done once here and shared by all runs below."""
+    output = tmp_path_factory.mktemp("whole") / "bundle"
+    folder = pipeline.export(job(checkpoint, output, **ENGINE), checkpoint, traces)
+    names = list(json.loads((folder / "job.json").read_text())["stages"])
+    return [*names, "checksums", LAST]
+
+
+ENGINE = {"engine": "tensorrt-rtx", "engine_shards": 2}
+COUNT = 14  # of stages; held to the real list below, pytest needs it before it is known
+
+
+def killed_at(stage, job, checkpoint, traces):
+    """Export in a process that kills itself as it enters a stage; waits for its end."""
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def child():
+        real = pipeline._stage
+
+        @contextmanager
+        def stop(report, name):
+            if name == stage:
+                die()
+            with real(report, name):
+                yield
+
+        pipeline._stage = stop
+        if stage == LAST:
+            bundles.Path.rename = lambda self, target: die()
+        pipeline.export(job, checkpoint, traces)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", range(COUNT))
+def test_a_kill_at_any_stage_leaves_no_bundle_and_the_next_run_cleans_up(stages, checkpoint, traces, tmp_path, number):
+    assert len(stages) == COUNT
+    output = tmp_path / "bundle"
+    killed_at(stages[number], job(checkpoint, output, **ENGINE), checkpoint, traces)
+    assert not output.exists()
+    pipeline.export(job(checkpoint, output), checkpoint, traces)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert open_bundle(output).contract.family == "llava"
+
+
+@pytest.mark.parametrize("number", [0, 2, 5, 8, COUNT - 2])
+def test_a_kill_while_replacing_leaves_the_old_bundle_whole(stages, checkpoint, traces, tmp_path, number):
+    output = tmp_path / "bundle"
+    pipeline.export(job(checkpoint, output, r=0.25), checkpoint, traces)
+    killed_at(stages[number], job(checkpoint, output, force=True), checkpoint, traces)
+    assert open_bundle(output).contract.removed == 0.25
+    pipeline.export(job(checkpoint, output, force=True), checkpoint, traces)
+    assert open_bundle(output).contract.removed == 0.5
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
