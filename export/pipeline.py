@@ -1,4 +1,4 @@
-"""The whole export as one list: checkpoint -> plan -> weights -> trace -> select -> bind -> save -> engines -> seal."""
+"""The whole export as one list: checkpoint -> plan -> trace -> select -> weights -> save -> engines -> seal."""
 
 from __future__ import annotations
 
@@ -88,17 +88,22 @@ def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) ->
             matched = weights.match_parameters(prepared.model, prepared.tensors)
         print("\n".join(prepared.plan_lines), file=sys.stderr, flush=True)
         contract = prepared.contract
+        traced = dict(graphs(prepared, report, traces))
+        for graph in traced.values():
+            weights.check_bindings(graph, matched, prepared.tensors, prepared.dtype)
         with _stage(report, "weights"):
-            stored = weights.store(prepared.tensors, prepared.dtype, folder, progress("weights"), copy=job.copy_weights)
-        for name, graph in graphs(prepared, report, traces):
-            with _stage(report, f"save {name}"):
+            stored = weights.store(
+                prepared.tensors, prepared.dtype, folder, progress("weights"), job.copy_weights, job.clip_overflow
+            )
+        with _stage(report, "save"):
+            for name, graph in traced.items():
                 weights.bind(graph, matched, stored)
                 lint(graph, contract.graphs[name], weights_bound=True)
                 ir.save(graph, folder / contract.graphs[name].file)
                 report["nodes"][name] = node_counts(graph)
-            if name == "decoder" and prepared.plan.shards > 1:
-                with _stage(report, "cut decoder"):
-                    contract = _cut(graph, contract, prepared.plan.shards, folder)
+        if prepared.plan.shards > 1:
+            with _stage(report, "cut decoder"):
+                contract = _cut(traced["decoder"], contract, prepared.plan.shards, folder)
         with _stage(report, "settings"):
             _copy_settings(source, folder, prepared.dtype)
             (folder / "contract.json").write_text(contract.to_json())

@@ -281,6 +281,24 @@ def _clip(cast: torch.Tensor, overflow: torch.Tensor) -> int:
     return int(overflow.sum())
 
 
+def check_bindings(
+    model: ir.Model, matched: Mapping[str, str], tensors: Mapping[str, StoredTensor], dtype: torch.dtype
+) -> None:
+    """Raise Refusal unless every weight of a traced graph has a tensor of its shape and, once cast, of its dtype."""
+    for name, value in model.graph.initializers.items():
+        parameter = name.removeprefix("full.")
+        if not name.startswith("full.") or parameter not in matched:
+            continue
+        tensor = tensors[matched[parameter]]
+        target = dtype if tensor.dtype.is_floating_point else tensor.dtype
+        found = tuple(value.shape or ())
+        if found != tensor.shape or value.dtype != _IR_DTYPES.get(CODES[target]):
+            raise Refusal(
+                f"{tensor.file}: {matched[parameter]} is {target} {list(tensor.shape)} in the bundle, the graph reads "
+                f"{parameter} as {value.dtype} {list(found)}; the checkpoint does not fit its config"
+            )
+
+
 def bind(model: ir.Model, matched: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> int:
     """Point every weight of a traced graph at its stored bytes; returns the number of weights bound.
 

@@ -313,3 +313,20 @@ def test_commands_without_the_extra_name_it(monkeypatch, capsys):
     assert (
         capsys.readouterr().err.count("onnx_ir not installed; this command needs: pip install 'vlmtrim[export]'") == 2
     )
+
+
+def test_a_weight_that_overflows_ends_the_export_unless_clipped(run, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from vlmtrim.export import tiny
+
+    folder = tiny.write_checkpoint(llava, tmp_path / "c")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name][0, 0] = 1e5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    argv = ["--model", str(folder), "--dtype", "float16", "--output", str(tmp_path / "b")]
+    status, _, err = run(*argv)
+    assert status == 2 and name in err and "--clip-overflow" in err and not (tmp_path / "b").exists()
+    assert run(*argv, "--clip-overflow")[0] == 0
+    assert load_file(tmp_path / "b" / "model.safetensors")[name][0, 0] == 65504

@@ -41,7 +41,7 @@ def stages(checkpoint, traces, tmp_path_factory):
 
 
 ENGINE = {"engine": "tensorrt-rtx", "engine_shards": 2}
-COUNT = 14  # of stages; held to the real list below, pytest needs it before it is known
+COUNT = 12  # of stages; held to the real list below, pytest needs it before it is known
 
 
 def killed_at(stage, job, checkpoint, traces):
@@ -82,7 +82,7 @@ def test_a_kill_at_any_stage_leaves_no_bundle_and_the_next_run_cleans_up(stages,
     assert open_bundle(output).contract.family == "llava"
 
 
-@pytest.mark.parametrize("number", [0, 2, 5, 8, COUNT - 2])
+@pytest.mark.parametrize("number", [0, 2, 5, 6, COUNT - 2])
 def test_a_kill_while_replacing_leaves_the_old_bundle_whole(stages, checkpoint, traces, tmp_path, number):
     output = tmp_path / "bundle"
     pipeline.export(job(checkpoint, output, r=0.25), checkpoint, traces)

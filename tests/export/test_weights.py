@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors import safe_open
@@ -254,3 +255,31 @@ def test_a_tensor_of_another_shape_is_refused_by_name_with_both_shapes(whole):
     )
     assert "384" in message
     assert "100" in message
+
+
+def traced(shape, dtype):
+    """A graph with one weight, as a trace leaves it."""
+    weight = ir.val("full.a.weight", dtype=dtype, shape=shape)
+    return ir.Model(ir.Graph([], [], nodes=[], initializers=[weight], opset_imports={"": 24}, name="g"), ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "fits"),
+    [
+        ((2, 3), ir.DataType.FLOAT16, True),
+        ((3, 2), ir.DataType.FLOAT16, False),
+        ((2, 3), ir.DataType.FLOAT, False),
+    ],
+)
+def test_a_weight_that_the_graph_reads_otherwise_is_refused_before_anything_is_written(tmp_path, shape, dtype, fits):
+    save_file({"old.a.weight": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
+    tensors = weights.read_checkpoint(tmp_path)
+
+    def check():
+        weights.check_bindings(traced(shape, dtype), {"a.weight": "old.a.weight"}, tensors, torch.float16)
+
+    if fits:
+        check()
+    else:
+        message = refusal(check)
+        assert "old.a.weight" in message and "float16 [2, 3]" in message
