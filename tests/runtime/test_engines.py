@@ -3,13 +3,16 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
+from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.checksums import sha256
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.runtime import engines, profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.select_backend import make_backend
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,43 @@ def test_the_second_profile_does_not_double_the_weights(half_bundle):
     decoder_weights = bundle.file("model.safetensors").stat().st_size
     engine = bundle.file("decoder.engine").stat().st_size
     assert engine < decoder_weights + 16e6  # kernels and plans of a tiny model are larger than its 5 MB of weights
+
+
+@pytest.fixture(scope="module")
+def cut_bundle(export_tiny):
+    return export_tiny("cut", k=1, r=0.5, engine="tensorrt-rtx", engine_shards=3, max_batch=2)
+
+
+def test_a_decoder_is_built_in_pieces(cut_bundle):
+    """An engine for every piece, and what a device needs to chain them; the pieces hold every weight once."""
+    bundle = open_bundle(cut_bundle)
+    assert bundle.contract.chain("decoder") == ("decoder-0", "decoder-1", "decoder-2")
+    assert bundle.contract.chain("vision") == ("vision",)
+    prints = json.loads(bundle.file(engines.FINGERPRINTS).read_text())
+    assert set(prints) == {"vision.engine", "decoder-0.engine", "decoder-1.engine", "decoder-2.engine"}
+    for name, entry in prints.items():
+        assert entry["onnx_sha256"] == sha256(bundle.file(name.replace(".engine", ".onnx")))
+    assert prints["decoder-2.engine"]["profiles"]["decode"]["Sk"] == [1, 1, 2]
+
+
+def test_a_chain_runs_like_the_whole(cut_bundle, picture):
+    """On ONNX Runtime, which needs no pieces, in float32: same logits, caches and kept tokens, to the bit."""
+    bundle, images = open_bundle(cut_bundle), [[picture], [picture]]
+    recorded = []
+    for chained in (False, True):
+        backend = make_backend("ort-cpu")
+        backend.chained = chained
+        chat = runtime.Chat(runtime.Session(bundle, backend, batch=2))
+        steps = list(chat.generate(["What is it?", "And what is this one?"], images, max_new_tokens=4))
+        steps += list(chat.generate(["Why?", "Is it?"], max_new_tokens=2))
+        caches = [array for row in range(2) for pair in chat.session.cache_contents(row) for array in pair]
+        recorded.append((steps, caches))
+    (whole, whole_caches), (pieces, caches) = recorded
+    assert [step.token_ids for step in whole] == [step.token_ids for step in pieces]
+    np.testing.assert_array_equal(whole[0].prefill.logits, pieces[0].prefill.logits)
+    np.testing.assert_array_equal(whole[0].prefill.kept_indices, pieces[0].prefill.kept_indices)
+    for expected, found in zip(whole_caches, caches, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
