@@ -140,9 +140,9 @@ class OrtBackend(Backend):
         return self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device, 0)
 
     def to_host(self, tensor: Tensor) -> np.ndarray:
-        """Copy of an OrtValue."""
-        return tensor.numpy()
+        """Copy of an OrtValue; ``numpy()`` alone may be a view of memory that the OrtValue frees."""
+        return np.array(tensor.numpy())
 
     def reshape(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         """ONNX Runtime has no view of an OrtValue: on CUDA the features go through the host once per picture."""
-        return self._ort.OrtValue.ortvalue_from_numpy(tensor.numpy().reshape(shape), self._device, 0)
+        return self._ort.OrtValue.ortvalue_from_numpy(self.to_host(tensor).reshape(shape), self._device, 0)

@@ -42,6 +42,18 @@ def test_caches_are_updated_in_place(fastv_bundle, picture, capfd):
     assert "TensorScatter" not in capfd.readouterr().err
 
 
+def test_results_outlive_the_session(fastv_bundle, picture):
+    """ONNX Runtime's arrays are views of memory that goes with the session; ours are copies."""
+    session = Session(open_bundle(fastv_bundle), make_backend("ort-cpu"))
+    prefill = session.prefill([[256, 1, 2, 3]])
+    arrays = [prefill.logits, prefill.visual_scores, *prefill.kept_indices]
+    arrays += [array for pair in session.cache_contents(0) for array in pair]
+    features = session.encode_images(np.zeros((1, 3, 56, 56), np.float32))
+    assert all((array if array.base is None else array.base).flags.owndata for array in arrays)
+    assert features.numpy().ctypes.data == features.data_ptr()
+    assert session.backend.to_host(features).ctypes.data != features.data_ptr()
+
+
 def test_later_caches_are_smaller_and_counts_add_up(chat, picture):
     groups = chat.session.contract.groups
     assert groups[1].capacity == groups[0].capacity - 8
