@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmtrim.export.tiny import write_processor
-from vlmtrim.export.weights import CODES
+from vlmtrim.export.weights import make_header
 
 # Language models of LLaVA-1.5 (Liu et al. 2023): Vicuna v1.5 with 64 rows more in the embedding; tower CLIP-L/14-336.
 TEXT = {
@@ -102,7 +101,7 @@ def write_weights(
     done, start = 0, 0
     for file, shard in zip(names, shards, strict=True):
         with (folder / file).open("wb") as stream:
-            stream.write(_header(shard, dtype))
+            stream.write(make_header({name: (dtype, shape) for name, shape in shard}))
             for name, shape in shard:
                 for piece in _values(name, shape, pool, start):
                     stream.write(piece.to(dtype).view(torch.uint8).numpy().data)
@@ -141,18 +140,6 @@ def _shards(parameters: list[tuple[str, tuple[int, ...]]], dtype: torch.dtype, l
         shards[-1].append((name, shape))
         size += length
     return shards
-
-
-def _header(shard: list[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, shape in shard:
-        end = position + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _values(name: str, shape: tuple[int, ...], pool: Tensor, start: int) -> Iterator[Tensor]:

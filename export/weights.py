@@ -90,6 +90,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise Refusal(f"{path} is no safetensors file ({error}); download the checkpoint again") from error
 
 
+def make_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """What a safetensors file of these tensors begins with; their bytes follow in the same order without gaps."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        end = position + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 def _stored(
     path: Path, name: str, code: str, shape: tuple[int, ...], offset: int, length: int, size_on_disk: int
 ) -> StoredTensor:
@@ -233,22 +246,12 @@ def _copy(source: Path, target: Path) -> Iterator[int]:
 def _write_cast(
     tensors: Mapping[str, StoredTensor], dtype: torch.dtype, path: Path, progress: Progress, clip: bool
 ) -> dict[str, StoredTensor]:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, tensor in tensors.items():
-        target = dtype if tensor.dtype.is_floating_point else tensor.dtype
-        length = math.prod(tensor.shape) * target.itemsize
-        header[name] = {
-            "dtype": CODES[target],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + length],
-        }
-        position += length
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    targets = {n: (dtype if t.dtype.is_floating_point else t.dtype, t.shape) for n, t in tensors.items()}
+    header = make_header(targets)
+    total = len(header) + sum(math.prod(shape) * target.itemsize for target, shape in targets.values())
     flushed = clipped = 0
     with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.write(header)
         for name, tensor in tensors.items():
             values = tensor.read()
             cast = values.to(dtype) if tensor.dtype.is_floating_point else values
@@ -257,7 +260,7 @@ def _write_cast(
                 clipped += _clip(cast, overflow) if clip else _refuse_overflow(name, values, cast, overflow)
                 flushed += int(((cast == 0) & (values != 0)).sum())
             stream.write(cast.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            progress(stream.tell(), 8 + len(text) + position)
+            progress(stream.tell(), total)
     if clipped:
         print(f"weights: {clipped} values were clipped to {torch.finfo(dtype).max:.6g} in {dtype}", file=sys.stderr)
     if flushed:

@@ -27,7 +27,9 @@ from vlmtrim.export.demo.measure import ask, change, wilson
 from vlmtrim.export.flops import prefill_macs
 from vlmtrim.export.job import SCORES, Job
 from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.graphs.checksums import sha256
 
+FIRST = 360  # questions whose answers are told one by one, for the tests
 LENGTH = 256  # tokens of a conversation; a question with its picture takes about 160
 TYPICAL_TEXT = 14  # prompt tokens besides the picture's
 
@@ -36,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="demo", help="demo, or a checkpoint of the demo task")
     parser.add_argument("--output", type=Path, default=Path("build/accuracy"), help="folder for report and bundles")
-    parser.add_argument("--questions", type=int, default=2400, help="test questions, kinds in turn")
+    parser.add_argument("--questions", type=int, default=1200, help="test questions, kinds in turn")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--r", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 0.9])
     parser.add_argument("--score", nargs="+", default=list(SCORES), choices=SCORES)
@@ -71,6 +73,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         source = checkpoint.resolve(args.model, Path(scratch), weights=True)
         _, config = checkpoint.read_config(source)
+        weights = sha256(source / "model.safetensors")
         for fields in settings(args):
             label = (
                 "dense" if fields["method"] == "none" else "-".join(str(fields[n]) for n in ("k", "r", "score", "seed"))
@@ -99,6 +102,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     "decoder": bundle.sums["decoder.onnx"],
                     "flops_kept": round(macs[0] / macs[1], 4),
                     "height": round(answers.height, 4),
+                    "first": "".join("01"[int(mark)] for mark in answers.right[:FIRST]),
                     **figures(answers.right, right[0], kinds),
                 }
             )
@@ -108,7 +112,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "onnxruntime": onnxruntime.__version__,
         "machine": platform.machine(),
         "model": args.model,
-        "weights": bundle.sums["model.safetensors"],
+        "weights": weights,
         "questions": len(examples),
         "runs": runs,
     }

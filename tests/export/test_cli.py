@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vlmtrim.export import large
 from vlmtrim.export.cli import main
 from vlmtrim.export.families import llava
 
@@ -206,39 +207,7 @@ BYTES_PER_TOKEN_AND_LAYER = 2 * 32 * 128 * 2
 @pytest.fixture(scope="module")
 def llava_7b(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava-7b")
-    text = {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32064,
-        "max_position_embeddings": 4096,
-    }
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
-    }
-    config = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "dtype": "float16",
-        "image_token_index": 32000,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": False,
-        "text_config": text,
-        "vision_config": vision,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    large.write_config(folder, large.config_of("llava-7b"))
     return str(folder)
 
 
