@@ -54,6 +54,7 @@ def cut(model: ir.Model, starts: Sequence[int]) -> list[ir.Model]:
     Raises:
         GraphError: a shard would need something else of an earlier one; the message names the value.
     """
+    model = model.clone()
     layers = find_layers(model)
     if any(value.type is None for node in model.graph for value in node.outputs):
         ShapeInferencePass()(model)  # ranks tell what may cross
@@ -62,12 +63,12 @@ def cut(model: ir.Model, starts: Sequence[int]) -> list[ir.Model]:
         seam.name = f"{HIDDEN}.{start}"
     edges = [0, *starts, len(layers)]
     needs = [_Needs(model, seam) for seam in seams]
-    crossing = {value for need in needs for value in need.small}
+    crossing = list(dict.fromkeys(value for need in needs for value in need.small))
     shards = []
     for index in range(len(edges) - 1):
         first, last = edges[index], edges[index + 1]
         inside = _produced(model, seams, index)
-        outputs = [value for value in seams[index : index + 1] if value is not None]
+        outputs = seams[index : index + 1]
         outputs += [v for v in model.graph.outputs if v.producer() in inside]
         outputs += [v for v in crossing if v.producer() in inside and v not in outputs]
         need = needs[index - 1] if index else None
@@ -95,7 +96,7 @@ class _Needs:
         contents = _contents(model, seam)
         region = downstream(seam) & contents
         seen: set[ir.Value] = {seam}
-        stack = [v for node in region for v in node.inputs if v is not None]
+        stack = [v for node in model.graph if node in region for v in node.inputs if v is not None]
         while stack:
             value = stack.pop()
             node = value.producer()
@@ -147,7 +148,6 @@ def _extract(
     graph = shard.graph
     values = {value.name: value for node in graph for value in node.outputs}
     values |= {value.name: value for value in graph.inputs}
-    # A value in ``outputs`` that is a graph input of this shard cannot be: its producer lies inside.
     graph.outputs[:] = [values[value.name] for value in outputs]
     if seam is not None and need is not None:
         entering = []

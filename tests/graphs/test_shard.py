@@ -77,6 +77,17 @@ def test_only_small_values_cross_besides_the_hidden_states():
     assert {"hidden_states.2", "write_indices.1", "key_positions.1"} < set(crossing)
 
 
+def test_the_model_is_left_alone_and_the_pieces_are_always_the_same():
+    model = decoder(2)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    first, second = cut(model, [1, 3]), cut(decoder(2), [1, 3])
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+    for one, other in zip(first, second, strict=True):
+        assert ir.to_proto(one).SerializeToString(deterministic=True) == ir.to_proto(other).SerializeToString(
+            deterministic=True
+        )
+
+
 def test_every_layer_and_weight_is_in_one_piece():
     shards = cut(decoder(2), [1, 3])
     assert [sum(node.op_type == "Attention" for node in shard.graph) for shard in shards] == [1, 2, 2]
