@@ -32,6 +32,14 @@ def wheel(tmp_path_factory) -> Path:
     return made
 
 
+def test_the_wheel_is_small(wheel, capsys):
+    """The demo's weights are most of it; its size is printed with the test run."""
+    size = wheel.stat().st_size
+    with capsys.disabled():
+        print(f"\n{wheel.name}: {size / 1e6:.1f} MB")
+    assert size < 12e6
+
+
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
