@@ -1,0 +1,76 @@
+"""The shipped model under pruning, held to the report of scripts/accuracy.py (accuracy.json is a copy of it)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlmtrim.export import pipeline
+from vlmtrim.export.demo import task
+from vlmtrim.export.demo.evaluate import CHECKPOINT, Demo
+from vlmtrim.export.demo.measure import Z, ask
+from vlmtrim.export.job import Job
+from vlmtrim.graphs.checksums import sha256
+
+REPORT = json.loads((Path(__file__).parent / "accuracy.json").read_text())
+SETTINGS = {
+    "dense": {"method": "none"},
+    "k2-r0.5": {"k": 2, "r": 0.5},
+    "k2-r0.75": {"k": 2, "r": 0.75},
+    "k4-r0.5": {"k": 4, "r": 0.5},
+    "k4-r0.75": {"k": 4, "r": 0.75},
+}
+FIXED = 36  # questions that are asked one by one: three of every kind
+
+
+def reported(name):
+    wanted = {"method": "fastv", "score": "last-row", **SETTINGS[name]} if name != "dense" else SETTINGS[name]
+    return next(run for run in REPORT["runs"] if all(run.get(field) == value for field, value in wanted.items()))
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folder, traces = tmp_path_factory.mktemp("demo"), {}
+    common = {"model": "demo", "dtype": "float32", "max_seq_len": 256, "max_batch": 16}
+    return {
+        name: pipeline.export(Job(output=str(folder / name), **common, **fields), CHECKPOINT, traces)
+        for name, fields in SETTINGS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return list(task.examples("test", len(reported("dense")["first"])))
+
+
+def test_the_report_is_of_the_shipped_weights():
+    assert REPORT["weights"] == sha256(CHECKPOINT / "model.safetensors")
+    assert REPORT["questions"] >= 1000
+    assert reported("dense")["all"]["share"] >= 0.9
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_accuracy_is_the_reports(bundles, examples, name):
+    """The same questions are answered as then, and their share lies where the report's larger sample puts it."""
+    run = reported(name)
+    right = ask(bundles[name], examples).right
+    then = [mark == "1" for mark in run["first"]]
+    assert sum(a != b for a, b in zip(right, then, strict=True)) <= 2  # a near tie may fall otherwise elsewhere
+    share, count = run["all"]["share"], len(right)
+    assert abs(right.mean() - share) <= Z * (share * (1 - share) / count) ** 0.5 + (run["all"]["high"] - share)
+
+
+@pytest.mark.parametrize("name", ["pytorch", "dense", "k2-r0.5"])
+def test_a_fixed_list_of_held_out_questions_is_answered(bundles, examples, name):
+    """Questions that the report has as right, dense and pruned; unseen in training."""
+    both = [
+        example
+        for example, *marks in zip(examples, reported("dense")["first"], reported("k2-r0.5")["first"], strict=True)
+        if marks == ["1", "1"]
+    ][:FIXED]
+    assert len({example.question.kind for example in both}) == len(task.QUESTION_KINDS)
+    expected = [example.question.answer for example in both]
+    said = Demo().answers(both) if name == "pytorch" else ask(bundles[name], both).texts
+    assert said == expected
