@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.graphs.contract import DTYPE_BYTES, Contract
+from vlmtrim.graphs.shard import boundaries
 from vlmtrim.runtime.machine import free_memory
 
 # Measured with scripts/bench_export.py: the process with torch and transformers and the trace of a 7B or 13B model.
@@ -64,8 +66,9 @@ def make_plan(job: Job, contract: Contract, model: Any, dtypes: Mapping[torch.dt
         dtypes: bytes of the checkpoint's floating tensors by dtype; None where its files are not at hand.
 
     Raises:
-        Refusal: more memory is needed than ``--max-memory`` allows.
+        Refusal: more memory is needed than ``--max-memory`` allows, or the decoder cannot be cut as asked.
     """
+    _check_shards(job, contract)
     size = DTYPE_BYTES[contract.dtype]
     sizes = {name: math.prod(parameter.shape) * size for name, parameter in model.named_parameters()}
     weights = sum(sizes.values())
@@ -79,7 +82,7 @@ def make_plan(job: Job, contract: Contract, model: Any, dtypes: Mapping[torch.dt
     shards = build = 0
     if job.engine != "none":
         shards = job.engine_shards or engine_shards(decoder, contract, memory_limit(job))
-        build = max(int(BUILD_FACTOR * part) for part in (vision, -(-decoder // shards))) + int(EXPORT_BYTES)
+        build = int(BUILD_FACTOR * max(vision, largest_piece(decoder, contract, shards)) + EXPORT_BYTES)
     plan = Plan(
         weights=weights,
         decoder=decoder,
@@ -104,11 +107,36 @@ def make_plan(job: Job, contract: Contract, model: Any, dtypes: Mapping[torch.dt
     return plan
 
 
+def _check_shards(job: Job, contract: Contract) -> None:
+    layers = sum(len(group.layers) for group in contract.groups)
+    if job.engine_shards and job.engine == "none":
+        raise Refusal("--engine-shards cuts engines and none is built; give --engine tensorrt-rtx or tensorrt as well")
+    if job.engine_shards > layers:
+        raise Refusal(f"--engine-shards is {job.engine_shards}, the decoder has {layers} layers; give 1 to {layers}")
+
+
 def engine_shards(decoder: int, contract: Contract, limit: float) -> int:
     """Fewest engines of the decoder whose builds fit into ``limit`` bytes of memory, at most one a layer."""
     layers = sum(len(group.layers) for group in contract.groups)
-    per_engine = max(limit - EXPORT_BYTES, 1e8) / BUILD_FACTOR
-    return min(layers, max(1, math.ceil(decoder / per_engine)))
+    fits = (limit - EXPORT_BYTES) / BUILD_FACTOR
+    return next((n for n in range(1, layers) if largest_piece(decoder, contract, n) <= fits), layers)
+
+
+def largest_piece(decoder: int, contract: Contract, shards: int) -> float:
+    """Bytes of weights of the largest engine where ``decoder`` bytes are cut into so many."""
+    layers = sum(len(group.layers) for group in contract.groups)
+    layer, tail = layer_bytes(decoder, contract)
+    edges = [0, *boundaries(layers, shards, tail / layer), layers]
+    return max(layer * (end - start) + (tail if end == layers else 0) for start, end in itertools.pairwise(edges))
+
+
+def layer_bytes(decoder: int, contract: Contract) -> tuple[float, float]:
+    """Bytes of one layer, and of what follows the last one (the matrix of the logits), of a decoder's weights."""
+    spec = contract.graphs["decoder"]
+    hidden, vocabulary = spec.inputs[0].shape[2], spec.outputs[0].shape[1]
+    assert isinstance(hidden, int) and isinstance(vocabulary, int)
+    tail = hidden * vocabulary * DTYPE_BYTES[contract.dtype]
+    return (decoder - tail) / sum(len(group.layers) for group in contract.groups), tail
 
 
 def memory_limit(job: Job) -> float:

@@ -23,7 +23,7 @@ from vlmtrim.export.attention import IMPLEMENTATION
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.graphs import shard
 from vlmtrim.graphs.bundle import check_target, seal, staging
-from vlmtrim.graphs.contract import DTYPE_BYTES, CacheGroup, Contract, TensorSpec, decoder_spec, kept_count
+from vlmtrim.graphs.contract import CacheGroup, Contract, TensorSpec, decoder_spec, kept_count
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
 from vlmtrim.graphs.methods.fastv import FastV
 from vlmtrim.runtime.engines import build_engines, import_library
@@ -148,12 +148,8 @@ def graphs(
 def _cut(decoder: ir.Model, contract: Contract, pieces: int, folder: Path) -> Contract:
     """Write the decoder's chain beside it; returns the contract with its graphs."""
     layers = sum(len(group.layers) for group in contract.groups)
-    head = contract.graphs["decoder"].outputs[0].shape[1]
-    hidden = contract.graphs["decoder"].inputs[0].shape[2]
-    assert isinstance(head, int) and isinstance(hidden, int)
-    tail = head * hidden * DTYPE_BYTES[contract.dtype]
-    tail /= (shard.weight_bytes(decoder) - tail) / layers
-    chain = shard.cut(decoder, shard.boundaries(layers, pieces, tail))
+    layer, tail = memory.layer_bytes(shard.weight_bytes(decoder), contract)
+    chain = shard.cut(decoder, shard.boundaries(layers, pieces, tail / layer))
     specs = shard.specs(chain, "decoder")
     lint_chain(specs, contract.graphs["decoder"])
     for graph, spec in zip(chain, specs, strict=True):

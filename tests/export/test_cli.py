@@ -229,7 +229,7 @@ def test_the_plan_of_a_7b_model_tells_the_pruned_cache_bytes(llava_7b, r, kept):
 
 
 def test_engine_shards_follow_from_memory(llava_7b):
-    """Building takes 3.2 times the weights of an engine: 13.2 GB of decoder need 3 pieces under 18 GB."""
+    """Building takes 3.2 times the weights of an engine, and a layer is 405 MB: under 8 GB five fit, so seven pieces."""
     from vlmtrim.export.job import Job, Refusal
     from vlmtrim.export.pipeline import prepare
 
@@ -237,7 +237,7 @@ def test_engine_shards_follow_from_memory(llava_7b):
         job = Job(model=llava_7b, output="", engine="tensorrt-rtx", max_seq_len=2048, **fields)
         return prepare(job, Path(llava_7b), None).plan
 
-    assert [plan(max_memory=limit).shards for limit in (60, 24, 18, 8)] == [1, 2, 3, 6]
+    assert [plan(max_memory=limit).shards for limit in (60, 24, 18, 8)] == [1, 2, 3, 7]
     for limit in (60, 24, 18, 8):
         assert plan(max_memory=limit).peak <= limit * 1e9
     assert plan(max_memory=60, engine_shards=5).shards == 5
@@ -263,6 +263,12 @@ def test_a_dry_run_counts_the_operators_that_the_export_writes(run, tmp_path):
     for name, counts in nodes.items():
         listed = ", ".join(f"{operator} {count}" for operator, count in counts.items())
         assert f"{name}: {sum(counts.values())} nodes: {listed}" in said
+
+
+def test_engine_shards_that_cannot_be_are_refused(run, tiny):
+    check_refused(run("--model", tiny, "--engine-shards", "2", "--dry-run"), "--engine-shards", "--engine tensorrt-rtx")
+    argv = ["--model", tiny, "--engine", "tensorrt-rtx", "--engine-shards", "5", "--dry-run"]
+    check_refused(run(*argv), "5", "4 layers")
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
