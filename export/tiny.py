@@ -11,6 +11,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 SPECIALS = ("<s>", "</s>", "<pad>", "<image>")
+SPECIAL_IDS = {token: 256 + index for index, token in enumerate(SPECIALS)}  # behind the bytes
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -33,18 +34,18 @@ def write_checkpoint(family: Any, folder: Path, seed: int = 0, **variant: Any) -
                 parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    write_processor(folder, config, {token: 256 + index for index, token in enumerate(SPECIALS)})
+    write_processor(folder, config, SPECIAL_IDS)
     return folder
 
 
 def write_processor(folder: Path, config: Any, specials: dict[str, int]) -> None:
     """Tokenizer, image-processor settings and chat template for a config; ``specials`` are the ids of SPECIALS."""
-    _write_tokenizer(folder, specials)
+    write_tokenizer(folder, specials)
     _write_image_processor(folder, config)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def _write_tokenizer(folder: Path, specials: dict[str, int]) -> None:
+def write_tokenizer(folder: Path, specials: dict[str, int]) -> None:
     """Byte-level tokenizer without merges: a token for every byte, at the lowest ids that are free."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     free = (index for index in count() if index not in specials.values())

@@ -8,7 +8,7 @@ import pytest
 from jinja2 import Template
 from tokenizers import Tokenizer
 
-from vlmtrim.export.tiny import CHAT_TEMPLATE, _write_tokenizer
+from vlmtrim.export.tiny import CHAT_TEMPLATE, SPECIAL_IDS, write_tokenizer
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.prompt import Conversation, Prompter
 
@@ -26,7 +26,7 @@ def make(tmp_path):
     """make(template) -> Prompter of a tiny tokenizer; the template lies in chat_template.jinja."""
 
     def build(template: str | None = CHAT_TEMPLATE) -> Prompter:
-        _write_tokenizer(tmp_path)
+        write_tokenizer(tmp_path, SPECIAL_IDS)
         if template is not None:
             (tmp_path / "chat_template.jinja").write_text(template)
         return Prompter(tmp_path, IMAGE)
