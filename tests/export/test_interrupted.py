@@ -91,3 +91,12 @@ def test_a_kill_while_replacing_leaves_the_old_bundle_whole(stages, checkpoint, 
     pipeline.export(job(checkpoint, output, force=True), checkpoint, traces)
     assert open_bundle(output).contract.removed == 0.5
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_shared_trace_writes_the_same_files(checkpoint, traces, stages, tmp_path):
+    """What the accuracy report asks is what export-vlm makes: a trace of its own gives the same checksums."""
+    assert traces, stages
+    alone = pipeline.export(job(checkpoint, tmp_path / "alone", k=1), checkpoint)
+    shared = pipeline.export(job(checkpoint, tmp_path / "shared", k=1), checkpoint, traces)
+    sums = [open_bundle(folder).sums for folder in (alone, shared)]
+    assert {name for name in sums[0] if sums[0][name] != sums[1][name]} == {"job.json"}
