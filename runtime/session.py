@@ -45,6 +45,12 @@ class Prefill:
     visual_positions: np.ndarray
     visual_scores: np.ndarray | None
 
+    def survivors(self, row: int) -> np.ndarray:
+        """Which of a row's visual tokens survive, bool [N]; all of them where nothing is selected."""
+        if self.kept_indices is None:
+            return np.ones(self.visual_positions.shape[1], dtype=bool)
+        return np.isin(self.visual_positions[row], self.kept_indices[row])
+
 
 @dataclass
 class Lengths:

@@ -46,9 +46,7 @@ def draw_kept(pictures: Sequence[Image.Image], prefill: Prefill, grid: tuple[int
         row: of the batch.
     """
     shape = (len(pictures), *grid)
-    kept = np.ones(shape, bool)
-    if prefill.kept_indices is not None:
-        kept = np.isin(prefill.visual_positions[row], prefill.kept_indices[row]).reshape(shape)
+    kept = prefill.survivors(row).reshape(shape)
     scores = None if prefill.visual_scores is None else prefill.visual_scores[row].reshape(shape)
     strips = [
         _strip(picture.convert("RGB"), kept[index], None if scores is None else scores[index])

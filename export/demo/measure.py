@@ -33,8 +33,9 @@ class Answers:
 
 def ask(bundle: Path, examples: Sequence[task.Example], backend: str = "ort-cpu") -> Answers:
     """One prompt an example, as many at once as the bundle was exported for."""
-    batch = open_bundle(bundle).contract.dims["B"][1]
-    chat = runtime.open(bundle, backend, batch)
+    opened = open_bundle(bundle)
+    batch = opened.contract.dims["B"][1]
+    chat = runtime.Chat(runtime.Session(opened, runtime.make_backend(backend), batch))
     texts: list[str] = []
     heights: list[float] = []
     for start in range(0, len(examples), batch):
@@ -66,11 +67,8 @@ def change(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
 
 
 def _heights(prefill: runtime.Prefill, grid: tuple[int, int] | None) -> list[float]:
-    if prefill.kept_indices is None or grid is None:
+    rows, columns = grid or (1, 1)
+    if rows < 2:
         return [0.5] * len(prefill.visual_positions)
-    rows, columns = grid
-    means = []
-    for positions, kept in zip(prefill.visual_positions, prefill.kept_indices, strict=True):
-        tokens = np.flatnonzero(np.isin(positions, kept)) % (rows * columns)
-        means.append(float((tokens // columns).mean() / (rows - 1)))
-    return means
+    tokens = (np.flatnonzero(prefill.survivors(row)) % (rows * columns) for row in range(len(prefill.visual_positions)))
+    return [float((kept // columns).mean() / (rows - 1)) for kept in tokens]

@@ -53,7 +53,7 @@ class FastV:
             raise ValueError(f"seed is {self.seed!r}: give 0 or more")
         if self.score not in scores.RULES:
             raise ValueError(f"score is {self.score!r}: give one of {', '.join(scores.RULES)}")
-        if self.k == 0 and self.score != "last-row" and self.score in scores.NEED_ATTENTION:
+        if self.k == 0 and self.rule in scores.NEED_ATTENTION:
             raise ValueError(f"score {self.score} needs a layer's attention, k is 0: give k of 1 or more, or stride")
 
     @property

@@ -124,6 +124,12 @@ def test_random_is_numpys_generator(runners, step, r, seed):
     check(runners(r, "random", "onnxruntime", seed)(feeds), feeds, expected)
 
 
+def test_the_command_offers_every_rule():
+    from vlmtrim.export.job import SCORES
+
+    assert tuple(RULES) == SCORES
+
+
 @pytest.mark.parametrize("r", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_kept_count_is_pythons_round_for_every_number_of_visual_tokens(runners, r):
     for count in range(MOST):
