@@ -112,10 +112,12 @@ def _compare_inputs(bundle: Bundle, session: Session, prompt: str, image: Any) -
     picture = load_image(image)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     text = session.prompter.render(messages)
-    expected_ids, expected_pixels = processed(bundle.folder, text, picture)
-    ids = session.prompter.expand_images(session.prompter.encode(text, opening=True), bundle.contract.image_tokens)
-    assert expected_pixels is not None
-    error = float(np.abs(session.image_processor(picture) - expected_pixels[0]).max())
+    expected_ids, expected = processed(bundle.folder, text, picture)
+    pictures = session.processor([picture])
+    ids = session.prompter.expand_images(session.prompter.encode(text, opening=True), pictures.tokens)
+    pixels = pictures.inputs["pixel_values"]
+    same_size = pixels.size == expected.size
+    error = float(np.abs(pixels - expected.reshape(pixels.shape)).max()) if same_size else float("inf")
     return [
         Row("inputs", "prompt token ids", float(ids != expected_ids), 0.0, ids == expected_ids, f"{len(ids)} tokens"),
         Row("inputs", "pixel values", error, 0.0, error == 0.0),
@@ -126,19 +128,16 @@ def make_turns(session: Session, prompt: str, images: Sequence[Any]) -> list[Tur
     """Two turns of one conversation, the second with another picture, and a conversation without pictures."""
     from vlmtrim.runtime.image import load_image
 
-    def pixels(source: Any) -> np.ndarray:
-        return session.image_processor(load_image(source))[None]
-
-    prompter, repeat = session.prompter, session.contract.image_tokens
-    talk = Conversation(prompter)
-    first = prompter.expand_images(talk.ask(prompt, 1), repeat)
+    prompter, talk = session.prompter, Conversation(session.prompter)
+    opening, closing = load_image(images[0]), load_image(images[-1])
+    first = prompter.expand_images(talk.ask(prompt, 1), session.processor([opening]).tokens)
     talk.answer("")
-    second = prompter.expand_images(talk.ask("And in this one?", 1), repeat)
+    second = prompter.expand_images(talk.ask("And in this one?", 1), session.processor([closing]).tokens)
     text_only = Conversation(prompter).ask(prompt, 0)
     return [
-        Turn("picture", first, pixels(images[0])),
-        Turn("second turn", second, pixels(images[-1]), opens=False),
-        Turn("text only", text_only, None),
+        Turn("picture", first, (opening,)),
+        Turn("second turn", second, (closing,), opens=False),
+        Turn("text only", text_only),
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmtrim.export.families import llava
 from vlmtrim.export.tiny import write_processor
 from vlmtrim.export.weights import make_header
 
@@ -76,7 +77,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_processor(folder, LlavaConfig.from_dict(config), SPECIALS)
+    write_processor(llava, folder, LlavaConfig.from_dict(config), SPECIALS)
 
 
 def write_weights(

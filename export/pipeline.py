@@ -209,8 +209,8 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         "B": (1, job.max_batch),
         "S": (1, capacity),
         "N": (0, most_images * shape.image_tokens),
-        "I": (1, most_images * job.max_batch),
     }
+    dims |= family.vision_dims(shape, most_images * job.max_batch)
     dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}
     decoder = decoder_spec(
         dtype=name, hidden=shape.hidden, vocabulary=shape.vocabulary, groups=groups, selects=method is not None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoProcessor, DynamicCache
 
 from vlmtrim.runtime.check import Recording, Turn
 
@@ -25,7 +25,7 @@ class Reference:
 
     Args:
         model_class: transformers class of the checkpoint.
-        folder: checkpoint, or a bundle (which is one).
+        folder: checkpoint, or a bundle (which is one); its own Hugging Face image processor prepares the pictures.
         selection: the contract's selection (``k``, ``r``, ``seed``, ``score``), or None for the plain forward.
     """
 
@@ -34,6 +34,7 @@ class Reference:
         self._text = self.model.model.language_model
         self._selection = selection
         self._image_token = self.model.config.image_token_id
+        self._image_processor = AutoProcessor.from_pretrained(folder).image_processor
         self.reset()
 
     def reset(self) -> None:
@@ -47,31 +48,31 @@ class Reference:
         if turn.opens:
             self.reset()
         ids = torch.tensor([turn.ids])
-        pixels = None if turn.pixel_values is None else torch.from_numpy(turn.pixel_values)
-        logits, kept = self._forward(ids, pixels)
+        pictures = dict(self._image_processor(list(turn.images), return_tensors="pt")) if turn.images else {}
+        logits, kept = self._forward(ids, pictures)
         layers: list[Any] = self._cache.layers
         caches = [(layer.keys[0].numpy().copy(), layer.values[0].numpy().copy()) for layer in layers]
         all_logits, tokens = [logits], []
         for _ in range(steps):
             tokens.append(int(all_logits[-1].argmax()))
-            all_logits.append(self._forward(torch.tensor([[tokens[-1]]]), None)[0])
+            all_logits.append(self._forward(torch.tensor([[tokens[-1]]]), {})[0])
         kept_array = None if kept is None else kept.numpy()
         return Recording(kept_array, caches, torch.stack(all_logits).numpy()), tokens
 
-    def _forward(self, ids: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(logits [V] of the last token, kept indices)."""
+    def _forward(self, ids: Tensor, pictures: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """(logits [V] of the last token, kept indices); ``pictures`` as the model's own processor made them."""
         positions = torch.arange(self._position, self._position + ids.shape[1])[None]
         self._position += ids.shape[1]
         if self._selection is None:
             output = self.model(
-                input_ids=ids, pixel_values=pixels, position_ids=positions, past_key_values=self._cache, use_cache=True
+                input_ids=ids, **pictures, position_ids=positions, past_key_values=self._cache, use_cache=True
             )
             return output.logits[0, -1], None
         hidden = self._text.embed_tokens(ids)
         visual = torch.zeros(0, dtype=torch.int64)
-        if pixels is not None:
+        if pictures:
             visual = torch.nonzero(ids[0] == self._image_token)[:, 0]
-            hidden[0, visual] = torch.cat(list(self.model.get_image_features(pixels).pooler_output))
+            hidden[0, visual] = torch.cat(list(self.model.get_image_features(**pictures).pooler_output))
         hidden, kept = self._layers(hidden, positions, visual)
         return self.model.lm_head(self._text.norm(hidden))[0, -1], kept
 
@@ -148,10 +149,7 @@ def _causal(tokens: int, past: int) -> Tensor:
     return above.triu(diagonal=past + 1)[None, None]
 
 
-def processed(folder: Path, text: str, image: Any) -> tuple[list[int], np.ndarray | None]:
+def processed(folder: Path, text: str, image: Any) -> tuple[list[int], np.ndarray]:
     """Token ids and pixel values that the checkpoint's own Hugging Face processor makes of a rendered prompt."""
-    from transformers import AutoProcessor
-
     inputs = AutoProcessor.from_pretrained(folder)(text=text, images=image, return_tensors="pt")
-    pixels = inputs.get("pixel_values")
-    return inputs["input_ids"][0].tolist(), None if pixels is None else pixels.numpy()
+    return inputs["input_ids"][0].tolist(), inputs["pixel_values"].numpy()

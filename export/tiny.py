@@ -34,14 +34,14 @@ def write_checkpoint(family: Any, folder: Path, seed: int = 0, **variant: Any) -
                 parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    write_processor(folder, config, SPECIAL_IDS)
+    write_processor(family, folder, config, SPECIAL_IDS)
     return folder
 
 
-def write_processor(folder: Path, config: Any, specials: dict[str, int]) -> None:
+def write_processor(family: Any, folder: Path, config: Any, specials: dict[str, int]) -> None:
     """Tokenizer, image-processor settings and chat template for a config; ``specials`` are the ids of SPECIALS."""
     write_tokenizer(folder, specials)
-    _write_image_processor(folder, config)
+    family.write_tiny_processor(folder, config)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
@@ -68,43 +68,3 @@ def write_tokenizer(folder: Path, specials: dict[str, int]) -> None:
         "model_max_length": 1024,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-
-
-def _write_image_processor(folder: Path, config: Any) -> None:
-    size = config.vision_config.image_size
-    is_clip = config.vision_config.model_type == "clip_vision_model"
-    common = {
-        "do_resize": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "resample": 3,
-        "do_convert_rgb": True,
-    }
-    if is_clip:
-        settings = {
-            **common,
-            "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": size},
-            "do_center_crop": True,
-            "crop_size": {"height": size, "width": size},
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-        }
-    else:
-        settings = {
-            **common,
-            "image_processor_type": "SiglipImageProcessor",
-            "size": {"height": size, "width": size},
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-        }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
-    processor = {
-        "processor_class": "LlavaProcessor",
-        "image_token": "<image>",
-        "patch_size": config.vision_config.patch_size,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "num_additional_image_tokens": 1 if is_clip else 0,
-    }
-    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vlmtrim.runtime.session import Session
 
@@ -20,11 +21,11 @@ KEPT_AGREEMENT = {"float32": 1.0, "float16": 0.9, "bfloat16": 0.8}
 
 @dataclass(frozen=True)
 class Turn:
-    """One question as both sides get it: token ids with image tokens repeated, pixel values [I, 3, H, W] or None."""
+    """One question as both sides get it: token ids with image tokens repeated, and RGB pictures."""
 
     name: str
     ids: list[int]
-    pixel_values: np.ndarray | None
+    images: tuple[Image.Image, ...] = ()
     opens: bool = True
 
 
@@ -90,8 +91,8 @@ def record(session: Session, turn: Turn, tokens: int | Sequence[int], row: int =
     """
     if turn.opens:
         session.reset()
-    pixels = None if turn.pixel_values is None else np.concatenate([turn.pixel_values] * session.batch)
-    prefill = session.prefill([turn.ids] * session.batch, pixels)
+    pictures = session.processor(turn.images * session.batch) if turn.images else None
+    prefill = session.prefill([turn.ids] * session.batch, pictures)
     caches = session.cache_contents(row)
     logits, fed = [prefill.logits[row]], []
     for step in range(tokens if isinstance(tokens, int) else len(tokens)):

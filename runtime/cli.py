@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
             print(step.text, end="", flush=True)
     prefill, times = steps[-1].prefill, chat.session.times
     if args.show_kept and contract.image_grid is not None:
-        seen = [chat.session.image_processor.framed(load_image(path)) for path in args.image]
+        seen = [chat.session.processor.framed(load_image(path)) for path in args.image]
         draw_kept(seen, prefill, contract.image_grid).save(args.show_kept)
     if args.json:
         answer = {

@@ -87,27 +87,29 @@ class Chat:
             )
         if max_new_tokens < 1:
             raise RuntimeRefusal(f"max_new_tokens is {max_new_tokens}; give 1 or more")
-        most = self.session.contract.max_images
-        if max(len(row) for row in pictures) > most:
-            raise RuntimeRefusal(
-                f"{max(len(row) for row in pictures)} images for one prompt; with {self.session.contract.image_tokens} "
-                f"tokens each, a conversation of {self.session.contract.max_seq_len} tokens holds at most {most}"
-            )
         prefill = self._prefill(questions, pictures)
         return self._answer(prefill, max_new_tokens, Sampler(sampling or Sampling()))
 
     def _prefill(self, questions: list[str], pictures: list[list[Picture]]) -> Prefill:
         session = self.session
         loaded = [load_image(picture) for row in pictures for picture in row]
-        pixels = np.stack([session.image_processor(image) for image in loaded]) if loaded else None
+        processed = session.processor(loaded) if loaded else None
+        counts = iter(() if processed is None else processed.tokens)
+        brought = [[next(counts) for _ in row] for row in pictures]
+        most = session.contract.dims["N"][1]
+        if max(map(sum, brought)) > most:
+            raise RuntimeRefusal(
+                f"{max(map(len, brought))} images of {max(map(sum, brought))} visual tokens for one prompt; a "
+                f"conversation of {session.contract.max_seq_len} tokens holds at most {most} of them"
+            )
         fresh = [row.ask(q, len(p)) for row, q, p in zip(self._rows, questions, pictures, strict=True)]
-        expanded = [session.prompter.expand_images(ids, session.contract.image_tokens) for ids in fresh]
+        expanded = [session.prompter.expand_images(i, t) for i, t in zip(fresh, brought, strict=True)]
         cut_short = self._pending >= 0
         if cut_short.any() and session.room() > 0:
             # Fed on its own: were it the image token, the prefill would take it for a visual token.
             session.decode(np.maximum(self._pending, 0), cut_short)
         self._pending[:] = -1
-        return session.prefill(expanded, pixels)
+        return session.prefill(expanded, processed)
 
     def _answer(self, prefill: Prefill, limit: int, sample: Sampler) -> Iterator[Step]:
         session, eos = self.session, set(self.session.contract.eos_token_ids)

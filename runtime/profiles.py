@@ -29,9 +29,15 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 def vision_profiles(contract: Contract) -> dict[str, Profile]:
-    """One profile: any number of pictures the bundle allows."""
-    low, high = contract.dims["I"]
-    return {"images": {"I": Range(low, min(high, contract.images_assumed * contract.dims["B"][1]), high)}}
+    """One profile: any number of pictures the bundle allows, tuned for as many as it assumes."""
+    most = contract.max_images * contract.dims["B"][1]
+    assumed = min(contract.images_assumed * contract.dims["B"][1], most)
+    symbols = {dim for tensor in contract.graphs["vision"].inputs for dim in tensor.shape if isinstance(dim, str)}
+    ranges = {}
+    for symbol in sorted(symbols):
+        low, high = contract.dims[symbol]
+        ranges[symbol] = Range(low, max(low, high * assumed // most), high)
+    return {"images": ranges}
 
 
 def decoder_profiles(contract: Contract) -> dict[str, Profile]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,15 @@ class Prompter:
         """Incremental decoder: holds bytes back until they form characters."""
         return DecodeStream(skip_special_tokens=True)
 
-    def expand_images(self, ids: list[int], image_tokens: int) -> list[int]:
-        """Repeat every image token ``image_tokens`` times, one for each visual token."""
+    def expand_images(self, ids: list[int], tokens: Sequence[int]) -> list[int]:
+        """Repeat the image token of every picture for each of its visual tokens, ``tokens`` of them by picture."""
+        marks = ids.count(self._image_token_id)
+        if marks != len(tokens):
+            raise RuntimeRefusal(f"the prompt holds {marks} {self.image_token} mark(s) for {len(tokens)} image(s)")
+        counts = iter(tokens)
         expanded: list[int] = []
         for token in ids:
-            expanded += [token] * (image_tokens if token == self._image_token_id else 1)
+            expanded += [token] * (next(counts) if token == self._image_token_id else 1)
         return expanded
 
 

@@ -12,7 +12,7 @@ from vlmtrim.graphs.bundle import Bundle
 from vlmtrim.graphs.contract import cache_names
 from vlmtrim.runtime.backends.base import Backend, Tensor
 from vlmtrim.runtime.errors import RuntimeRefusal
-from vlmtrim.runtime.image import ImageProcessor
+from vlmtrim.runtime.processors.base import Pictures, load_processor
 from vlmtrim.runtime.prompt import Prompter
 
 
@@ -54,7 +54,7 @@ class Prefill:
 
 @dataclass
 class Lengths:
-    """How full the caches are: positions used and entries per group, int64 [B] each."""
+    """How far each row is, int64 [B] each: its first free position, and the cache entries of every group."""
 
     positions: np.ndarray
     entries: list[np.ndarray] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Session:
             raise RuntimeRefusal(f"batch {batch} is outside the bundle's {low} to {high}; export with --max-batch")
         self.batch = batch
         self.prompter = Prompter(bundle.folder, self.contract.image_token_id)
-        self.image_processor = ImageProcessor.from_folder(bundle.folder)
+        self.processor = load_processor(bundle.folder, self.contract)
         self._vision = None  # opened with the first image: text-only use should not pay for it
         self._embed = backend.open(bundle.folder, self.contract, "embed")
         self._decoder = backend.open(bundle.folder, self.contract, "decoder")
@@ -92,34 +92,35 @@ class Session:
         self.lengths = Lengths(zero.copy(), [zero.copy() for _ in self.contract.groups])
         self.times = Times()
 
-    def encode_images(self, pixel_values: np.ndarray) -> Tensor:
-        """pixel_values float32 [I, 3, H, W] -> features on the device, [B, I / B * P, D], images in row order."""
+    def encode_images(self, pictures: Pictures) -> Tensor:
+        """Pictures -> features on the device, [B, N, D], pictures in row order."""
         if self._vision is None:
             self._vision = self.backend.open(self.bundle.folder, self.contract, "vision")
-        features = self._vision.run({"pixel_values": pixel_values.astype(self.contract.dtype)})["image_features"]
-        tokens = len(pixel_values) * self.contract.image_tokens // self.batch
-        return self.backend.reshape(features, (self.batch, tokens, self._hidden))
+        dtype = self.contract.dtype
+        feeds = {n: v.astype(dtype) if v.dtype == np.float32 else v for n, v in pictures.inputs.items()}
+        features = self._vision.run(feeds)["image_features"]
+        return self.backend.reshape(features, (self.batch, sum(pictures.tokens) // self.batch, self._hidden))
 
-    def prefill(self, rows: Sequence[Sequence[int]], pixel_values: np.ndarray | None = None) -> Prefill:
+    def prefill(self, rows: Sequence[Sequence[int]], pictures: Pictures | None = None) -> Prefill:
         """Run new tokens of every row, image tokens already repeated.
 
         Args:
             rows: token ids, one sequence per row; shorter rows are padded on the right.
-            pixel_values: float32 [I, 3, H, W], all rows' images in order, or None.
+            pictures: all rows' pictures in order, as ``processor`` makes them, or None.
         """
         ids, counts, visual_positions = self._pack(rows)
         visual = visual_positions.shape[1]
-        images = 0 if pixel_values is None else len(pixel_values)
-        if visual * self.batch != images * self.contract.image_tokens:
+        brought = () if pictures is None else pictures.tokens
+        if visual * self.batch != sum(brought):
             raise RuntimeRefusal(
-                f"the prompt holds {visual * self.batch} image tokens, {images} image(s) bring "
-                f"{images * self.contract.image_tokens}"
+                f"the prompt holds {visual * self.batch} image tokens, {len(brought)} image(s) bring {sum(brought)}"
             )
         self._check_room(ids.shape[1], visual, counts)
         start = time.perf_counter()
-        features = self._no_features() if pixel_values is None else self.encode_images(pixel_values)
+        features = self._no_features() if pictures is None else self.encode_images(pictures)
         middle = time.perf_counter()
-        outputs = self._step(ids, counts, visual_positions, features)
+        positions = self.processor.positions(ids, counts, self.lengths.positions, pictures)
+        outputs = self._step(ids, counts, visual_positions, features, positions)
         logits = self.backend.to_host(outputs["logits"])
         kept_indices = scores = None
         if self._selects:
@@ -139,7 +140,9 @@ class Session:
         live = np.ones(self.batch, dtype=bool) if live is None else live
         start = time.perf_counter()
         nothing = np.zeros((self.batch, 0), dtype=np.int64)
-        outputs = self._step(tokens[:, None], live.astype(np.int64), nothing, self._no_features())
+        ids, counts = tokens[:, None], live.astype(np.int64)
+        positions = self.processor.positions(ids, counts, self.lengths.positions, None)
+        outputs = self._step(ids, counts, nothing, self._no_features(), positions)
         logits = self.backend.to_host(outputs["logits"])
         self.times.decode += time.perf_counter() - start
         self.times.steps += 1
@@ -196,15 +199,21 @@ class Session:
         return np.zeros((self.batch, 0, self._hidden), dtype=self.contract.dtype)
 
     def _step(
-        self, ids: np.ndarray, counts: np.ndarray, visual_positions: np.ndarray, features: Tensor
+        self,
+        ids: np.ndarray,
+        counts: np.ndarray,
+        visual_positions: np.ndarray,
+        features: Tensor,
+        positions: tuple[np.ndarray, np.ndarray],
     ) -> dict[str, Tensor]:
+        """Embed and decode; ``positions`` are of the tokens, and each row's first free one after them."""
         tokens, visual = ids.shape[1], visual_positions.shape[1]
         embeds = self._embed.run({"input_ids": ids, "image_features": features, "visual_positions": visual_positions})[
             "inputs_embeds"
         ]
         feeds: dict[str, Tensor] = {
             "inputs_embeds": embeds,
-            "position_ids": self.lengths.positions[:, None] + np.arange(tokens),
+            "position_ids": positions[0],
             "last_index": np.maximum(counts - 1, 0),
         }
         if self._selects:
@@ -214,7 +223,7 @@ class Session:
             feeds[f"write_indices.{index}"] = entries
             feeds[f"key_positions.{index}"] = np.arange(int(entries.max()) + growth)
         outputs = self._decoder.run(feeds)
-        self.lengths.positions = self.lengths.positions + counts
+        self.lengths.positions = positions[1]
         padding = tokens - counts
         self.lengths.entries = [
             entries + np.where(counts > 0, growth - padding, 0)

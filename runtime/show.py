@@ -40,7 +40,7 @@ def draw_kept(pictures: Sequence[Image.Image], prefill: Prefill, grid: tuple[int
     """One drawing of a prompt's pictures, below each other; right of each its scores, where the prefill has any.
 
     Args:
-        pictures: what the model saw (:meth:`ImageProcessor.framed`), in order.
+        pictures: what the model saw (``Processor.framed``), in order.
         prefill: of the step that brought the pictures.
         grid: rows and columns of one picture's visual tokens.
         row: of the batch.

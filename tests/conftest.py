@@ -14,18 +14,20 @@ import pytest
 
 @pytest.fixture(scope="session")
 def export_tiny(tmp_path_factory):
-    """Export a tiny random LLaVA: export_tiny("name", variant={...}, **job fields) -> bundle folder."""
+    """Export a tiny random model: export_tiny("name", variant={...}, **job fields) -> bundle folder."""
+    from vlmtrim.export import checkpoint as checkpoints
     from vlmtrim.export import pipeline, tiny
-    from vlmtrim.export.families import llava
     from vlmtrim.export.job import Job
 
     done = {}
 
-    def export(name, variant=None, **fields):
-        key = (name, repr(variant), repr(sorted(fields.items())))
+    def export(name, variant=None, family="llava", **fields):
+        key = (name, family, repr(variant), repr(sorted(fields.items())))
         if key not in done:
             folder = tmp_path_factory.mktemp(name)
-            checkpoint = tiny.write_checkpoint(llava, folder / "checkpoint", **(variant or {}))
+            checkpoint = tiny.write_checkpoint(
+                checkpoints.load_family(family), folder / "checkpoint", **(variant or {})
+            )
             job = Job(model=str(checkpoint), output=str(folder / "bundle"), **{"max_seq_len": 512, **fields})
             done[key] = pipeline.export(job, checkpoint)
         return done[key]

@@ -9,7 +9,9 @@ Graphs (D hidden width, P visual tokens per image; dims as in :mod:`vlmtrim.grap
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -159,6 +161,11 @@ def vision_spec(shape: Shape, dtype: str) -> GraphSpec:
     )
 
 
+def vision_dims(shape: Shape, images: int) -> dict[str, tuple[int, int]]:
+    """Sizes of the vision graph's symbolic dimensions when a step brings 1 to ``images`` pictures."""
+    return {"I": (1, images)}
+
+
 def embed_spec(shape: Shape, dtype: str) -> GraphSpec:
     """Boundary of ``embed.onnx``."""
     return GraphSpec(
@@ -262,3 +269,44 @@ def tiny_config(
         vision_feature_layer=-2 if is_clip else -1,
         tie_word_embeddings=False,
     )
+
+
+def write_tiny_processor(folder: Path, config: LlavaConfig) -> None:
+    """Image-processor and processor settings that suit a config."""
+    tower: Any = config.vision_config
+    size, is_clip = tower.image_size, tower.model_type == "clip_vision_model"
+    common = {
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "resample": 3,
+        "do_convert_rgb": True,
+    }
+    if is_clip:
+        settings = {
+            **common,
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": size},
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        }
+    else:
+        settings = {
+            **common,
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": size, "width": size},
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": tower.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1 if is_clip else 0,
+    }
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vlmtrim.export import check_cli
+from vlmtrim.export.checkpoint import family_names
 from vlmtrim.export.families import llava
 from vlmtrim.export.reference import Reference
 from vlmtrim.graphs.bundle import open_bundle
@@ -26,9 +27,18 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=VARIANTS)
+# A family is tested by being there.
+FAMILIES = {
+    f"{family}-{method}": ({}, {"family": family, "method": method})
+    for family in family_names()
+    for method in ("fastv", "none")
+    if family != "llava"
+}
+
+
+@pytest.fixture(params=[*VARIANTS, *FAMILIES])
 def bundle(request, export_tiny, fastv_bundle):
-    variant, fields = VARIANTS[request.param]
+    variant, fields = {**VARIANTS, **FAMILIES}[request.param]
     return fastv_bundle if request.param == "llama-gqa-clip" else export_tiny(request.param, variant, **fields)
 
 
@@ -52,11 +62,11 @@ def test_rows_of_a_batch_equal_single_runs(fastv_bundle):
     random, image = np.random.default_rng(0), [bundle.contract.image_token_id] * bundle.contract.image_tokens
     text = random.integers(0, 250, 40).tolist()
     rows = [[256, *text[:3], *image, *text[3:9]], [256, *text[9:20], *image, *text[20:40]]]
-    pixels = random.normal(size=(2, 3, 56, 56)).astype(np.float32)
-    prefill = session.prefill(rows, pixels)
+    images = (check_cli.generated_picture(0), check_cli.generated_picture(1))
+    prefill = session.prefill(rows, session.processor(images))
     caches = [session.cache_contents(row) for row in range(2)]
     logits = [prefill.logits]
-    expected = [reference.record(Turn("row", rows[row], pixels[row : row + 1]), 8) for row in range(2)]
+    expected = [reference.record(Turn("row", rows[row], images[row : row + 1]), 8) for row in range(2)]
     for step in range(8):
         logits.append(session.decode(np.array([fed[step] for _, fed in expected])))
     groups = [group.layers for group in bundle.contract.groups]
@@ -71,7 +81,7 @@ def test_several_images_in_one_prompt(fastv_bundle):
     session = Session(bundle, make_backend("ort-cpu"))
     image = [bundle.contract.image_token_id] * bundle.contract.image_tokens
     ids = [256, 5, *image, 6, 7, 8, *image, *image, 9, 10]
-    turn = Turn("three", ids, np.random.default_rng(1).normal(size=(3, 3, 56, 56)).astype(np.float32))
+    turn = Turn("three", ids, tuple(check_cli.generated_picture(seed) for seed in range(3)))
     expected, tokens = reference.record(turn, 4)
     found, _ = record(session, turn, tokens)
     assert len(found.kept) == len(ids) - 24
@@ -80,9 +90,7 @@ def test_several_images_in_one_prompt(fastv_bundle):
 
 def test_the_reference_without_removal_is_the_plain_forward(dense_bundle):
     """The oracle's own layer loop at r = 0 equals transformers' forward."""
-    turn = Turn(
-        "t", [256, *[259] * 16, 40, 41], np.random.default_rng(0).normal(size=(1, 3, 56, 56)).astype(np.float32)
-    )
+    turn = Turn("t", [256, *[259] * 16, 40, 41], (check_cli.generated_picture(0),))
     plain, tokens = Reference(llava.MODEL_CLASS, dense_bundle, None).record(turn, 4)
     looped, same = Reference(
         llava.MODEL_CLASS, dense_bundle, {"k": 2, "r": 0.0, "seed": 0, "score": "last-row"}

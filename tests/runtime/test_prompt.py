@@ -57,7 +57,9 @@ def test_the_first_turn_has_the_ids_of_transformers(make, tmp_path, template, im
 def test_image_tokens_are_repeated_for_expansion(make):
     prompter = make()
     assert prompter.image_token == "<image>"
-    assert prompter.expand_images([256, IMAGE, 5, IMAGE], 3) == [256, *[IMAGE] * 3, 5, *[IMAGE] * 3]
+    assert prompter.expand_images([256, IMAGE, 5, IMAGE], (3, 2)) == [256, *[IMAGE] * 3, 5, *[IMAGE] * 2]
+    with pytest.raises(RuntimeRefusal, match=r"1 .* mark\(s\) for 2 image"):
+        prompter.expand_images([256, IMAGE], (3, 2))
 
 
 def test_images_stand_where_the_prompt_marks_them(make):

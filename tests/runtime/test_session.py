@@ -12,6 +12,7 @@ from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime import cli
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import load_image
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 
@@ -48,7 +49,7 @@ def test_results_outlive_the_session(fastv_bundle, picture):
     prefill = session.prefill([[256, 1, 2, 3]])
     arrays = [prefill.logits, prefill.visual_scores, *prefill.kept_indices]
     arrays += [array for pair in session.cache_contents(0) for array in pair]
-    features = session.encode_images(np.zeros((1, 3, 56, 56), np.float32))
+    features = session.encode_images(session.processor([load_image(picture)]))
     assert all((array if array.base is None else array.base).flags.owndata for array in arrays)
     assert features.numpy().ctypes.data == features.data_ptr()
     assert session.backend.to_host(features).ctypes.data != features.data_ptr()
@@ -109,7 +110,7 @@ def test_generation_stops_at_the_capacity(fastv_bundle):
     ("prompt", "images", "says"),
     [
         ("x" * 600, 0, "their capacity is"),
-        ("hi", 40, "at most 32"),
+        ("hi", 40, "holds at most 512"),
         ("one <image> two <image>", 1, "2 <image> mark"),
     ],
 )

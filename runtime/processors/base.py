@@ -1,0 +1,69 @@
+"""What a processor is: pictures -> inputs of the vision graph, visual tokens a picture, positions of the tokens."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlmtrim.graphs.contract import Contract
+from vlmtrim.runtime.errors import RuntimeRefusal
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the pictures of one step become, all rows' in order.
+
+    Attributes:
+        inputs: of the vision graph, by name: float32 (cast to the contract's dtype later) or int64.
+        tokens: visual tokens that each picture brings.
+        grids: what a family's positions depend on, per picture; empty where they do not.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    tokens: tuple[int, ...]
+    grids: tuple[tuple[int, ...], ...] = ()
+
+
+class Processor(ABC):
+    """The pictures' way into a bundle of one family; does what the checkpoint's Hugging Face processor does."""
+
+    def __init__(self, folder: Path, contract: Contract):
+        self.contract = contract
+
+    @abstractmethod
+    def __call__(self, images: Sequence[Image.Image]) -> Pictures:
+        """RGB pictures, at least one -> inputs of the vision graph."""
+
+    @abstractmethod
+    def framed(self, image: Image.Image) -> Image.Image:
+        """The part of a picture that the model sees, for drawings."""
+
+    def positions(
+        self, ids: np.ndarray, counts: np.ndarray, start: np.ndarray, pictures: Pictures | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of a step's tokens.
+
+        Args:
+            ids: int64 [B, S], padded on the right.
+            counts: int64 [B], real tokens of each row.
+            start: int64 [B], each row's first free position.
+            pictures: of this step.
+
+        Returns:
+            position_ids as the contract states them, and each row's first free position after the step.
+        """
+        return start[:, None] + np.arange(ids.shape[1]), start + counts
+
+
+def load_processor(folder: Path, contract: Contract) -> Processor:
+    """The processor of a bundle's family. Raises RuntimeRefusal where this vlmtrim has none."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
+    if contract.family not in names:
+        raise RuntimeRefusal(f"the bundle is of family {contract.family!r}; this vlmtrim runs {', '.join(names)}")
+    return importlib.import_module(f"{__package__}.{contract.family}").Processor(folder, contract)
