@@ -29,6 +29,7 @@ from vlmtrim.export import trace, weights
 from vlmtrim.export.attention import IMPLEMENTATION
 from vlmtrim.export.families import llava
 from vlmtrim.export.flops import prefill_macs
+from vlmtrim.export.text_decoder import Shape
 from vlmtrim.graphs import FastV
 from vlmtrim.graphs.contract import CacheGroup, GraphSpec, decoder_spec, kept_count
 from vlmtrim.runtime.backends.ort import OrtBackend
@@ -99,7 +100,7 @@ class Decoder:
         return self.backend.to_host(self.graph.run(feeds)["logits"])
 
 
-def traced(full: Any, shape: llava.Shape, matched: Any, stored: Any, capacity: int) -> ir.Model:
+def traced(full: Any, shape: Shape, matched: Any, stored: Any, capacity: int) -> ir.Model:
     """The dense decoder with weights bound."""
     group = CacheGroup(tuple(range(shape.layers)), capacity, shape.kv_heads, shape.head_size)
     spec = decoder_spec(

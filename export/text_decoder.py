@@ -1,0 +1,198 @@
+"""The language model's half of a family: token embedding and decoder as traced modules, their boundaries and plans.
+
+Any transformers model with ``model.language_model`` and ``lm_head`` whose text model is one of TEXT_MODELS fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from vlmtrim.export.attention import StaticCache
+from vlmtrim.export.job import Refusal
+from vlmtrim.export.trace import Plan
+from vlmtrim.graphs.contract import GraphSpec, TensorSpec
+
+TEXT_MODELS = ("llama", "mistral", "qwen2")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a checkpoint that the contract needs, read from its config alone."""
+
+    hidden: int
+    vocabulary: int
+    layers: int
+    kv_heads: int
+    head_size: int
+    max_positions: int
+    image_size: int
+    image_tokens: int
+    image_token_id: int
+    image_grid: tuple[int, int] | None
+
+
+def text_numbers(config: Any) -> dict[str, Any]:
+    """The fields of Shape that the language model decides, checked. Raises Refusal."""
+    text: Any = config.text_config
+    if text.model_type not in TEXT_MODELS:
+        raise Refusal(
+            f"the text model is {text.model_type!r}; the {config.model_type} family exports {', '.join(TEXT_MODELS)}"
+        )
+    if not 0 <= config.image_token_id < text.vocab_size:
+        raise Refusal(f"image_token_id {config.image_token_id} lies outside the vocabulary of {text.vocab_size}")
+    return {
+        "hidden": text.hidden_size,
+        "vocabulary": text.vocab_size,
+        "layers": text.num_hidden_layers,
+        "kv_heads": text.num_key_value_heads or text.num_attention_heads,
+        "head_size": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        "max_positions": text.max_position_embeddings,
+        "image_token_id": config.image_token_id,
+    }
+
+
+def sliding_window(config: Any) -> int | None:
+    """Width of sliding-window attention where the text model uses it."""
+    text: Any = config.text_config
+    if text.model_type == "qwen2" and not text.use_sliding_window:
+        return None
+    return getattr(text, "sliding_window", None)
+
+
+class Embed(nn.Module):
+    """Token embedding with the image features merged in."""
+
+    def __init__(self, full: Any):
+        super().__init__()
+        self.full = full
+
+    def forward(self, input_ids: Tensor, image_features: Tensor, visual_positions: Tensor) -> Tensor:
+        """input_ids [B, S], features [B, N, D] that replace the tokens at visual_positions [B, N] -> [B, S, D]."""
+        embeds = self.full.model.language_model.embed_tokens(input_ids)
+        # expanded by hand: the exporter's own broadcast of [B, 1] and [B, 0] is [B, 1]
+        rows = torch.arange(visual_positions.shape[0])[:, None].expand(visual_positions.shape)
+        return embeds.index_put((rows, visual_positions), image_features)
+
+
+class Decoder(nn.Module):
+    """Language model and head, prefill and decode alike."""
+
+    def __init__(self, full: Any):
+        super().__init__()
+        self.full = full
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        last_index: Tensor,
+        write_indices: Tensor,
+        key_positions: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The contract's decoder without selection; returns logits [B, V] and the flat list of caches."""
+        tokens = torch.arange(inputs_embeds.shape[1])
+        query_positions = write_indices[:, None] + tokens
+        visible = key_positions[None, None, :] <= query_positions[:, :, None]
+        lowest = torch.finfo(inputs_embeds.dtype).min
+        mask = torch.where(visible, 0.0, lowest).to(inputs_embeds.dtype)[:, None]
+        cache = StaticCache(past, write_indices, key_positions.shape[0])
+        hidden = self.full.model.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        index = last_index[:, None, None].expand(-1, 1, hidden.shape[2])
+        logits = self.full.lm_head(hidden.gather(1, index)[:, 0])
+        return logits, [tensor for pair in cache.present for tensor in pair]
+
+
+def embed_spec(shape: Shape, dtype: str) -> GraphSpec:
+    """Boundary of ``embed.onnx``."""
+    return GraphSpec(
+        "embed.onnx",
+        (
+            TensorSpec("input_ids", "int64", ("B", "S")),
+            TensorSpec("image_features", dtype, ("B", "N", shape.hidden)),
+            TensorSpec("visual_positions", "int64", ("B", "N")),
+        ),
+        (TensorSpec("inputs_embeds", dtype, ("B", "S", shape.hidden)),),
+    )
+
+
+def text_plans(full: Any, shape: Shape, dtype: torch.dtype, decoder: GraphSpec) -> list[Plan]:
+    """How to trace ``embed.onnx`` and the decoder; ``decoder`` is the boundary before any selection."""
+    name = str(dtype).removeprefix("torch.")
+    rows, tokens, visual, window = 2, 5, 3, 7
+    layers = range(shape.layers)
+    capacity = next(int(t.shape[2]) for t in decoder.inputs if t.name.startswith("past_key_values"))
+    batch = Dim("B", max=1024)
+    sequence, keys = Dim("S", max=capacity), Dim("W0", max=capacity)
+
+    # torch.export takes equal objects for one input: every tensor below is its own.
+    def cache() -> Tensor:
+        return torch.zeros((), dtype=dtype).expand(rows, shape.kv_heads, capacity, shape.head_size)
+
+    def zeros(*sizes: int) -> Tensor:
+        return torch.zeros(sizes, dtype=torch.int64)
+
+    embeds = torch.zeros(rows, tokens, shape.hidden, dtype=dtype)
+    return [
+        Plan(
+            Embed(full),
+            (zeros(rows, tokens), torch.zeros(rows, visual, shape.hidden, dtype=dtype), zeros(rows, visual)),
+            ({0: batch, 1: sequence}, {0: batch, 1: Dim("N", max=capacity)}, {0: batch, 1: Dim("N", max=capacity)}),
+            embed_spec(shape, name),
+        ),
+        Plan(
+            Decoder(full),
+            (
+                embeds,
+                zeros(rows, tokens),
+                zeros(rows),
+                zeros(rows),
+                zeros(window),
+                [(cache(), cache()) for _ in layers],
+            ),
+            (
+                {0: batch, 1: sequence},
+                {0: batch, 1: sequence},
+                {0: batch},
+                {0: batch},
+                {0: keys},
+                [({0: batch}, {0: batch}) for _ in layers],
+            ),
+            decoder,
+            fusions={"RMSNormalization": 2 * shape.layers + 1, "RotaryEmbedding": 2 * shape.layers},
+        ),
+    ]
+
+
+def tiny_text_config(text: str = "llama", heads: int = 4, kv_heads: int = 2, layers: int = 4) -> Any:
+    """Config of a random language model small enough for tests: head size 64, the ids of :mod:`vlmtrim.export.tiny`."""
+    from transformers import AutoConfig
+
+    settings: dict[str, Any] = {
+        "hidden_size": 64 * heads,
+        "intermediate_size": 384,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 64,
+        "vocab_size": 272,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+        "tie_word_embeddings": False,
+    }
+    if text == "mistral":
+        settings["sliding_window"] = None
+    return AutoConfig.for_model(text, **settings)

@@ -1,0 +1,54 @@
+"""CLIP and SigLIP towers as LLaVA models use them: which hidden states feed the projector, and how many tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmtrim.export.job import Refusal
+
+VISION_MODELS = ("clip_vision_model", "siglip_vision_model")
+
+
+def tile_tokens(config: Any) -> int:
+    """Features that the tower makes of one square tile, checked. Raises Refusal."""
+    vision: Any = config.vision_config
+    if vision.model_type not in VISION_MODELS:
+        raise Refusal(
+            f"the vision tower is {vision.model_type!r}; "
+            f"the {config.model_type} family exports {', '.join(VISION_MODELS)}"
+        )
+    side = vision.image_size // vision.patch_size
+    has_class_token = vision.model_type == "clip_vision_model"
+    if config.vision_feature_select_strategy == "default" and not has_class_token:
+        # transformers drops the first token whatever it is; so do we.
+        return side * side - 1
+    return side * side + int(has_class_token and config.vision_feature_select_strategy == "full")
+
+
+def tile_features(full: Any, pixel_values: Tensor) -> Tensor:
+    """pixel_values [T, 3, H, W] -> projected features [T, P, D]; layers and strategy as the config says."""
+    config, model = full.config, full.model
+    states = model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    layers = config.vision_feature_layer
+    chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+    if config.vision_feature_select_strategy == "default":
+        chosen = [state[:, 1:] for state in chosen]
+    return model.multi_modal_projector(torch.cat(chosen, dim=-1) if len(chosen) > 1 else chosen[0])
+
+
+def tiny_vision_config(vision: str = "clip_vision_model") -> Any:
+    """Config of a random tower small enough for tests: a tile of 56 x 56 pixels, 4 x 4 patches."""
+    from transformers import AutoConfig
+
+    settings: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    return AutoConfig.for_model(vision, **settings, **({"projection_dim": 128} if vision == VISION_MODELS[0] else {}))
