@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up all it needs and passes the tests: lint, types, tests. Arguments go to pytest, e.g. scripts/test.sh -m gpu
+# Sets up all it needs and passes the tests: lint, types, tests. Arguments go to pytest, e.g. scripts/test.sh -m gpu -n 0
 source "$(dirname "$0")/setup.sh"
 setup export,rtx,test
 
@@ -9,4 +9,5 @@ ruff format --check .
 mkdir -p .typing/vlmtrim
 for folder in export graphs runtime; do ln -sfn "../../$folder" ".typing/vlmtrim/$folder"; done
 pyright
-python -m pytest "$@"
+# A test file stays on one worker, so that its fixtures are made once; -n 0 runs all in one process (GPU tests).
+python -m pytest -n auto --dist loadfile "$@"

@@ -19,17 +19,35 @@ def export_tiny(tmp_path_factory):
     from vlmtrim.export import pipeline, tiny
     from vlmtrim.export.job import Job
 
-    done = {}
+    selection = {
+        "method",
+        "k",
+        "r",
+        "ratio",
+        "bound",
+        "seed",
+        "score",
+        "max_batch",
+        "images",
+        "engine",
+        "engine_shards",
+    }
+    done, checkpoints_, traces = {}, {}, {}
 
     def export(name, variant=None, family="llava", **fields):
-        key = (name, family, repr(variant), repr(sorted(fields.items())))
-        if key not in done:
-            folder = tmp_path_factory.mktemp(name)
-            checkpoint = tiny.write_checkpoint(
-                checkpoints.load_family(family), folder / "checkpoint", **(variant or {})
+        fields = {"max_seq_len": 512, **fields}
+        model = (family, repr(variant))
+        # Exports that differ in nothing but the selection share a checkpoint and a trace.
+        traced = (model, repr(sorted((key, value) for key, value in fields.items() if key not in selection)))
+        key = (name, model, repr(sorted(fields.items())))
+        if model not in checkpoints_:
+            folder = tmp_path_factory.mktemp("checkpoint")
+            checkpoints_[model] = tiny.write_checkpoint(
+                checkpoints.load_family(family), folder / "c", **(variant or {})
             )
-            job = Job(model=str(checkpoint), output=str(folder / "bundle"), **{"max_seq_len": 512, **fields})
-            done[key] = pipeline.export(job, checkpoint)
+        if key not in done:
+            job = Job(model=str(checkpoints_[model]), output=str(tmp_path_factory.mktemp(name) / "bundle"), **fields)
+            done[key] = pipeline.export(job, checkpoints_[model], traces.setdefault(traced, {}))
         return done[key]
 
     return export
