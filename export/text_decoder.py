@@ -5,6 +5,7 @@ Any transformers model with ``model.language_model`` and ``lm_head`` whose text 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,11 @@ TEXT_MODELS = ("llama", "mistral", "qwen2")
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a checkpoint that the contract needs, read from its config alone."""
+    """The numbers of a checkpoint that the contract needs, read from its config alone.
+
+    ``any_size``: pictures keep their proportions, and ``image_tokens`` is the most that the model takes of one.
+    ``position_axes``: numbers that a token's position consists of.
+    """
 
     hidden: int
     vocabulary: int
@@ -34,14 +39,17 @@ class Shape:
     image_tokens: int
     image_token_id: int
     image_grid: tuple[int, int] | None
+    any_size: bool = False
+    video_token_id: int | None = None
+    position_axes: int = 1
 
 
-def text_numbers(config: Any) -> dict[str, Any]:
-    """The fields of Shape that the language model decides, checked. Raises Refusal."""
+def text_numbers(config: Any, models: Sequence[str] = TEXT_MODELS) -> dict[str, Any]:
+    """The fields of Shape that the language model, one of ``models``, decides, checked. Raises Refusal."""
     text: Any = config.text_config
-    if text.model_type not in TEXT_MODELS:
+    if text.model_type not in models:
         raise Refusal(
-            f"the text model is {text.model_type!r}; the {config.model_type} family exports {', '.join(TEXT_MODELS)}"
+            f"the text model is {text.model_type!r}; the {config.model_type} family exports {', '.join(models)}"
         )
     if not 0 <= config.image_token_id < text.vocab_size:
         raise Refusal(f"image_token_id {config.image_token_id} lies outside the vocabulary of {text.vocab_size}")
@@ -144,6 +152,7 @@ def text_plans(full: Any, shape: Shape, dtype: torch.dtype, decoder: GraphSpec) 
         return torch.zeros(sizes, dtype=torch.int64)
 
     embeds = torch.zeros(rows, tokens, shape.hidden, dtype=dtype)
+    axes = () if shape.position_axes == 1 else (shape.position_axes,)
     return [
         Plan(
             Embed(full),
@@ -155,7 +164,7 @@ def text_plans(full: Any, shape: Shape, dtype: torch.dtype, decoder: GraphSpec) 
             Decoder(full),
             (
                 embeds,
-                zeros(rows, tokens),
+                zeros(*axes, rows, tokens),
                 zeros(rows),
                 zeros(rows),
                 zeros(window),
@@ -163,7 +172,7 @@ def text_plans(full: Any, shape: Shape, dtype: torch.dtype, decoder: GraphSpec) 
             ),
             (
                 {0: batch, 1: sequence},
-                {0: batch, 1: sequence},
+                {len(axes): batch, len(axes) + 1: sequence},
                 {0: batch},
                 {0: batch},
                 {0: keys},

@@ -14,7 +14,8 @@ Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C
     input                           shape                     dtype     meaning
     ==============================  ========================  ========  ==============================================
     inputs_embeds                   [B, S, D]                 model     token embeddings, image features merged in
-    position_ids                    [B, S]                    int64     positions in the conversation before any removal
+    position_ids                    [B, S]                    int64     positions in the conversation before any removal;
+                                                                        M-RoPE: [3, B, S], time, row and column
     last_index                      [B]                       int64     index in S of each row's last real token
     visual_positions                [B, N]                    int64     indices in S of the visual tokens, ascending
                                                                         (only in graphs that select)
@@ -183,12 +184,15 @@ def cache_names(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def decoder_spec(
-    *, dtype: str, hidden: int, vocabulary: int, groups: tuple[CacheGroup, ...], selects: bool
+    *, dtype: str, hidden: int, vocabulary: int, groups: tuple[CacheGroup, ...], selects: bool, position_axes: int = 1
 ) -> GraphSpec:
-    """The decoder's boundary as the table above states it; the exporter's lint holds the graph to it."""
+    """The decoder's boundary as the table above states it; the exporter's lint holds the graph to it.
+
+    ``position_axes``: numbers that a token's position consists of; more than 1 gives [position_axes, B, S].
+    """
     inputs = [
         TensorSpec("inputs_embeds", dtype, ("B", "S", hidden)),
-        TensorSpec("position_ids", "int64", ("B", "S")),
+        TensorSpec("position_ids", "int64", ("B", "S") if position_axes == 1 else (position_axes, "B", "S")),
         TensorSpec("last_index", "int64", ("B",)),
     ]
     if selects:

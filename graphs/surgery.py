@@ -30,8 +30,12 @@ def split_at(
     embeds, positions = graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
     gathered = gather_tokens(ops, seam, survivors.kept_indices)
     gathered.type, gathered.shape = seam.type, ir.Shape(("B", "Sk", *list(seam.shape or ())[2:]))
-    kept_positions = ops("GatherElements", positions, survivors.kept_indices, axis=1)
-    for value, shape in ((kept_positions, ("B", "Sk")), (survivors.last_index, ("B",))):
+    axes = list(positions.shape or ())[:-2]  # M-RoPE: three numbers a token, one tensor each
+    everywhere = survivors.kept_indices
+    if axes:
+        everywhere = ops("Expand", everywhere, ops.concat(ops.const(axes), ops("Shape", everywhere)))
+    kept_positions = ops("GatherElements", positions, everywhere, axis=1 + len(axes))
+    for value, shape in ((kept_positions, (*axes, "B", "Sk")), (survivors.last_index, ("B",))):
         value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(shape)
     kept_positions.name, survivors.last_index.name = "kept_position_ids", "kept_last_index"
     roots = {
