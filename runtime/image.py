@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,30 @@ def _as_dict(size: Any, *keys: str) -> dict[str, int]:
     return dict.fromkeys(keys, size) if isinstance(size, int) else dict(size or {})
 
 
+def image_settings(folder: Path) -> dict[str, Any]:
+    """``preprocessor_config.json``, or the ``image_processor`` part of ``processor_config.json``."""
+    raw: dict[str, Any] = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text())
+            raw = content.get("image_processor", raw) if name.startswith("processor") else content
+    if not raw:
+        raise RuntimeRefusal(f"{folder} has no image-processor settings (preprocessor_config.json)")
+    return raw
+
+
+def normalised(
+    pixels: np.ndarray, scale: float | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> np.ndarray:
+    """uint8 [height, width, 3] -> float32 [3, height, width], by transformers' steps; None leaves one out."""
+    values = pixels.astype(np.float64) * scale if scale is not None else pixels
+    values = values.astype(np.float32).transpose(2, 0, 1)
+    if mean is None or std is None:
+        return np.ascontiguousarray(values)
+    means, deviations = (np.array(v, dtype=np.float32)[:, None, None] for v in (mean, std))
+    return np.ascontiguousarray((values - means) / deviations)
+
+
 @dataclass(frozen=True)
 class ImageProcessor:
     """The steps of transformers' CLIP, SigLIP and LLaVA image processors (Pillow backend): bit-equal results.
@@ -76,13 +101,7 @@ class ImageProcessor:
     @staticmethod
     def from_folder(folder: Path) -> ImageProcessor:
         """Read ``preprocessor_config.json``, or the ``image_processor`` part of ``processor_config.json``."""
-        raw: dict[str, Any] = {}
-        for name in ("processor_config.json", "preprocessor_config.json"):
-            if (folder / name).is_file():
-                content = json.loads((folder / name).read_text())
-                raw = content.get("image_processor", raw) if name.startswith("processor") else content
-        if not raw:
-            raise RuntimeRefusal(f"{folder} has no image-processor settings (preprocessor_config.json)")
+        raw = image_settings(folder)
         size: dict[str, int] = _as_dict(raw.get("size"), "shortest_edge")
         crop: dict[str, int] = _as_dict(raw.get("crop_size"), "height", "width")
         cropping = bool(raw.get("do_center_crop", False))
@@ -106,12 +125,7 @@ class ImageProcessor:
     def __call__(self, image: Image.Image) -> np.ndarray:
         """RGB picture -> float32 [3, height, width]."""
         pixels = np.asarray(self.framed(image))
-        values = pixels.astype(np.float64) * self.scale if self.scale is not None else pixels
-        values = values.astype(np.float32).transpose(2, 0, 1)
-        if self.mean is None or self.std is None:
-            return np.ascontiguousarray(values)
-        mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.mean, self.std))
-        return np.ascontiguousarray((values - mean) / std)
+        return normalised(pixels, self.scale, self.mean, self.std)
 
     def framed(self, image: Image.Image) -> Image.Image:
         """The part of the picture that the model sees, [height, width] pixels."""
