@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, DynamicCache
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, DynamicCache
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from vlmtrim.runtime.check import Recording, Turn
 
@@ -34,7 +35,7 @@ class Reference:
         self._text = self.model.model.language_model
         self._selection = selection
         self._image_token = self.model.config.image_token_id
-        self._image_processor = AutoProcessor.from_pretrained(folder).image_processor
+        self._image_processor = own_processor(folder).image_processor
         self.reset()
 
     def reset(self) -> None:
@@ -61,8 +62,8 @@ class Reference:
 
     def _forward(self, ids: Tensor, pictures: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """(logits [V] of the last token, kept indices); ``pictures`` as the model's own processor made them."""
-        positions = torch.arange(self._position, self._position + ids.shape[1])[None]
-        self._position += ids.shape[1]
+        positions = self._positions(ids, pictures)
+        self._position = int(positions.max()) + 1
         if self._selection is None:
             output = self.model(
                 input_ids=ids, **pictures, position_ids=positions, past_key_values=self._cache, use_cache=True
@@ -75,6 +76,17 @@ class Reference:
             hidden[0, visual] = torch.cat(list(self.model.get_image_features(**pictures).pooler_output))
         hidden, kept = self._layers(hidden, positions, visual)
         return self.model.lm_head(self._text.norm(hidden))[0, -1], kept
+
+    def _positions(self, ids: Tensor, pictures: dict[str, Tensor]) -> Tensor:
+        """[1, S], or [3, 1, S] by the model's own rule, which counts every turn from 0."""
+        rule = getattr(self.model.model, "get_rope_index", None)
+        if rule is None:
+            return torch.arange(self._position, self._position + ids.shape[1])[None]
+        config = self.model.config
+        marks = (config.image_token_id, config.video_token_id) if pictures else ()  # in an answer they are words
+        kinds = sum(((ids == mark) * (i + 1) for i, mark in enumerate(marks)), torch.zeros_like(ids))
+        grids = {name: value for name, value in pictures.items() if not name.startswith("pixel_values")}
+        return rule(ids, kinds, **grids)[0] + self._position
 
     def _layers(self, hidden: Tensor, positions: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
         assert self._selection is not None
@@ -91,7 +103,7 @@ class Reference:
             for index, layer in enumerate(self._text.layers):
                 if index == k:
                     kept = self._choose(seen, visual, hidden.shape[1], watched)
-                    hidden, positions = hidden[:, kept], positions[:, kept]
+                    hidden, positions = hidden[:, kept], positions[..., kept]
                 past = self._cache.get_seq_length(index)
                 output = layer(
                     hidden,
@@ -149,7 +161,21 @@ def _causal(tokens: int, past: int) -> Tensor:
     return above.triu(diagonal=past + 1)[None, None]
 
 
+def own_processor(folder: Path) -> Any:
+    """The checkpoint's Hugging Face processor, without its video part where that lacks torchvision."""
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except ImportError:
+        kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder))]
+
+        class WithoutVideo(kind):
+            def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
+                """Take None for a video processor."""
+
+        return WithoutVideo(AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), None)
+
+
 def processed(folder: Path, text: str, image: Any) -> tuple[list[int], np.ndarray]:
     """Token ids and pixel values that the checkpoint's own Hugging Face processor makes of a rendered prompt."""
-    inputs = AutoProcessor.from_pretrained(folder)(text=text, images=image, return_tensors="pt")
+    inputs = own_processor(folder)(text=text, images=image, return_tensors="pt")
     return inputs["input_ids"][0].tolist(), inputs["pixel_values"].numpy()
