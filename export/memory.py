@@ -72,7 +72,7 @@ def make_plan(job: Job, contract: Contract, model: Any, dtypes: Mapping[torch.dt
     size = DTYPE_BYTES[contract.dtype]
     sizes = {name: math.prod(parameter.shape) * size for name, parameter in model.named_parameters()}
     weights = sum(sizes.values())
-    vision = sum(n for name, n in sizes.items() if "vision_tower" in name or "projector" in name)
+    vision = sum(n for name, n in sizes.items() if "language_model" not in name and "lm_head" not in name)
     embedding = sum(n for name, n in sizes.items() if "embed_tokens" in name)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     decoder = weights - vision - (0 if tied else embedding)

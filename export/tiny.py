@@ -41,11 +41,11 @@ def write_checkpoint(family: Any, folder: Path, seed: int = 0, **variant: Any) -
 def write_processor(family: Any, folder: Path, config: Any, specials: dict[str, int]) -> None:
     """Tokenizer, image-processor settings and chat template for a config; ``specials`` are the ids of SPECIALS."""
     write_tokenizer(folder, specials)
-    family.write_tiny_processor(folder, config)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    family.write_tiny_processor(folder, config)  # may replace them
 
 
-def write_tokenizer(folder: Path, specials: dict[str, int]) -> None:
+def write_tokenizer(folder: Path, specials: dict[str, int], image_token: str = "<image>") -> None:
     """Byte-level tokenizer without merges: a token for every byte, at the lowest ids that are free."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     free = (index for index in count() if index not in specials.values())
@@ -53,7 +53,7 @@ def write_tokenizer(folder: Path, specials: dict[str, int]) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
         single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
     )
@@ -63,8 +63,8 @@ def write_tokenizer(folder: Path, specials: dict[str, int]) -> None:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "<pad>",
-        "image_token": "<image>",
-        "extra_special_tokens": {"image_token": "<image>"},
+        "image_token": image_token,
+        "extra_special_tokens": {"image_token": image_token},
         "model_max_length": 1024,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
