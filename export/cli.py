@@ -39,6 +39,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--images", type=int, default=1, help="images a full-length conversation holds; sizes the later caches"
     )
+    p.add_argument(
+        "--image-tokens",
+        type=int,
+        default=0,
+        help="visual tokens of one picture at most, where pictures may have any size (default: half of --max-seq-len "
+        "over --images); larger pictures are scaled down",
+    )
     p.add_argument("--output", default=None, help="bundle folder (default: bundles/<model>-<method>)")
     p.add_argument("--engine", default="none", choices=ENGINES, help="TensorRT engines to build as well")
     p.add_argument(

@@ -28,6 +28,8 @@ class Job:
         max_seq_len: tokens of a whole conversation before removal.
         max_batch: rows that run at once.
         images: images that a conversation of full length is assumed to hold; the later caches are sized for it.
+        image_tokens: visual tokens of one picture at most, for families that take pictures of any size; 0 leaves half
+            of the sequence to text.
         output: bundle folder.
         engine: engines to build besides the ONNX files.
         engine_shards: engines that the decoder is cut into; 0 for as few as memory allows.
@@ -48,6 +50,7 @@ class Job:
     max_seq_len: int = 2048
     max_batch: int = 1
     images: int = 1
+    image_tokens: int = 0
     engine: str = "none"
     engine_shards: int = 0
     copy_weights: bool = False

@@ -36,6 +36,7 @@ SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -106,6 +107,8 @@ def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) ->
                 contract = _cut(traced["decoder"], contract, prepared.plan.shards, folder)
         with _stage(report, "settings"):
             _copy_settings(source, folder, prepared.dtype)
+            if hasattr(prepared.family, "adapt_settings"):
+                prepared.family.adapt_settings(folder, contract)
             (folder / "contract.json").write_text(contract.to_json())
         if job.engine != "none":
             with _stage(report, f"engines ({job.engine})"):
@@ -185,7 +188,7 @@ def pruning_method(job: Job) -> FastV | None:
 
 def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, source: Path) -> Contract:
     """The contract of a job's bundle, from the config alone. Raises Refusal where the job does not fit the model."""
-    shape = family.read_shape(config)
+    shape = _bounded(job, family.read_shape(config))
     method = pruning_method(job)
     _check_limits(job, shape, config, family)
     name = str(dtype).removeprefix("torch.")
@@ -213,7 +216,12 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     dims |= family.vision_dims(shape, most_images * job.max_batch)
     dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}
     decoder = decoder_spec(
-        dtype=name, hidden=shape.hidden, vocabulary=shape.vocabulary, groups=groups, selects=method is not None
+        dtype=name,
+        hidden=shape.hidden,
+        vocabulary=shape.vocabulary,
+        groups=groups,
+        selects=method is not None,
+        position_axes=shape.position_axes,
     )
     return Contract(
         family=family.__name__.rpartition(".")[2],
@@ -231,9 +239,20 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         image_tokens=shape.image_tokens,
         image_token_id=shape.image_token_id,
         image_grid=shape.image_grid,
+        video_token_id=shape.video_token_id,
         eos_token_ids=_eos_ids(source, config),
         producer=f"vlmtrim {importlib.metadata.version('vlmtrim')}",
     )
+
+
+def _bounded(job: Job, shape: Any) -> Any:
+    """The shape with the visual tokens that the job allows a picture, where the family takes pictures of any size."""
+    if not shape.any_size:
+        if job.image_tokens:
+            raise Refusal(f"--image-tokens bounds pictures of any size; this model's have {shape.image_tokens} tokens")
+        return shape
+    tokens = job.image_tokens or max(1, job.max_seq_len // (2 * job.images))  # half of the sequence is left to text
+    return dataclasses.replace(shape, image_tokens=min(tokens, shape.image_tokens))
 
 
 def _check_limits(job: Job, shape: Any, config: Any, family: Any) -> None:
@@ -264,7 +283,12 @@ def _plain_decoder(contract: Contract, config: Any, family: Any) -> Any:
     shape = family.read_shape(config)
     group = CacheGroup(tuple(range(shape.layers)), contract.max_seq_len, shape.kv_heads, shape.head_size)
     return decoder_spec(
-        dtype=contract.dtype, hidden=shape.hidden, vocabulary=shape.vocabulary, groups=(group,), selects=False
+        dtype=contract.dtype,
+        hidden=shape.hidden,
+        vocabulary=shape.vocabulary,
+        groups=(group,),
+        selects=False,
+        position_axes=shape.position_axes,
     )
 
 

@@ -14,8 +14,8 @@ Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C
     input                           shape                     dtype     meaning
     ==============================  ========================  ========  ==============================================
     inputs_embeds                   [B, S, D]                 model     token embeddings, image features merged in
-    position_ids                    [B, S]                    int64     positions in the conversation before any removal;
-                                                                        M-RoPE: [3, B, S], time, row and column
+    position_ids                    [B, S]                    int64     positions in the conversation before any removal
+                                                                        (M-RoPE: [3, B, S], time, row and column)
     last_index                      [B]                       int64     index in S of each row's last real token
     visual_positions                [B, N]                    int64     indices in S of the visual tokens, ascending
                                                                         (only in graphs that select)
@@ -111,9 +111,10 @@ class Contract:
         selection: method name and its parameters, or None for the unpruned model. For people and reports only.
         max_seq_len: tokens of a whole conversation before removal, the capacity of unpruned caches.
         images_assumed: images that a conversation of ``max_seq_len`` tokens is assumed to hold; sizes the later caches.
-        image_tokens: visual tokens one image becomes.
+        image_tokens: visual tokens one image becomes, at most.
         image_grid: rows and columns in which they lie on the image, in reading order; None where they do not.
         image_token_id: token id that marks a visual token in the prompt.
+        video_token_id: the mark of a video in a prompt's template, where the family takes videos.
         eos_token_ids: tokens that end an answer.
     """
 
@@ -129,6 +130,7 @@ class Contract:
     image_token_id: int
     eos_token_ids: tuple[int, ...]
     image_grid: tuple[int, int] | None = None
+    video_token_id: int | None = None
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     schema: int = SCHEMA
     producer: str = field(default="vlmtrim")

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vlmtrim.runtime.errors import RuntimeRefusal
-from vlmtrim.runtime.image import load_image
 from vlmtrim.runtime.prompt import Conversation
 from vlmtrim.runtime.sampling import Sampler, Sampling
 from vlmtrim.runtime.session import Prefill, Session
+from vlmtrim.runtime.video import Picture as Still
+from vlmtrim.runtime.video import Video, load_picture
 
-Picture = str | Path | Image.Image
+Picture = Still | Video
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Chat:
 
         Args:
             prompts: one question per row; a plain string for a session of one row.
-            images: the question's pictures (files or Pillow images); for several rows, a sequence per row.
+            images: the question's pictures (files, Pillow images, videos); for several rows, a sequence per row.
             max_new_tokens: at most so many tokens per row.
             sampling: greedy when None.
 
@@ -92,7 +91,10 @@ class Chat:
 
     def _prefill(self, questions: list[str], pictures: list[list[Picture]]) -> Prefill:
         session = self.session
-        loaded = [load_image(picture) for row in pictures for picture in row]
+        videos = [[i for i, picture in enumerate(row) if isinstance(picture, Video)] for row in pictures]
+        if any(videos) and session.contract.video_token_id is None:
+            raise RuntimeRefusal(f"a {session.contract.family} bundle takes no videos; give its frames as pictures")
+        loaded: list[Any] = [load_picture(picture) for row in pictures for picture in row]
         processed = session.processor(loaded) if loaded else None
         counts = iter(() if processed is None else processed.tokens)
         brought = [[next(counts) for _ in row] for row in pictures]
@@ -102,7 +104,8 @@ class Chat:
                 f"{max(map(len, brought))} images of {max(map(sum, brought))} visual tokens for one prompt; a "
                 f"conversation of {session.contract.max_seq_len} tokens holds at most {most} of them"
             )
-        fresh = [row.ask(q, len(p)) for row, q, p in zip(self._rows, questions, pictures, strict=True)]
+        asked = zip(self._rows, questions, pictures, videos, strict=True)
+        fresh = [row.ask(question, len(brings), films) for row, question, brings, films in asked]
         expanded = [session.prompter.expand_images(i, t) for i, t in zip(fresh, brought, strict=True)]
         cut_short = self._pending >= 0
         if cut_short.any() and session.room() > 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ Message = dict[str, Any]
 class Prompter:
     """Tokenizer and chat template of a bundle."""
 
-    def __init__(self, folder: Path, image_token_id: int):
+    def __init__(self, folder: Path, image_token_id: int, video_token_id: int | None = None):
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         token = self.tokenizer.id_to_token(image_token_id)
         if token is None:
             raise RuntimeRefusal(f"{folder / 'tokenizer.json'} has no token {image_token_id}, the image token")
         self.image_token: str = token
         self._image_token_id = image_token_id
+        self._video_token_id = video_token_id
         settings = folder / "tokenizer_config.json"
         self._settings: dict[str, Any] = json.loads(settings.read_text()) if settings.is_file() else {}
         self._template = _compile(_template_text(folder, self._settings))
@@ -60,10 +61,14 @@ class Prompter:
             raise RuntimeRefusal(f"the bundle's chat template fails: {type(error).__name__}: {error}") from error
 
     def encode(self, text: str, opening: bool) -> list[int]:
-        """Token ids; ``opening`` adds the start token that the tokenizer prescribes, unless the text has it already."""
+        """Token ids; ``opening`` adds the start token that the tokenizer prescribes, unless the text has it already.
+
+        The mark of a video becomes that of an image: features take their places all the same.
+        """
         bos = self.special("bos_token")
         add = opening and not (bos and text.startswith(bos))
-        return self.tokenizer.encode(text, add_special_tokens=add).ids
+        ids = self.tokenizer.encode(text, add_special_tokens=add).ids
+        return [self._image_token_id if token == self._video_token_id else token for token in ids]
 
     def decode_stream(self) -> DecodeStream:
         """Incremental decoder: holds bytes back until they form characters."""
@@ -89,10 +94,11 @@ class Conversation:
         self._messages: list[Message] = []
         self._consumed = ""
 
-    def ask(self, prompt: str, images: int) -> list[int]:
+    def ask(self, prompt: str, images: int, videos: Collection[int] = ()) -> list[int]:
         """Token ids that continue the caches with a question; image tokens are not repeated yet.
 
-        Images stand where the template puts them, or where the prompt itself holds the image token.
+        Images stand where the template puts them, or where the prompt itself holds the image token; those whose
+        numbers are in ``videos`` are videos.
         Raises RuntimeRefusal where prompt and images do not fit.
         """
         marks = prompt.count(self._prompter.image_token)
@@ -101,7 +107,7 @@ class Conversation:
                 f"the prompt holds {marks} {self._prompter.image_token} mark(s) for {images} image(s); "
                 "write one for each image, or none"
             )
-        content: list[Message] = [] if marks else [{"type": "image"} for _ in range(images)]
+        content: list[Message] = [] if marks else [{"type": "video" if i in videos else "image"} for i in range(images)]
         content.append({"type": "text", "text": prompt})
         opening = not self._messages
         self._messages.append({"role": "user", "content": content})

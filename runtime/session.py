@@ -75,7 +75,7 @@ class Session:
         if not low <= batch <= high:
             raise RuntimeRefusal(f"batch {batch} is outside the bundle's {low} to {high}; export with --max-batch")
         self.batch = batch
-        self.prompter = Prompter(bundle.folder, self.contract.image_token_id)
+        self.prompter = Prompter(bundle.folder, self.contract.image_token_id, self.contract.video_token_id)
         self.processor = load_processor(bundle.folder, self.contract)
         self._vision = None  # opened with the first image: text-only use should not pay for it
         self._embed = backend.open(bundle.folder, self.contract, "embed")
