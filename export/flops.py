@@ -1,30 +1,37 @@
-"""Multiply-adds of a prefill, counted as it is executed; for reports and plots, nothing depends on them."""
+"""Multiply-adds of a decoder from its config; how they add up is said in :class:`vlmtrim.graphs.contract.Macs`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vlmtrim.graphs.contract import kept_count
+from vlmtrim.graphs.contract import Macs, kept_count
+
+# Fields of text configs whose layers are not all alike, or do not use all their weights for a token.
+_UNEVEN = ("cross_attention_layers", "num_experts", "num_local_experts")
 
 
-def layer_macs(text: Any, tokens: int) -> int:
-    """Multiply-adds of one decoder layer on ``tokens`` tokens.
+def decoder_macs(text: Any) -> Macs | None:
+    """What the decoder of a transformers text config computes; None where its layers are not all alike.
 
-    Projections of queries, keys, values and output, the whole S x S attention, and the three matrices of a gated MLP.
-    FastV's paper counts two MLP matrices (METHODS 1.3), so its ratios differ a little.
-
-    Args:
-        text: text config of a transformers model.
-        tokens: S.
+    A layer: projections of queries, keys, values and output, attention, and the three matrices of a gated MLP. FastV's
+    paper counts two MLP matrices (METHODS 1.3), so its ratios differ a little.
     """
+    if any(getattr(text, name, None) for name in _UNEVEN):
+        return None
     heads, width = text.num_attention_heads, text.hidden_size
     size = getattr(text, "head_dim", None) or width // heads
     projections = 2 * width * size * (heads + text.num_key_value_heads)
-    return tokens * (projections + 3 * width * text.intermediate_size) + 2 * tokens * tokens * heads * size
+    return Macs(
+        token=projections + 3 * width * text.intermediate_size,
+        pair=2 * heads * size,
+        logits=width * text.vocab_size,
+    )
 
 
 def prefill_macs(text: Any, tokens: int, visual: int, k: int, r: float) -> int:
     """Multiply-adds of all layers and of the logits of the last token; ``visual`` of ``tokens`` are visual."""
+    macs = decoder_macs(text)
+    if macs is None:
+        raise ValueError(f"the layers of {type(text).__name__} are not all alike")
     later = tokens - visual + kept_count(visual, r)
-    layers = k * layer_macs(text, tokens) + (text.num_hidden_layers - k) * layer_macs(text, later)
-    return layers + text.hidden_size * text.vocab_size
+    return macs.prefill([(k, tokens), (text.num_hidden_layers - k, later)])

@@ -20,6 +20,7 @@ import torch
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export import memory, trace, weights
 from vlmtrim.export.attention import IMPLEMENTATION
+from vlmtrim.export.flops import decoder_macs
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.graphs import shard
 from vlmtrim.graphs.bundle import check_target, seal, staging
@@ -241,6 +242,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         image_grid=shape.image_grid,
         video_token_id=shape.video_token_id,
         eos_token_ids=_eos_ids(source, config),
+        macs=decoder_macs(config.text_config),
         producer=f"vlmtrim {importlib.metadata.version('vlmtrim')}",
     )
 

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,29 @@ class CacheGroup:
 
 
 @dataclass(frozen=True)
+class Macs:
+    """Multiply-adds of a decoder whose layers are all alike, for predictions and reports; nothing that runs needs them.
+
+    Attributes:
+        token: of one layer's matrices, per token; one for each of their weights.
+        pair: of one layer's attention, per query and key.
+        logits: of the logits of one token.
+    """
+
+    token: int
+    pair: int
+    logits: int
+
+    def prefill(self, layers: Iterable[tuple[int, int]]) -> int:
+        """Of a prefill from empty caches, counted as it is executed: the whole S x S attention, the logits of one token.
+
+        Args:
+            layers: (number of layers, tokens that they run on).
+        """
+        return self.logits + sum(n * (self.token * tokens + self.pair * tokens * tokens) for n, tokens in layers)
+
+
+@dataclass(frozen=True)
 class Contract:
     """Everything a runtime needs to drive the bundle's graphs.
 
@@ -116,6 +139,7 @@ class Contract:
         image_token_id: token id that marks a visual token in the prompt.
         video_token_id: the mark of a video in a prompt's template, where the family takes videos.
         eos_token_ids: tokens that end an answer.
+        macs: what the decoder computes; None where it is not known.
     """
 
     family: str
@@ -132,6 +156,7 @@ class Contract:
     image_grid: tuple[int, int] | None = None
     video_token_id: int | None = None
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    macs: Macs | None = None
     schema: int = SCHEMA
     producer: str = field(default="vlmtrim")
 
@@ -148,6 +173,27 @@ class Contract:
     def max_images(self) -> int:
         """Images that fit into one step."""
         return self.dims["N"][1] // self.image_tokens
+
+    def prefill_macs(self, tokens: int, visual: int) -> int | None:
+        """Multiply-adds of the decoder in a prefill of ``tokens`` tokens, ``visual`` of them visual, from empty caches."""
+        if self.macs is None:
+            return None
+        return self.macs.prefill((len(group.layers), group.length(tokens, visual)) for group in self.groups)
+
+    def step_bytes(self, entries: Sequence[int]) -> int | None:
+        """Bytes that a decode step of one row must read: the decoder's matrices once, and the filled part of its caches.
+
+        Args:
+            entries: filled cache entries of each group.
+        """
+        if self.macs is None:
+            return None
+        layers = sum(len(group.layers) for group in self.groups)
+        matrices = (layers * self.macs.token + self.macs.logits) * DTYPE_BYTES[self.dtype]
+        return matrices + sum(
+            dataclasses.replace(group, capacity=length).nbytes(1, self.dtype)
+            for group, length in zip(self.groups, entries, strict=True)
+        )
 
     def to_json(self) -> str:
         """Serialise; the inverse of :meth:`from_json`."""
@@ -169,6 +215,7 @@ class Contract:
             raw["eos_token_ids"] = tuple(raw["eos_token_ids"])
             raw["chains"] = {name: tuple(chain) for name, chain in raw.get("chains", {}).items()}
             raw["image_grid"] = tuple(raw["image_grid"]) if raw.get("image_grid") else None
+            raw["macs"] = Macs(**raw["macs"]) if raw.get("macs") else None
             return Contract(**raw)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a vlmtrim contract: {error!r}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,6 +107,18 @@ class Backend(ABC):
         names = contract.chain(graph) if self.chained else (graph,)
         graphs = [self._open(folder, contract.graphs[name], contract.dims) for name in names]
         return graphs[0] if len(graphs) == 1 else Chain(graphs)
+
+    def mark(self) -> Any:
+        """A point in the device's work, for :meth:`elapsed`; on the host's clock where the backend has no other."""
+        return time.perf_counter()
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Seconds between two marks; waits until the second is reached."""
+        return end - start
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of device memory by use, where the backend knows: engines, caches, activations, io."""
+        return {}
 
     def make_caches(self, contract: Contract, batch: int) -> dict[str, Tensor]:
         """Zeroed caches of all groups, by input name."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import weakref
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,10 @@ class OrtGraph(Graph):
 
 
 class OrtBackend(Backend):
-    """ONNX Runtime with one execution provider."""
+    """ONNX Runtime with one execution provider.
+
+    Marks are points on the host's clock, on CUDA too: ``run_with_iobinding`` returns when the device has finished.
+    """
 
     def __init__(self, name: str, threads: int = 0):
         ort = _import()
@@ -97,6 +102,7 @@ class OrtBackend(Backend):
         self._provider = provider
         self._device = "cuda" if name == "ort-cuda" else "cpu"
         self._threads = threads
+        self._used: Counter[str] = Counter()
 
     def _open(self, folder: Path, spec: GraphSpec, dims: Mapping[str, tuple[int, int]]) -> Graph:
         if self._device == "cpu" and any(tensor.dtype == "bfloat16" for tensor in spec.inputs):
@@ -137,7 +143,15 @@ class OrtBackend(Backend):
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """A zeroed OrtValue on the device."""
-        return self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device, 0)
+        value = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device, 0)
+        size = value.tensor_size_in_bytes()
+        self._used["caches"] += size
+        weakref.finalize(value, self._used.subtract, caches=size).atexit = False
+        return value
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the caches that are alive; ONNX Runtime does not say what its weights and activations take."""
+        return dict(self._used)
 
     def to_host(self, tensor: Tensor) -> np.ndarray:
         """Copy of an OrtValue; ``numpy()`` alone may be a view of memory that the OrtValue frees."""
