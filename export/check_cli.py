@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vlmtrim.export.requirements import missing_extra
 from vlmtrim.graphs.bundle import Bundle, BundleError, open_bundle
 from vlmtrim.runtime.check import Parity, Row, Turn, compare, record
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import generated_picture, load_image
 from vlmtrim.runtime.prompt import Conversation
 from vlmtrim.runtime.select_backend import BACKENDS, make_backend
 from vlmtrim.runtime.session import Session
@@ -107,7 +107,6 @@ def _against_pytorch(
 def _compare_inputs(bundle: Bundle, session: Session, prompt: str, image: Any) -> list[Row]:
     """Prompt ids and pixel values against the checkpoint's own Hugging Face processor."""
     from vlmtrim.export.reference import processed
-    from vlmtrim.runtime.image import load_image
 
     picture = load_image(image)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
@@ -126,8 +125,6 @@ def _compare_inputs(bundle: Bundle, session: Session, prompt: str, image: Any) -
 
 def make_turns(session: Session, prompt: str, images: Sequence[Any]) -> list[Turn]:
     """Two turns of one conversation, the second with another picture, and a conversation without pictures."""
-    from vlmtrim.runtime.image import load_image
-
     prompter, talk = session.prompter, Conversation(session.prompter)
     opening, closing = load_image(images[0]), load_image(images[-1])
     first = prompter.expand_images(talk.ask(prompt, 1), session.processor([opening]).tokens)
@@ -139,18 +136,6 @@ def make_turns(session: Session, prompt: str, images: Sequence[Any]) -> list[Tur
         Turn("second turn", second, (closing,), opens=False),
         Turn("text only", text_only),
     ]
-
-
-def generated_picture(seed: int) -> Image.Image:
-    """A picture with structure at every scale: gradients, rectangles and noise; equal for equal seeds."""
-    random = np.random.default_rng(seed)
-    ramp = np.linspace(0, 255, 240)
-    pixels = np.stack([np.tile(ramp, (200, 1)), np.tile(ramp[:200, None], (1, 240)), np.full((200, 240), 96.0)], -1)
-    for _ in range(12):
-        top, left = random.integers(0, 160), random.integers(0, 200)
-        pixels[top : top + 40, left : left + 40] = random.integers(0, 255, 3)
-    pixels += random.normal(0, 12, pixels.shape)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 if __name__ == "__main__":

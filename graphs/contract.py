@@ -111,7 +111,7 @@ class Macs:
     logits: int
 
     def prefill(self, layers: Iterable[tuple[int, int]]) -> int:
-        """Of a prefill from empty caches, counted as it is executed: the whole S x S attention, the logits of one token.
+        """Of a prefill from empty caches as it is executed: the whole S x S attention, the logits of one token.
 
         Args:
             layers: (number of layers, tokens that they run on).
@@ -175,13 +175,13 @@ class Contract:
         return self.dims["N"][1] // self.image_tokens
 
     def prefill_macs(self, tokens: int, visual: int) -> int | None:
-        """Multiply-adds of the decoder in a prefill of ``tokens`` tokens, ``visual`` of them visual, from empty caches."""
+        """Multiply-adds of a prefill of ``tokens`` tokens, ``visual`` of them visual, from empty caches; None: unknown."""
         if self.macs is None:
             return None
         return self.macs.prefill((len(group.layers), group.length(tokens, visual)) for group in self.groups)
 
     def step_bytes(self, entries: Sequence[int]) -> int | None:
-        """Bytes that a decode step of one row must read: the decoder's matrices once, and the filled part of its caches.
+        """Bytes that a decode step of one row must read: the decoder's matrices once, the filled part of its caches.
 
         Args:
             entries: filled cache entries of each group.

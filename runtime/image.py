@@ -45,6 +45,18 @@ def _checked_rgb(image: Image.Image, name: str) -> Image.Image:
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
+def generated_picture(seed: int) -> Image.Image:
+    """A picture with structure at every scale: gradients, rectangles and noise; equal for equal seeds."""
+    random = np.random.default_rng(seed)
+    ramp = np.linspace(0, 255, 240)
+    pixels = np.stack([np.tile(ramp, (200, 1)), np.tile(ramp[:200, None], (1, 240)), np.full((200, 240), 96.0)], -1)
+    for _ in range(12):
+        top, left = random.integers(0, 160), random.integers(0, 200)
+        pixels[top : top + 40, left : left + 40] = random.integers(0, 255, 3)
+    pixels += random.normal(0, 12, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
 def _as_dict(size: Any, *keys: str) -> dict[str, int]:
     """Old settings hold a plain number where newer ones hold named sides."""
     return dict.fromkeys(keys, size) if isinstance(size, int) else dict(size or {})

@@ -169,7 +169,7 @@ def export(args: argparse.Namespace, layers: int | None, engine: str) -> None:
 
 
 def run(bundle: Path, tokens: int) -> None:
-    from vlmtrim.export.check_cli import generated_picture
+    from vlmtrim.runtime.image import generated_picture
 
     with tempfile.TemporaryDirectory() as scratch:
         picture = os.path.join(scratch, "picture.png")

@@ -68,7 +68,7 @@ def dense_bundle(export_tiny):
 @pytest.fixture(scope="session")
 def picture(tmp_path_factory):
     """A PNG with structure."""
-    from vlmtrim.export.check_cli import generated_picture
+    from vlmtrim.runtime.image import generated_picture
 
     path = tmp_path_factory.mktemp("picture") / "picture.png"
     generated_picture(7).save(path)

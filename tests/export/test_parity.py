@@ -11,6 +11,7 @@ from vlmtrim.export.families import llava
 from vlmtrim.export.reference import Reference
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime.check import Parity, Recording, Row, Turn, compare, record
+from vlmtrim.runtime.image import generated_picture
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 
@@ -62,7 +63,7 @@ def test_rows_of_a_batch_equal_single_runs(fastv_bundle):
     random, image = np.random.default_rng(0), [bundle.contract.image_token_id] * bundle.contract.image_tokens
     text = random.integers(0, 250, 40).tolist()
     rows = [[256, *text[:3], *image, *text[3:9]], [256, *text[9:20], *image, *text[20:40]]]
-    images = (check_cli.generated_picture(0), check_cli.generated_picture(1))
+    images = (generated_picture(0), generated_picture(1))
     prefill = session.prefill(rows, session.processor(images))
     caches = [session.cache_contents(row) for row in range(2)]
     logits = [prefill.logits]
@@ -81,7 +82,7 @@ def test_several_images_in_one_prompt(fastv_bundle):
     session = Session(bundle, make_backend("ort-cpu"))
     image = [bundle.contract.image_token_id] * bundle.contract.image_tokens
     ids = [256, 5, *image, 6, 7, 8, *image, *image, 9, 10]
-    turn = Turn("three", ids, tuple(check_cli.generated_picture(seed) for seed in range(3)))
+    turn = Turn("three", ids, tuple(generated_picture(seed) for seed in range(3)))
     expected, tokens = reference.record(turn, 4)
     found, _ = record(session, turn, tokens)
     assert len(found.kept) == len(ids) - 24
@@ -90,7 +91,7 @@ def test_several_images_in_one_prompt(fastv_bundle):
 
 def test_the_reference_without_removal_is_the_plain_forward(dense_bundle):
     """The oracle's own layer loop at r = 0 equals transformers' forward."""
-    turn = Turn("t", [256, *[259] * 16, 40, 41], (check_cli.generated_picture(0),))
+    turn = Turn("t", [256, *[259] * 16, 40, 41], (generated_picture(0),))
     plain, tokens = Reference(llava.MODEL_CLASS, dense_bundle, None).record(turn, 4)
     looped, same = Reference(
         llava.MODEL_CLASS, dense_bundle, {"k": 2, "r": 0.0, "seed": 0, "score": "last-row"}

@@ -1,0 +1,167 @@
+"""bench-vlm: what is counted equals what other programs count; arithmetic; nothing unknown is printed."""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaForConditionalGeneration
+
+from vlmtrim.export.reference import Reference
+from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.runtime import bench, bench_cli, machine
+from vlmtrim.runtime.bench_table import table
+from vlmtrim.runtime.check import Turn
+from vlmtrim.runtime.image import generated_picture
+from vlmtrim.runtime.machine import Peak
+from vlmtrim.runtime.select_backend import make_backend
+from vlmtrim.runtime.session import Session
+
+
+def test_multiply_adds_are_what_torch_counts(dense_bundle, fastv_bundle):
+    """torch's own counter over the unpatched model with eager attention, dense and with tokens gathered away."""
+    ids = [256, 5, *[259] * 16, *range(40, 60)]
+    for folder in (dense_bundle, fastv_bundle):
+        contract = open_bundle(folder).contract
+        selection = None if contract.selection is None else dict(contract.selection)
+        reference = Reference(LlavaForConditionalGeneration, folder, selection)
+        counts = []
+
+        def start(*_):
+            counts.append(FlopCounterMode(display=False))
+            counts[-1].__enter__()
+
+        for layer in reference.model.model.language_model.layers:
+            layer.register_forward_pre_hook(start)
+            layer.register_forward_hook(lambda *_: counts[-1].__exit__(None, None, None))
+        reference.record(Turn("t", ids, (generated_picture(0),)), 0)
+        flops = sum(count.get_total_flops() for count in counts)
+        assert contract.prefill_macs(len(ids), 16) - contract.macs.logits == flops / 2
+
+
+def test_bytes_of_a_step_are_the_matrices_and_the_filled_caches(fastv_bundle):
+    bundle = open_bundle(fastv_bundle)
+    decoder = ir.load(bundle.file("decoder.onnx"))
+    matrices = [v.const_value for v in decoder.graph.initializers.values() if len(v.const_value.shape) == 2]
+    stored = sum(value.nbytes for value in matrices if isinstance(value, ir.ExternalTensor))
+    session = Session(bundle, make_backend("ort-cpu"))
+    session.prefill([[256, *[259] * 16, 40, 41]], session.processor([generated_picture(0)]))
+    session.decode(np.array([7]))
+    filled = sum(array.nbytes for pair in session.cache_contents(0) for array in pair)
+    entries = [int(length.max()) for length in session.lengths.entries]
+    assert bundle.contract.step_bytes(entries) == stored + filled
+
+
+def test_caches_take_what_the_contract_says(fastv_bundle):
+    bundle, backend = open_bundle(fastv_bundle), make_backend("ort-cpu")
+    session = Session(bundle, backend, batch=2)
+    held = sum(backend.to_host(value).nbytes for value in session.caches.values())
+    assert backend.memory() == {"caches": held}
+    assert held == sum(group.nbytes(2, "float32") for group in bundle.contract.groups)
+    del session
+    assert backend.memory() == {"caches": 0}
+
+
+def sample(prefill, decode, sizes):
+    return bench.Sample(0.01, 0.001, prefill, decode, prefill + 0.02, sum(decode) / len(decode), sizes)
+
+
+def test_rates_and_spread():
+    one = sample(0.5, [0.1, 0.2, 0.4], [100, 200, 300])
+    assert one.bandwidth == 1000  # of 1000, 1000 and 750 bytes a second
+    assert one.metrics()["decode"] == 0.2
+    found = bench.summary([one.metrics(), sample(0.3, [0.1, 0.1], None).metrics()])
+    assert found["prefill"] == {"median": 0.4, "min": 0.3, "max": 0.5}
+    assert found["bandwidth"] == {"median": 1000, "min": 1000, "max": 1000}
+    assert bench.summary([sample(0.3, [0.1], None).metrics()])["bandwidth"] is None
+    assert bench.share(None, 2.0) is None and bench.share(1.0, None) is None and bench.share(1.0, 4.0) == 0.25
+
+
+def test_ratios_are_of_the_same_round():
+    """Both bundles slow down together from round to round; the ratio does not."""
+
+    class Fake:
+        ids, visual = [1, 2, 3], 2
+
+        def __init__(self, seconds, macs):
+            self.samples = [sample(s, [s / 10], [macs]) for s in seconds]
+            self.contract = type("C", (), {"prefill_macs": lambda self, tokens, visual: macs * tokens})()
+
+    found = bench.ratios(Fake([1.0, 2.0], 50), Fake([2.0, 4.0], 150))
+    assert found["prefill"] == {"median": 2.0, "min": 2.0, "max": 2.0} and found["decode"]["median"] == 2.0
+    assert found["prefill_by_flops"] == 3.0 and found["decode_by_bytes"] == 3.0
+
+
+def test_dense_and_pruned_side_by_side(dense_bundle, fastv_bundle, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    argv = [str(dense_bundle), str(fastv_bundle), "--new-tokens", "4", "--repeat", "3", "--prompt-tokens", "90"]
+    assert bench_cli.main([*argv, "--json", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert (
+        "round 4 of 4" in captured.err
+        and "prefill speed-up" in captured.out
+        and "peak" not in captured.out.split("process")[0]
+    )
+    report = json.loads(out.read_text())
+    dense, pruned = report["bundles"]
+    assert report["versions"]["onnxruntime"] and report["driver"] is None and report["device"].endswith("cores")
+    assert (dense["tokens"], dense["visual"], dense["kept"], pruned["kept"]) == (90, 16, 16, 8)
+    assert pruned["digest"] == open_bundle(fastv_bundle).digest
+    assert len(pruned["samples"]) == 3 and all(len(s["decode"]) == 3 for s in pruned["samples"])
+    for one in pruned["samples"]:
+        assert 0 < one["vision"] + one["embed"] + one["prefill"] <= one["ttft"] and one["tpot"] * 3 >= sum(
+            one["decode"]
+        )
+    assert pruned["memory"]["caches_as_predicted"] and dense["memory"]["caches_as_predicted"]
+    assert [group["layers"] for group in pruned["memory"]["groups"]] == [[0, 1], [2, 3]]
+    ratio = dense["prefill_macs"] / pruned["prefill_macs"]
+    assert pruned["against"]["prefill_by_flops"] == ratio > 1 and "against" not in dense
+    assert pruned["share_of_bandwidth"] is None and pruned["share_of_flops"] is None
+    text = table({**report, "bundles": [{**pruned, "share_of_bandwidth": 0.731}]})
+    assert "73.1%" in text
+
+
+def test_shares_of_a_peak_that_the_user_names(fastv_bundle, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    argv = [str(fastv_bundle), "--new-tokens", "2", "--repeat", "1", "--warmup", "0", "--json", str(out)]
+    assert bench_cli.main([*argv, "--peak-bandwidth", "10", "--peak-flops", "2"]) == 0
+    (found,) = json.loads(out.read_text())["bundles"]
+    bandwidth, prefill = found["metrics"]["bandwidth"]["median"], found["metrics"]["prefill"]["median"]
+    assert found["share_of_bandwidth"] == pytest.approx(bandwidth / 10e9)
+    assert found["share_of_flops"] == pytest.approx(2 * found["prefill_macs"] / prefill / 2e12)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--new-tokens", "1"], "--new-tokens 2 or more"),
+        (["--repeat", "0"], "--repeat 1 or more"),
+        (["--prompt-tokens", "5"], "the prompt has"),
+        (["--prompt-tokens", "510"], "larger --max-seq-len"),
+        (["--images", "-1"], "--images is -1"),
+        (["--image", "nowhere.png"], "no picture at nowhere.png"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(fastv_bundle, argv, says, capsys):
+    assert bench_cli.main([str(fastv_bundle), *argv]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("bench-vlm: ") and says in error and "\n" not in error
+
+
+def test_a_folder_that_is_no_bundle(tmp_path, capsys):
+    assert bench_cli.main([str(tmp_path)]) == 2
+    assert "is no bundle" in capsys.readouterr().err
+
+
+def test_peaks_are_known_by_name_and_never_of_a_slice():
+    whole = machine.parse_gpu("NVIDIA H100 80GB HBM3, 580.159.04, 512, Disabled\n")
+    assert whole == machine.Gpu("NVIDIA H100 80GB HBM3", "580.159.04", 512 << 20, False)
+    assert whole.peak.bandwidth == 3.35e12
+    assert bench.known_peak(None, whole, "float16") == whole.peak
+    assert bench.known_peak(None, whole, "float32") == Peak(3.35e12, None)
+    assert bench.known_peak(Peak(1e12, 2e12), whole, "float32") == Peak(1e12, 2e12)
+    assert bench.known_peak(None, None, "float16") == Peak(None, None)
+    assert machine.parse_gpu("NVIDIA H100 80GB HBM3, 580, 512, Enabled").peak == Peak(None, None)
+    assert machine.parse_gpu("Some GPU, 1, 2, [N/A]").peak == Peak(None, None)
+    assert machine.parse_gpu("No devices were found") is None
