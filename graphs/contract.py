@@ -175,7 +175,7 @@ class Contract:
         return self.dims["N"][1] // self.image_tokens
 
     def prefill_macs(self, tokens: int, visual: int) -> int | None:
-        """Multiply-adds of a prefill of ``tokens`` tokens, ``visual`` of them visual, from empty caches; None: unknown."""
+        """Multiply-adds of a prefill from empty caches, ``visual`` of the ``tokens`` visual; None where not known."""
         if self.macs is None:
             return None
         return self.macs.prefill((len(group.layers), group.length(tokens, visual)) for group in self.groups)

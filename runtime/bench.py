@@ -5,8 +5,8 @@ Definitions
     decode                   embedding and decoder of one step, between marks; prefill and decode of one conversation
     TTFT                     host clock, from token ids and pixel values on the host to the first token id there
     TPOT                     host clock, from the first token id to the last, over the tokens in between
-    bytes of a step          every weight of the decoder's matrices once, and the filled part of every cache; activations,
-                             norms and the embedding's one row are left out (well below one percent)
+    bytes of a step          every weight of the decoder's matrices once, and the filled part of every cache;
+                             activations, norms and the embedding's one row are left out (well below one percent)
     bandwidth                bytes of a step over the decode time: what the kernels achieve, whatever the host adds
 
 Tokens are greedy and no end token stops them, so every round does the same work.

@@ -26,18 +26,24 @@ def test_multiply_adds_are_what_torch_counts(dense_bundle, fastv_bundle):
         contract = open_bundle(folder).contract
         selection = None if contract.selection is None else dict(contract.selection)
         reference = Reference(LlavaForConditionalGeneration, folder, selection)
-        counts = []
-
-        def start(*_):
-            counts.append(FlopCounterMode(display=False))
-            counts[-1].__enter__()
-
-        for layer in reference.model.model.language_model.layers:
-            layer.register_forward_pre_hook(start)
-            layer.register_forward_hook(lambda *_: counts[-1].__exit__(None, None, None))
-        reference.record(Turn("t", ids, (generated_picture(0),)), 0)
-        flops = sum(count.get_total_flops() for count in counts)
+        turn = Turn("t", ids, (generated_picture(0),))
+        flops = layer_flops(reference, turn)
         assert contract.prefill_macs(len(ids), 16) - contract.macs.logits == flops / 2
+
+
+def layer_flops(reference, turn):
+    """Floating-point operations that PyTorch counts in the decoder layers while a turn is prefilled."""
+    counts = []
+
+    def start(*_):
+        counts.append(FlopCounterMode(display=False))
+        counts[-1].__enter__()
+
+    for layer in reference.model.model.language_model.layers:
+        layer.register_forward_pre_hook(start)
+        layer.register_forward_hook(lambda *_: counts[-1].__exit__(None, None, None))
+    reference.record(turn, 0)
+    return sum(count.get_total_flops() for count in counts)
 
 
 def test_bytes_of_a_step_are_the_matrices_and_the_filled_caches(fastv_bundle):
