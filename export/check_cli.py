@@ -20,6 +20,7 @@ from vlmtrim.runtime.image import generated_picture, load_image
 from vlmtrim.runtime.prompt import Conversation
 from vlmtrim.runtime.select_backend import BACKENDS, make_backend
 from vlmtrim.runtime.session import Session
+from vlmtrim.runtime.stages import Recorder, Replayer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,7 +70,8 @@ def check(args: argparse.Namespace) -> Parity:
     bundle = open_bundle(args.bundle)
     if args.tokens < 1:
         raise RuntimeRefusal(f"--tokens is {args.tokens}; give 1 or more")
-    session = Session(bundle, make_backend(args.backend))
+    replayer = Replayer(bundle, make_backend(args.backend))
+    session = replayer.session
     images = args.image or [generated_picture(seed) for seed in (0, 1)]
     turns = make_turns(session, args.prompt, images)
     needed = sum(len(turn.ids) + args.tokens for turn in turns[:2])
@@ -77,13 +79,22 @@ def check(args: argparse.Namespace) -> Parity:
         turns = turns[:1]
     if args.against == "pytorch":
         return Parity(tuple(_against_pytorch(args, bundle, session, turns, images[0])))
-    other = Session(bundle, make_backend(args.against))
-    groups = [group.layers for group in bundle.contract.groups]
+    return Parity(tuple(_against_backend(args, bundle, replayer, turns)))
+
+
+def _against_backend(args: argparse.Namespace, bundle: Bundle, replayer: Replayer, turns: list[Turn]) -> list[Row]:
+    """Every turn as a whole, and graph by graph on the other side's inputs."""
+    recorder = Recorder(bundle, make_backend(args.against))
+    recorded = [recorder.record(turn, args.tokens) for turn in turns]
+    groups, dtype = [group.layers for group in bundle.contract.groups], bundle.contract.dtype
+    whole = [
+        compare(turn.name, record(replayer.session, turn, tokens)[0], expected, groups, dtype)
+        for turn, (expected, tokens, _) in zip(turns, recorded, strict=True)
+    ]
     rows: list[Row] = []
-    for turn in turns:
-        expected, tokens = record(other, turn, args.tokens)
-        rows += compare(turn.name, record(session, turn, tokens)[0], expected, groups, bundle.contract.dtype)
-    return Parity(tuple(rows))
+    for turn, (expected, tokens, tape), plain in zip(turns, recorded, whole, strict=True):
+        rows += [*replayer.compare(turn, expected, tokens, tape), *plain]
+    return rows
 
 
 def _against_pytorch(
