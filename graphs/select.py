@@ -48,7 +48,8 @@ def keep_best(ops: Ops, scores: ir.Value, visual_positions: ir.Value, sizes: Cou
     """
     ones = ops("Expand", ops.const([1]), ops.concat(sizes.batch, sizes.tokens))
     if removed < 0.5:
-        dropped_count = ops("Sub", sizes.visual, sizes.kept_visual)
+        # TensorRT bounds sizes by interval arithmetic, and builds nothing whose size it cannot tell from a negative one.
+        dropped_count = ops("Max", ops("Sub", sizes.visual, sizes.kept_visual), ops.const([0]))
         last = ops("Sub", sizes.visual, ops.const([1]))
         number = ops("Range", ops.const(0), ops("Squeeze", sizes.visual, ops.const([0])), ops.const(1))
         reversed_scores = ops("Gather", scores, ops("Sub", last, number), axis=1)

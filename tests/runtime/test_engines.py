@@ -90,7 +90,8 @@ def test_a_chain_runs_like_the_whole(cut_bundle, picture):
 )
 def test_every_form_of_the_selection_builds(export_tiny, k, r, score, dtype):
     """k = 0 (stride), every score, the loser side (r < 0.5) and the winner side of the TopK."""
-    folder = export_tiny(f"form-{k}-{r}-{score}", {"text": "qwen2"}, k=k, r=r, score=score, dtype=dtype)
+    name = f"form-{k}-{r}-{score}"
+    folder = export_tiny(name, {"text": "qwen2"}, k=k, r=r, score=score, dtype=dtype, max_batch=2)
     bundle = open_bundle(folder)
     trt = engines.import_library("tensorrt-rtx")
     spec = bundle.contract.graphs["decoder"]
