@@ -30,7 +30,6 @@ class Step:
         last_index: int64 [B], each row's last real token.
         visual_positions: int64 [B, N].
         seed: of the rules that draw or shift.
-        most_visual: largest N.
     """
 
     ops: Ops
@@ -39,7 +38,6 @@ class Step:
     visual_positions: ir.Value
     sizes: Counts
     seed: int
-    most_visual: int
 
 
 def last_row(step: Step) -> ir.Value:
@@ -94,7 +92,7 @@ def stride(step: Step) -> ir.Value:
 def random(step: Step) -> ir.Value:
     """Number i of ``numpy.random.default_rng(seed).random(dtype=float32)`` for visual token i: the same every step."""
     ops = step.ops
-    table = np.random.default_rng(step.seed).random(step.most_visual, dtype=np.float32)
+    table = np.random.default_rng(step.seed).random(step.sizes.most_visual, dtype=np.float32)
     drawn = ops.slice(ops.const(table, np.float32), ops.const([0]), step.sizes.visual, axis=0)
     return ops("Expand", drawn, ops("Shape", step.visual_positions))
 

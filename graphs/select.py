@@ -7,24 +7,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from vlmtrim.graphs.contract import kept_count
 from vlmtrim.graphs.ops import Ops
 
-# TensorRT refuses TopK with K above this.
+# Largest K of TensorRT's TopK (its operator reference). A larger constant fails the build, a computed one does not.
 TOPK_LIMIT = 3840
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Sizes of this step as [1] int64 values."""
+    """Sizes of this step as [1] int64 values, and the largest N that any step may have."""
 
     batch: ir.Value
     tokens: ir.Value
     visual: ir.Value
     kept_visual: ir.Value
     survivors: ir.Value
+    most_visual: int
 
 
 def counts(ops: Ops, hidden: ir.Value, visual_positions: ir.Value, removed: float, most_visual: int) -> Counts:
@@ -37,29 +39,51 @@ def counts(ops: Ops, hidden: ir.Value, visual_positions: ir.Value, removed: floa
     table = ops.const([kept_count(n, removed) for n in range(most_visual + 1)])
     kept = ops("Gather", table, visual)
     survivors = ops("Add", ops("Sub", tokens, visual), kept)
-    return Counts(batch, tokens, visual, kept, survivors)
+    return Counts(batch, tokens, visual, kept, survivors, most_visual)
 
 
 def keep_best(ops: Ops, scores: ir.Value, visual_positions: ir.Value, sizes: Counts, removed: float) -> ir.Value:
     """Keep vector int64 [B, S]: 1 for text and for the M visual tokens of highest score; lowest index wins ties.
 
-    TopK runs on the smaller side, so K stays below N / 2 (TensorRT's limit is 3840). When it names the losers, the
-    scores are reversed first: among equals TopK takes the lowest index, and of equals the highest index must go.
+    TopK runs on the smaller side, so K stays below N / 2. When it names the losers, the scores are reversed first:
+    among equals TopK takes the lowest index, and of equals the highest index must go.
     """
+    most_kept = kept_count(sizes.most_visual, removed)
     ones = ops("Expand", ops.const([1]), ops.concat(sizes.batch, sizes.tokens))
     if removed < 0.5:
-        # TensorRT bounds sizes by interval arithmetic, and builds nothing whose size it cannot tell from a negative one.
+        # TensorRT bounds sizes by interval arithmetic; what may be negative by its bounds does not build.
         dropped_count = ops("Max", ops("Sub", sizes.visual, sizes.kept_visual), ops.const([0]))
         last = ops("Sub", sizes.visual, ops.const([1]))
         number = ops("Range", ops.const(0), ops("Squeeze", sizes.visual, ops.const([0])), ops.const(1))
         reversed_scores = ops("Gather", scores, ops("Sub", last, number), axis=1)
-        _, from_end = ops("TopK", reversed_scores, dropped_count, outputs=2, axis=1, largest=0, sorted=1)
+        from_end = _top(ops, reversed_scores, dropped_count, sizes.most_visual - most_kept, largest=False)
         dropped = ops("Sub", last, from_end)
         return ops("ScatterElements", ones, *_mark(ops, visual_positions, dropped, 0), axis=1)
-    _, kept = ops("TopK", scores, sizes.kept_visual, outputs=2, axis=1, largest=1, sorted=1)
+    kept = _top(ops, scores, sizes.kept_visual, most_kept, largest=True)
     zeros = ops("Expand", ops.const([0]), ops("Shape", visual_positions))
     text_only = ops("ScatterElements", ones, visual_positions, zeros, axis=1)
     return ops("ScatterElements", text_only, *_mark(ops, visual_positions, kept, 1), axis=1)
+
+
+def _top(ops: Ops, scores: ir.Value, count: ir.Value, most: int, largest: bool) -> ir.Value:
+    """Indices int64 [B, K] of the K largest or smallest finite scores [B, N], best first, lowest index first in ties.
+
+    Where K (``count``, at most ``most``) may exceed TensorRT's limit, TopK runs in rounds: each takes what is left to
+    take, up to the limit, and hides it from the next. A round with nothing left to take has K = 0.
+    """
+    rounds = []
+    for taken in range(0, max(most, 1), TOPK_LIMIT):
+        left = count
+        if most > TOPK_LIMIT:
+            left = ops("Max", ops("Sub", count, ops.const([taken])), ops.const([0])) if taken else count
+            left = ops("Min", left, ops.const([TOPK_LIMIT]))
+        if rounds:
+            worst = ops.const(-np.inf if largest else np.inf, np.float32)
+            hidden = ops("Expand", worst, ops("Shape", rounds[-1]))
+            scores = ops("ScatterElements", scores, rounds[-1], hidden, axis=1)
+        _, indices = ops("TopK", scores, left, outputs=2, axis=1, largest=int(largest), sorted=1)
+        rounds.append(indices)
+    return rounds[0] if len(rounds) == 1 else ops("Concat", *rounds, axis=1)
 
 
 def _mark(ops: Ops, visual_positions: ir.Value, chosen: ir.Value, mark: int) -> tuple[ir.Value, ir.Value]:

@@ -109,7 +109,6 @@ class FastV:
             visual_positions=visual,
             sizes=sizes,
             seed=self.seed,
-            most_visual=capacity,
         )
         ranking = scores.RULES[self.rule](step)
         keep = select.keep_best(ops, ranking, visual, sizes, self.r)

@@ -20,16 +20,16 @@ RATIOS = [0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.75, 0.9]
 MOST = 64
 
 
-def selection(r: float, rule: str, seed: int = 0) -> ir.Model:
+def selection(r: float, rule: str, seed: int = 0, most: int = MOST) -> ir.Model:
     """hidden, visual_positions, scores, last_index -> kept_indices, gathered hidden, last index."""
     hidden = ir.val("hidden", dtype=ir.DataType.FLOAT, shape=("B", "S", 2))
     visual = ir.val("visual_positions", dtype=ir.DataType.INT64, shape=("B", "N"))
     scores = ir.val("scores", dtype=ir.DataType.FLOAT, shape=("B", "N"))
     last = ir.val("last_index", dtype=ir.DataType.INT64, shape=("B",))
     ops = Ops("select")
-    sizes = select.counts(ops, hidden, visual, r, MOST)
+    sizes = select.counts(ops, hidden, visual, r, most)
     if rule != "score":
-        step = Step(ops, None, last, visual, sizes, seed, MOST)
+        step = Step(ops, None, last, visual, sizes, seed)
         keep = select.keep_best(ops, RULES[rule](step), visual, sizes, r)
     else:
         keep = select.keep_best(ops, scores, visual, sizes, r)
@@ -47,10 +47,12 @@ def selection(r: float, rule: str, seed: int = 0) -> ir.Model:
 def runners():
     cache = {}
 
-    def get(r, rule, evaluator, seed=0):
-        key = (r, rule, evaluator, seed)
+    def get(r, rule, evaluator, seed=0, limit=select.TOPK_LIMIT):
+        key = (r, rule, evaluator, seed, limit)
         if key not in cache:
-            proto = ir.to_proto(selection(r, rule, seed))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(select, "TOPK_LIMIT", limit)
+                proto = ir.to_proto(selection(r, rule, seed))
             if evaluator == "onnxruntime":
                 session = ort.InferenceSession(proto.SerializeToString())
                 cache[key] = lambda feeds: session.run(None, feeds)
@@ -105,6 +107,17 @@ def test_best_scores_survive_and_ties_keep_the_lowest_index(runners, evaluator, 
     check(runners(r, "score", evaluator)(feeds), feeds, expected)
 
 
+@pytest.mark.parametrize("evaluator", ["onnxruntime", "reference"])
+@settings(max_examples=80, deadline=None)
+@given(step=steps(), r=st.sampled_from(RATIOS), limit=st.sampled_from([1, 2, 5, 8]))
+def test_rounds_of_topk_choose_what_one_would(runners, evaluator, step, r, limit):
+    """The same rule, ties included, where a TopK takes at most ``limit``: one to 58 rounds."""
+    tokens, visual, scores = step
+    feeds = feeds_for(tokens, visual, scores)
+    expected = [kept_by_score(tokens, v, s, r) for v, s in zip(visual, scores, strict=True)]
+    check(runners(r, "score", evaluator, limit=limit)(feeds), feeds, expected)
+
+
 @settings(max_examples=100, deadline=None)
 @given(step=steps(), r=st.sampled_from(RATIOS), seed=st.sampled_from([0, 1, 7, 1000]))
 def test_stride_is_uniform_and_seeded(runners, step, r, seed):
@@ -143,6 +156,30 @@ def test_topk_runs_on_the_smaller_side():
     for r, largest in ((0.25, 0), (0.75, 1)):
         (topk,) = [node for node in selection(r, "score").graph if node.op_type == "TopK"]
         assert topk.attributes["largest"].as_int() == largest
+
+
+@pytest.mark.parametrize(
+    ("most", "r", "rounds"),
+    [(7681, 0.5, 1), (7682, 0.5, 2), (12_800, 0.3, 1), (12_900, 0.3, 2), (12_000, 0.75, 1), (40_000, 0.5, 6)],
+)
+def test_no_topk_takes_more_than_tensorrt_can(most, r, rounds):
+    """K of every TopK at the largest N, as ONNX Runtime computes it: at most 3840 each, together the smaller side."""
+    model = selection(r, "score", most=most)
+    counts = [node.inputs[1] for node in model.graph if node.op_type == "TopK"]
+    for count in counts:
+        count.type = ir.TensorType(ir.DataType.INT64)
+    model.graph.outputs.extend(counts)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    scores = np.random.default_rng(0).integers(0, 100, (1, most)).astype(np.float32)
+    feeds = feeds_for(most + 1, [list(range(most))], scores)
+    (
+        kept,
+        *_,
+    ) = outputs = session.run(None, feeds)
+    taken = [int(k[0]) for k in outputs[3:]]
+    assert len(taken) == rounds and max(taken) <= 3840
+    assert sum(taken) == min(round(most * (1 - r)), most - round(most * (1 - r)))
+    assert kept[0].tolist() == kept_by_score(most + 1, range(most), scores[0].tolist(), r)
 
 
 @pytest.mark.parametrize("name", ["winners", "losers", "stride"])

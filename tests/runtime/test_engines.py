@@ -5,11 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import toy_decoder
 
 from vlmtrim import runtime
+from vlmtrim.graphs import FastV, save
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.checksums import sha256
-from vlmtrim.graphs.contract import Contract
+from vlmtrim.graphs.contract import CacheGroup, Contract, decoder_spec, kept_count
 from vlmtrim.runtime import engines, profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import make_backend
@@ -99,6 +101,23 @@ def test_every_form_of_the_selection_builds(export_tiny, k, r, score, dtype):
         trt, "tensorrt-rtx", folder / spec.file, spec, profiles.decoder_profiles(bundle.contract)
     )
     assert len(engine) > 100_000
+
+
+@pytest.mark.parametrize("r", [0.3, 0.5])
+def test_more_visual_winners_than_one_topk_takes_build(tmp_path, r):
+    """13,000 visual tokens, of which a TopK would take 3900 or 6500: both profiles, two rows."""
+    most, capacity, size = 13_000, 13_100, 64
+    decoder = FastV(k=1, r=r)(toy_decoder.build(toy_decoder.weights(0, 2, 2, 1, size), capacity), visual_tokens=most)
+    assert sum(node.op_type == "TopK" for node in decoder.graph) == 2
+    save(decoder, tmp_path / "decoder.onnx")
+    later = capacity - most + kept_count(most, r)
+    groups = (CacheGroup((0,), capacity, 1, size), CacheGroup((1,), later, 1, size, r))
+    spec = decoder_spec(dtype="float32", hidden=2 * size, vocabulary=13, groups=groups, selects=True)
+    dims = {"B": (1, 2), "S": (1, capacity), "N": (0, most), "W0": (1, capacity), "W1": (1, later)}
+    contract = Contract("toy", "float32", {"decoder": spec}, groups, dims, {}, capacity, 1, most, 0, (1,))
+    trt, ranges = engines.import_library("tensorrt-rtx"), profiles.decoder_profiles(contract)
+    engine, _ = engines._build(trt, "tensorrt-rtx", tmp_path / "decoder.onnx", spec, ranges)
+    assert len(engine) > 100_000 and ranges["prefill"]["N"].max == most
 
 
 def test_profiles_come_from_the_contract(fastv_bundle):
