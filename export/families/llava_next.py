@@ -1,0 +1,174 @@
+"""LLaVA-NeXT (LLaVA-1.6) as transformers defines it: LLaVA on tiles of the picture at its own aspect ratio.
+
+A picture is scaled into the pinpoint resolution that wastes least and cut into square tiles; the whole picture,
+squeezed into one more tile, comes first. What the padding beside the picture became is dropped, and every row of
+patches ends with one learned newline token. Which feature goes where depends on the sizes of the pictures alone, so the
+host says it (:mod:`vlmtrim.runtime.processors.llava_next`) and the graph gathers.
+
+Graphs (T tiles and M visual tokens of all pictures of a step, P patches of a tile, D hidden width)
+
+    vision   pixel_values [T, 3, H, W], feature_index [M]                    -> image_features [M, D]
+    embed    input_ids [B, S], image_features [B, N, D], visual_positions [B, N] -> inputs_embeds [B, S, D]
+    decoder  see the contract
+
+``feature_index`` (int64) counts the patches of all tiles in order; T P is the newline token.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+from vlmtrim.export.job import Refusal
+from vlmtrim.export.text_decoder import Shape, text_numbers, text_plans, tiny_text_config
+from vlmtrim.export.text_decoder import embed_spec as embed_spec
+from vlmtrim.export.text_decoder import sliding_window as sliding_window
+from vlmtrim.export.trace import Plan
+from vlmtrim.export.vision_tower import tile_features, tile_tokens, tiny_vision_config
+from vlmtrim.graphs.contract import GraphSpec, TensorSpec
+
+MODEL_CLASS = LlavaNextForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class TiledShape(Shape):
+    """Shape and what tiles add: patches of a tile, and tiles of one picture at most, the squeezed one included."""
+
+    tile_tokens: int
+    most_tiles: int
+
+
+def read_shape(config: LlavaNextConfig) -> TiledShape:
+    """Check the config against what this family exports, and read its numbers. Raises Refusal."""
+    vision: Any = config.vision_config
+    tokens, side = tile_tokens(config), vision.image_size // vision.patch_size
+    if tokens != side * side:
+        raise Refusal(
+            f"the {vision.model_type} tower with vision_feature_select_strategy "
+            f"{config.vision_feature_select_strategy!r} makes {tokens} features of {side} x {side} patches, which "
+            "LLaVA-NeXT cannot lay on a grid; 'default' suits a tower with a class token, 'full' one without"
+        )
+    grids = [_tiles(resolution, vision.image_size) for resolution in config.image_grid_pinpoints or []]
+    if not grids:
+        raise Refusal("image_grid_pinpoints is empty; give the resolutions that a picture may be scaled to")
+    return TiledShape(
+        **text_numbers(config),
+        image_size=vision.image_size,
+        # a picture that fills its tiles: every patch, and a newline a row
+        image_tokens=tokens + max(rows * side * (columns * side + 1) for rows, columns in grids),
+        image_grid=(side, side),
+        tile_tokens=tokens,
+        most_tiles=1 + max(rows * columns for rows, columns in grids),
+    )
+
+
+def _tiles(resolution: Any, size: int) -> tuple[int, int]:
+    """Rows and columns of tiles of ``size`` pixels that cover a (height, width)."""
+    height, width = resolution
+    if height % size or width % size or not height * width:
+        raise Refusal(f"image_grid_pinpoints holds {height} x {width}, no multiple of the tower's {size} pixels")
+    return height // size, width // size
+
+
+class Vision(nn.Module):
+    """Vision tower, projector, newline token and the order of all three."""
+
+    def __init__(self, full: LlavaNextForConditionalGeneration):
+        super().__init__()
+        self.full = full
+
+    def forward(self, pixel_values: Tensor, feature_index: Tensor) -> Tensor:
+        """pixel_values [T, 3, H, W], feature_index [M] into [T P + 1] -> image features [M, D]."""
+        features = tile_features(self.full, pixel_values).flatten(0, 1)
+        newline = self.full.model.image_newline[None]
+        return torch.cat((features, newline)).index_select(0, feature_index)
+
+
+def vision_spec(shape: TiledShape, dtype: str) -> GraphSpec:
+    """Boundary of ``vision.onnx``."""
+    return GraphSpec(
+        "vision.onnx",
+        (
+            TensorSpec("pixel_values", dtype, ("T", 3, shape.image_size, shape.image_size)),
+            TensorSpec("feature_index", "int64", ("M",)),
+        ),
+        (TensorSpec("image_features", dtype, ("M", shape.hidden)),),
+    )
+
+
+def vision_dims(shape: TiledShape, images: int) -> dict[str, tuple[int, int]]:
+    """Sizes of the vision graph's symbolic dimensions when a step brings 1 to ``images`` pictures of full size.
+
+    Twice as many fit where none fills its tiles: without padding about half of the tokens remain.
+    """
+    return {"T": (2, 2 * images * shape.most_tiles), "M": (shape.tile_tokens, 2 * images * shape.image_tokens)}
+
+
+def plans(
+    full: LlavaNextForConditionalGeneration, shape: TiledShape, dtype: torch.dtype, decoder: GraphSpec
+) -> list[Plan]:
+    """What to trace. ``decoder`` is the boundary before any selection."""
+    pixels = torch.zeros(3, 3, shape.image_size, shape.image_size, dtype=dtype)
+    index = torch.zeros(7, dtype=torch.int64)
+    spec = vision_spec(shape, str(dtype).removeprefix("torch."))
+    return [
+        Plan(Vision(full), (pixels, index), ({0: Dim("T", max=4096)}, {0: Dim("M", max=2**20)}), spec),
+        *text_plans(full, shape, dtype, decoder),
+    ]
+
+
+def tiny_config(
+    text: str = "llama", vision: str = "clip_vision_model", heads: int = 4, kv_heads: int = 2, layers: int = 4
+) -> LlavaNextConfig:
+    """Config of a random checkpoint small enough for tests: tiles of 16 patches, 16 to 88 visual tokens a picture."""
+    is_clip = vision == "clip_vision_model"
+    tower = tiny_vision_config(vision)
+    one, two, three = (count * tower.image_size for count in (1, 2, 3))
+    settings: dict[str, Any] = {"image_token_index": 259}
+    return LlavaNextConfig(
+        vision_config=tower,
+        text_config=tiny_text_config(text, heads, kv_heads, layers),
+        **settings,
+        image_grid_pinpoints=[[one, two], [two, one], [two, two], [three, one], [one, three]],
+        vision_feature_select_strategy="default" if is_clip else "full",
+        vision_feature_layer=-2 if is_clip else -1,
+        tie_word_embeddings=False,
+    )
+
+
+def write_tiny_processor(folder: Path, config: LlavaNextConfig) -> None:
+    """Image-processor and processor settings that suit a config."""
+    tower: Any = config.vision_config
+    size, is_clip = tower.image_size, tower.model_type == "clip_vision_model"
+    settings = {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "do_pad": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
+    processor = {
+        "processor_class": "LlavaNextProcessor",
+        "image_token": "<image>",
+        "patch_size": tower.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1 if is_clip else 0,
+    }
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))

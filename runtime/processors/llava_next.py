@@ -1,0 +1,130 @@
+"""LLaVA-NeXT: a picture becomes the tiles that its shape needs, and as many visual tokens as its part of them has."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlmtrim.graphs.contract import Contract
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import ImageProcessor, image_settings
+from vlmtrim.runtime.processors import base
+from vlmtrim.runtime.processors.base import Pictures
+
+# Resolutions (height, width) of settings that name none.
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+Size = tuple[int, int]  # height, width
+
+
+class Processor(base.Processor):
+    """``pixel_values`` float32 [T, 3, H, W], the tiles; ``feature_index`` int64 [M], the patch that each token is.
+
+    The steps are those of transformers' LLaVA-NeXT image processor (Pillow backend) and of its packing of features:
+    bit-equal tiles, the same tokens in the same order. Tiles that only pad a batch of pictures are not made.
+    """
+
+    def __init__(self, folder: Path, contract: Contract):
+        super().__init__(folder, contract)
+        raw = image_settings(folder)
+        # do_pad means padding tiles here, nothing about the picture
+        self._tile = dataclasses.replace(ImageProcessor.from_folder(folder), pad_to_square=False)
+        self._pinpoints = [(int(h), int(w)) for h, w in raw.get("image_grid_pinpoints") or PINPOINTS]
+        assert contract.image_grid is not None
+        self._patches = contract.image_grid  # of one tile
+        self._check(folder)
+
+    def __call__(self, images: Sequence[Image.Image]) -> Pictures:
+        """RGB pictures -> inputs of the vision graph. Raises RuntimeRefusal where they are more than it takes."""
+        tiles = [self._tiles(image) for image in images]
+        total, most = sum(map(len, tiles)), self.contract.dims["T"][1]
+        if total > most:
+            raise RuntimeRefusal(
+                f"{len(images)} pictures become {total} tiles, the bundle takes {most} in one step; "
+                "give fewer pictures at once, or export with a larger --max-seq-len"
+            )
+        newline = total * math.prod(self._patches)
+        index, first = [], 0
+        for image, cut in zip(images, tiles, strict=True):
+            index.append(self._feature_index((image.height, image.width), first, newline))
+            first += len(cut)
+        pixels = np.stack([self._tile(tile) for cut in tiles for tile in cut])
+        inputs = {"pixel_values": pixels, "feature_index": np.concatenate(index)}
+        return Pictures(inputs, tuple(len(part) for part in index))
+
+    def framed(self, image: Image.Image) -> Image.Image:
+        """The picture squeezed into one tile, which is the first of its tiles."""
+        return image.resize((self._tile.width, self._tile.height), resample=self._tile.resample)
+
+    def _tiles(self, image: Image.Image) -> list[Image.Image]:
+        """The squeezed picture, then the tiles of the scaled and padded one, row by row."""
+        height, width = best_resolution((image.height, image.width), self._pinpoints)
+        inner = _fitted((image.height, image.width), (height, width))
+        scaled = image.resize((inner[1], inner[0]), resample=self._tile.resample)
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(scaled, ((width - inner[1]) // 2, (height - inner[0]) // 2))
+        across, down = self._tile.width, self._tile.height
+        corners = [(left, top) for top in range(0, height, down) for left in range(0, width, across)]
+        return [self.framed(image), *(canvas.crop((x, y, x + across, y + down)) for x, y in corners)]
+
+    def _feature_index(self, size: Size, first: int, newline: int) -> np.ndarray:
+        """Patches of one picture whose tiles start at number ``first``: the squeezed tile, then the rows, int64 [n]."""
+        rows, columns = self._patches
+        patches = np.arange(rows * columns).reshape(rows, columns)
+        height, width = best_resolution(size, self._pinpoints)
+        down, across = height // self._tile.height, width // self._tile.width
+        tile = first + 1 + np.arange(down * across).reshape(down, across)
+        grid = tile[:, None, :, None] * patches.size + patches[None, :, None, :]
+        grid = _unpadded(grid.reshape(down * rows, across * columns), size)
+        lines = np.concatenate([grid, np.full((len(grid), 1), newline)], axis=1)
+        return np.concatenate([first * patches.size + patches.ravel(), lines.ravel()]).astype(np.int64)
+
+    def _check(self, folder: Path) -> None:
+        rows, columns = self._patches
+        pixels = self.contract.graphs["vision"].inputs[0].shape[2:]
+        high, wide = zip(*self._pinpoints, strict=True)
+        fits = (self._tile.height, self._tile.width) == pixels
+        fits = fits and not any(h % pixels[0] for h in high) and not any(w % pixels[1] for w in wide)
+        most = max(h // pixels[0] * rows * (w // pixels[1] * columns + 1) for h, w in self._pinpoints) if fits else 0
+        if rows * columns + most != self.contract.image_tokens:
+            raise RuntimeRefusal(
+                f"{folder}: tiles of {self._tile.height} x {self._tile.width} pixels for {list(self._pinpoints)} "
+                f"(preprocessor_config.json) do not fit the model, whose config has other image_grid_pinpoints or "
+                f"tiles of {pixels[0]} x {pixels[1]}; take both files from one checkpoint and export again"
+            )
+
+
+def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
+    """The pinpoint that keeps most of the picture's pixels when it is scaled into it; of equals the smallest, first."""
+    height, width = size
+
+    def merit(target: Size) -> tuple[int, int]:
+        scale = min(target[1] / width, target[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - target[0] * target[1]
+
+    return max(pinpoints, key=merit)
+
+
+def _fitted(size: Size, target: Size) -> Size:
+    """Largest size of the same aspect ratio within the target, rounded up."""
+    across, down = target[1] / size[1], target[0] / size[0]
+    if across < down:
+        return min(math.ceil(size[0] * across), target[0]), target[1]
+    return target[0], min(math.ceil(size[1] * down), target[1])
+
+
+def _unpadded(grid: np.ndarray, size: Size) -> np.ndarray:
+    """The part of a grid of patches that a picture of this size covers, centred."""
+    height, width = size
+    rows, columns = grid.shape
+    if width / height > columns / rows:
+        margin = (rows - int(round(height * (columns / width), 7))) // 2
+        return grid[margin : rows - margin]
+    margin = (columns - int(round(width * (rows / height), 7))) // 2
+    return grid[:, margin : columns - margin]
