@@ -212,7 +212,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     dims = {
         "B": (1, job.max_batch),
         "S": (1, capacity),
-        "N": (0, most_images * shape.image_tokens),
+        "N": (0, capacity),  # a picture may bring less than image_tokens
     }
     dims |= family.vision_dims(shape, most_images * job.max_batch)
     dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}

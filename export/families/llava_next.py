@@ -37,7 +37,7 @@ from vlmtrim.graphs.contract import GraphSpec, TensorSpec
 MODEL_CLASS = LlavaNextForConditionalGeneration
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TiledShape(Shape):
     """Shape and what tiles add: patches of a tile, and tiles of one picture at most, the squeezed one included."""
 
