@@ -13,6 +13,10 @@ from vlmtrim.export.job import Refusal
 PRESETS = {
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
+    "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct",
+    "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
+    "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
 DEMO = Path(__file__).parent / "demo" / "checkpoint"  # trained, small, in the package: works offline
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

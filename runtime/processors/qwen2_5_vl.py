@@ -1,0 +1,203 @@
+"""Qwen2.5-VL: pictures and videos keep their proportions; every 28 x 28 pixels or so become a visual token.
+
+Sizes, order of the patches, attention windows and positions are those of transformers' Qwen2VLImageProcessor and
+Qwen2_5_VLModel (``get_vision_window_index``, ``get_rope_index``), in numpy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmtrim.graphs.contract import Contract
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import image_settings, normalised
+from vlmtrim.runtime.processors import base
+from vlmtrim.runtime.processors.base import Pictures
+from vlmtrim.runtime.video import Video
+
+MOST_ELONGATED = 200  # transformers' limit on long side / short side
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Visual tokens of one picture: ``times`` has a number for each of its frames, a still picture is one frame."""
+
+    rows: int
+    columns: int
+    times: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.times) * self.rows * self.columns
+
+
+class Processor(base.Processor):
+    """Inputs as :mod:`vlmtrim.export.qwen_vl` states them; grids are (rows, columns, time of each frame)."""
+
+    def __init__(self, folder: Path, contract: Contract):
+        super().__init__(folder, contract)
+        settings = image_settings(folder)
+        self._settings = settings
+        self._patch, self._merge = int(settings.get("patch_size", 14)), int(settings.get("merge_size", 2))
+        self._frames_per_token = int(settings.get("temporal_patch_size", 2))
+        size = settings.get("size") or {}
+        self._least = int(settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56)
+        self._most = int(settings.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280)
+        self._vision: dict[str, Any] = json.loads((folder / "config.json").read_text())["vision_config"]
+        shapes = {tensor.name: tensor.shape for tensor in contract.graphs["vision"].inputs}
+        self._window = math.isqrt(int(shapes["window_tokens"][1])) if "window_tokens" in shapes else 0
+
+    def __call__(self, images: Sequence[Image.Image | Video]) -> Pictures:
+        """RGB pictures and videos -> inputs of the vision graph."""
+        patches, grids = zip(*(self._prepare(image) for image in images), strict=True)
+        frames = [grid for grid in grids for _ in grid.times]
+        inputs = {
+            "pixel_values": np.concatenate(patches),
+            "patch_positions": np.concatenate([self._patch_positions(frame) for frame in frames]),
+            "frame_ids": np.repeat(np.arange(len(frames)), [frame.rows * frame.columns for frame in frames]),
+        }
+        if self._window:
+            inputs |= _windows(frames, self._window)
+        return Pictures(
+            inputs,
+            tuple(grid.tokens for grid in grids),
+            tuple((grid.rows, grid.columns, *grid.times) for grid in grids),
+        )
+
+    def framed(self, image: Image.Image) -> Image.Image:
+        """The picture at the size that the model sees."""
+        return self._resized(image, 1)
+
+    def positions(
+        self, ids: np.ndarray, counts: np.ndarray, start: np.ndarray, pictures: Pictures | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """M-RoPE [3, B, S]: text counts on along all three axes, a picture's tokens by frame, row and column.
+
+        The text behind a picture goes on after its longer side; a row's next step, after its largest number.
+        """
+        plain, after = super().positions(ids, counts, start, None)
+        positions = np.tile(plain, (3, 1, 1))
+        if pictures is None:
+            return positions, after
+        grids = iter(pictures.grids)
+        for row, (count, first) in enumerate(zip(counts, start, strict=True)):
+            is_visual = ids[row, :count] == self.contract.image_token_id
+            found = _row_positions(is_visual, grids) + first
+            positions[:, row, :count] = found
+            after[row] = found.max() + 1
+        return positions, after
+
+    def _interval(self, fps: float) -> np.float32:
+        """Positions between two frames of a video."""
+        seconds = np.float32(self._frames_per_token / fps)
+        return np.float32(self._vision.get("tokens_per_second", 4)) * seconds
+
+    def _prepare(self, image: Image.Image | Video) -> tuple[np.ndarray, _Grid]:
+        """(patches [tokens, G, C T p p], grid) of a picture or a video."""
+        together = self._frames_per_token
+        if isinstance(image, Video):
+            frames = [frame for frame in image.frames if isinstance(frame, Image.Image)]
+            frames += frames[-1:] * (-len(frames) % together)
+            count = len(frames) // together
+            times = (np.arange(count) * self._interval(image.fps)).astype(np.int64)
+            pixels = np.stack([self._pixels(frame, count) for frame in frames])
+        else:
+            count, times = 1, np.zeros(1, dtype=np.int64)
+            pixels = np.repeat(self._pixels(image, 1)[None], together, axis=0)
+        side = self._patch * self._merge
+        rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
+        split = pixels.reshape(
+            count, together, 3, rows, self._merge, self._patch, columns, self._merge, self._patch
+        ).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
+        grid = _Grid(rows, columns, tuple(times.tolist()))
+        return split.reshape(grid.tokens, self._merge**2, -1), grid
+
+    def _pixels(self, image: Image.Image, frames: int) -> np.ndarray:
+        """float32 [3, height, width]."""
+        settings = self._settings
+        scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else None
+        both = (settings["image_mean"], settings["image_std"]) if settings.get("do_normalize", True) else (None, None)
+        return normalised(np.asarray(self._resized(image, frames)), scale, *both)
+
+    def _resized(self, image: Image.Image, frames: int) -> Image.Image:
+        """The picture at a size that tokens fill; ``frames`` of them share what the bundle takes of one picture."""
+        side = self._patch * self._merge
+        share = self.contract.image_tokens // frames
+        most = min(self._most, share * side**2)
+        height, width = _fitting_size(image.height, image.width, side, min(self._least, most), most)
+        tokens = (height // side) * (width // side)
+        if tokens > share:
+            of = f"one of {frames} frames" if frames > 1 else "a picture"
+            raise RuntimeRefusal(
+                f"a picture of {image.width} x {image.height} pixels makes {tokens} visual tokens at least, the bundle "
+                f"takes {share} of {of}; crop it, give fewer frames, or export with more --image-tokens"
+            )
+        return image.resize((width, height), resample=int(self._settings.get("resample", Image.Resampling.BICUBIC)))
+
+    def _patch_positions(self, frame: _Grid) -> np.ndarray:
+        """Row and column [tokens, G, 2] of a frame's patches."""
+        merge = self._merge
+        places = np.indices((frame.rows * merge, frame.columns * merge)).transpose(1, 2, 0)
+        blocks = places.reshape(frame.rows, merge, frame.columns, merge, 2).transpose(0, 2, 1, 3, 4)
+        return blocks.reshape(-1, merge**2, 2)
+
+
+def _fitting_size(height: int, width: int, side: int, least: int, most: int) -> tuple[int, int]:
+    """Multiples of ``side`` with about the same proportions and between ``least`` and ``most`` pixels."""
+    if max(height, width) > MOST_ELONGATED * min(height, width):
+        raise RuntimeRefusal(
+            f"the picture is {width} x {height} pixels; the model takes pictures up to {MOST_ELONGATED} times as long "
+            "as wide: crop it"
+        )
+    fitting = [round(length / side) * side for length in (height, width)]
+    pixels = fitting[0] * fitting[1]
+    if pixels > most:
+        shrink = math.sqrt((height * width) / most)
+        fitting = [max(side, math.floor(length / shrink / side) * side) for length in (height, width)]
+    elif pixels < least:
+        grow = math.sqrt(least / (height * width))
+        fitting = [math.ceil(length * grow / side) * side for length in (height, width)]
+    return fitting[0], fitting[1]
+
+
+def _windows(frames: Sequence[_Grid], side: int) -> dict[str, np.ndarray]:
+    """``window_tokens`` [V, side^2], padded with -1, and ``window_slots`` [M]: where each token is in it."""
+    windows, first = [], 0
+    for frame in frames:
+        high, wide = (-(-length // side) * side for length in (frame.rows, frame.columns))
+        tokens = np.full((high, wide), -1, dtype=np.int64)
+        tokens[: frame.rows, : frame.columns] = first + np.arange(frame.rows * frame.columns).reshape(frame.rows, -1)
+        cut = tokens.reshape(high // side, side, wide // side, side).transpose(0, 2, 1, 3)
+        windows.append(cut.reshape(-1, side * side))
+        first += frame.rows * frame.columns
+    table = np.concatenate(windows)
+    slots = np.empty(first, dtype=np.int64)
+    filled = np.flatnonzero(table >= 0)
+    slots[table.ravel()[filled]] = filled
+    return {"window_tokens": table, "window_slots": slots}
+
+
+def _row_positions(is_visual: np.ndarray, grids: Iterator[tuple[int, ...]]) -> np.ndarray:
+    """Positions [3, tokens] of one row, from 0; every run of visual tokens takes the next grids."""
+    pieces, token, position = [], 0, 0
+    while token < len(is_visual):
+        if is_visual[token]:
+            rows, columns, *times = next(grids)
+            places = np.stack(np.meshgrid(times, np.arange(rows), np.arange(columns), indexing="ij")).reshape(3, -1)
+            pieces.append(places + position)
+            position += max(rows, columns)
+        else:
+            visual = np.flatnonzero(is_visual[token:])
+            length = int(visual[0]) if len(visual) else len(is_visual) - token
+            pieces.append(np.tile(position + np.arange(length), (3, 1)))
+            position += length
+        token += pieces[-1].shape[1]
+    return np.concatenate(pieces, axis=1)
