@@ -16,8 +16,20 @@ from vlmtrim.runtime.generate import Chat, Step
 from vlmtrim.runtime.sampling import Sampling
 from vlmtrim.runtime.select_backend import BACKENDS, make_backend
 from vlmtrim.runtime.session import Prefill, Session
+from vlmtrim.runtime.video import Video
 
-__all__ = ["BACKENDS", "BundleError", "Chat", "Prefill", "RuntimeRefusal", "Sampling", "Session", "Step", "open"]
+__all__ = [
+    "BACKENDS",
+    "BundleError",
+    "Chat",
+    "Prefill",
+    "RuntimeRefusal",
+    "Sampling",
+    "Session",
+    "Step",
+    "Video",
+    "open",
+]
 
 
 def open(bundle: str | Path, backend: str = "ort-cpu", batch: int = 1) -> Chat:

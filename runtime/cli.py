@@ -24,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("bundle", help="bundle folder made by export-vlm")
     p.add_argument("--prompt", required=True, help="question")
     p.add_argument("--image", action="append", default=[], help="picture file; repeat for several")
+    p.add_argument("--video", nargs="+", default=[], metavar="FRAME", help="frames of a video, or their folder")
+    p.add_argument("--fps", type=float, default=2.0, help="frames a second of --video (default 2)")
     p.add_argument("--backend", default="ort-cpu", choices=BACKENDS, help="what runs it (default ort-cpu)")
     p.add_argument("--max-new-tokens", type=int, default=128, help="at most so many tokens (default 128)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -63,8 +65,9 @@ def _run(args: argparse.Namespace) -> int:
     contract = chat.session.contract
     if args.show_kept:
         check_target(args.show_kept, contract, len(args.image))
+    shown = [*args.image, *([runtime.Video.of(args.video, args.fps)] if args.video else [])]
     steps: list[Step] = []
-    for step in chat.generate(args.prompt, args.image, max_new_tokens=args.max_new_tokens, sampling=sampling):
+    for step in chat.generate(args.prompt, shown, max_new_tokens=args.max_new_tokens, sampling=sampling):
         steps.append(step)
         if not args.json:
             print(step.text, end="", flush=True)

@@ -26,6 +26,12 @@ class Video:
     frames: Sequence[Picture]
     fps: float = 2.0
 
+    @staticmethod
+    def of(paths: Sequence[str | Path], fps: float) -> Video:
+        """A video of the files in the order given; folders stand for their files by name."""
+        files = [sorted(path.iterdir()) if (path := Path(name)).is_dir() else [path] for name in paths]
+        return Video([file for group in files for file in group], fps)
+
     def load(self) -> Video:
         """The same with every frame opened as RGB. Raises RuntimeRefusal where they cannot be one video."""
         if not self.frames:
