@@ -34,7 +34,7 @@ class Reference:
         self.model = model_class.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
         self._text = self.model.model.language_model
         self._selection = selection
-        self._image_token = self.model.config.image_token_id
+        self._visual_token = self.model.config.image_token_id
         self._image_processor = own_processor(folder).image_processor
         self.reset()
 
@@ -49,8 +49,7 @@ class Reference:
         if turn.opens:
             self.reset()
         ids = torch.tensor([turn.ids])
-        pictures = dict(self._image_processor(list(turn.images), return_tensors="pt")) if turn.images else {}
-        logits, kept = self._forward(ids, pictures)
+        logits, kept = self._forward(ids, self._inputs(turn) if turn.images else {})
         layers: list[Any] = self._cache.layers
         caches = [(layer.keys[0].numpy().copy(), layer.values[0].numpy().copy()) for layer in layers]
         all_logits, tokens = [logits], []
@@ -59,6 +58,14 @@ class Reference:
             all_logits.append(self._forward(torch.tensor([[tokens[-1]]]), {})[0])
         kept_array = None if kept is None else kept.numpy()
         return Recording(kept_array, caches, torch.stack(all_logits).numpy()), tokens
+
+    def _inputs(self, turn: Turn) -> dict[str, Tensor]:
+        """What the model's own processor makes of a turn's pictures."""
+        return dict(self._image_processor(list(turn.images), return_tensors="pt"))
+
+    def _features(self, pictures: dict[str, Tensor]) -> Tensor:
+        """[N, D], in the order of the prompt."""
+        return torch.cat(list(self.model.get_image_features(**pictures).pooler_output))
 
     def _forward(self, ids: Tensor, pictures: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """(logits [V] of the last token, kept indices); ``pictures`` as the model's own processor made them."""
@@ -72,8 +79,8 @@ class Reference:
         hidden = self._text.embed_tokens(ids)
         visual = torch.zeros(0, dtype=torch.int64)
         if pictures:
-            visual = torch.nonzero(ids[0] == self._image_token)[:, 0]
-            hidden[0, visual] = torch.cat(list(self.model.get_image_features(**pictures).pooler_output))
+            visual = torch.nonzero(ids[0] == self._visual_token)[:, 0]
+            hidden[0, visual] = self._features(pictures)
         hidden, kept = self._layers(hidden, positions, visual)
         return self.model.lm_head(self._text.norm(hidden))[0, -1], kept
 

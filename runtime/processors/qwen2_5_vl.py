@@ -131,7 +131,7 @@ class Processor(base.Processor):
         """The picture at a size that tokens fill; ``frames`` of them share what the bundle takes of one picture."""
         side = self._patch * self._merge
         share = self.contract.image_tokens // frames
-        most = min(self._most, share * side**2)
+        most = min(self._most, max(share, 1) * side**2)
         height, width = _fitting_size(image.height, image.width, side, min(self._least, most), most)
         tokens = (height // side) * (width // side)
         if tokens > share:
