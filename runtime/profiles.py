@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlmtrim.graphs.contract import Contract, TensorSpec
+from vlmtrim.runtime.errors import RuntimeRefusal
 
 # The text around the pictures that kernels are tuned for; any length within the limits runs.
 _TYPICAL_TEXT = 64
+# Live windows come in multiples of this, so that decode steps repeat their shapes and CUDA graphs can be replayed. Half a
+# bucket of needless keys costs a decode step of a 7B model less than one percent of the weights that it reads.
+BUCKET = 128
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Range:
 
 
 Profile = Mapping[str, Range]
+DECODE = "decode"
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
@@ -57,7 +62,7 @@ def decoder_profiles(contract: Contract) -> dict[str, Profile]:
     for index, group in enumerate(contract.groups):
         window = Range(1, min(group.length(tokens, visual), group.capacity), group.capacity)
         prefill[f"W{index}"] = decode[f"W{index}"] = window
-    return {"prefill": prefill, "decode": decode}
+    return {"prefill": prefill, DECODE: decode}
 
 
 def shapes(tensor: TensorSpec, profile: Profile) -> Shapes:
@@ -72,3 +77,36 @@ def shapes(tensor: TensorSpec, profile: Profile) -> Shapes:
 def admits(profile: Profile, sizes: Mapping[str, int]) -> bool:
     """Whether concrete sizes lie within a profile."""
     return all(profile[dim].min <= size <= profile[dim].max for dim, size in sizes.items() if dim in profile)
+
+
+def choose(profiles: Mapping[str, Profile], sizes: Mapping[str, int], graph: str) -> str:
+    """Name of the profile for these sizes: the last that admits them, since later ones are for narrower steps.
+
+    Raises:
+        RuntimeRefusal: none admits them; names the dimension, its size and the limits of the widest profile.
+    """
+    for name in reversed(list(profiles)):
+        if admits(profiles[name], sizes):
+            return name
+    widest, ranges = next(iter(profiles.items()))
+    wrong = {dim: size for dim, size in sizes.items() if dim in ranges and not admits(ranges, {dim: size})}
+    found = ", ".join(f"{dim} is {size}, {ranges[dim].min} to {ranges[dim].max} fit" for dim, size in wrong.items())
+    raise RuntimeRefusal(
+        f"{graph}: a step does not fit the engine's profiles ({widest}: {found}); shorten the prompt, or export with "
+        "larger limits (--max-seq-len, --max-batch) and build the engines again"
+    )
+
+
+def bucket(length: int, capacity: int) -> int:
+    """The live window for ``length`` entries: the next multiple of BUCKET, at most the capacity."""
+    return max(length, min(-(-length // BUCKET) * BUCKET, capacity))
+
+
+def to_json(profiles: Mapping[str, Profile]) -> dict[str, dict[str, list[int]]]:
+    """Profiles as engines.json holds them, in the engine's order."""
+    return {name: {dim: [r.min, r.opt, r.max] for dim, r in ranges.items()} for name, ranges in profiles.items()}
+
+
+def from_json(raw: Mapping[str, Mapping[str, list[int]]]) -> dict[str, Profile]:
+    """The inverse of :func:`to_json`. Raises ValueError or TypeError where it holds no ranges."""
+    return {name: {dim: Range(*limits) for dim, limits in ranges.items()} for name, ranges in raw.items()}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vlmtrim.graphs.contract import Contract, GraphSpec, TensorSpec, cache_names
+from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.errors import RuntimeRefusal
 
 # A tensor of the backend, on its device; only the backend looks inside.
@@ -20,8 +21,9 @@ Tensor = Any
 class Graph(ABC):
     """One opened graph.
 
-    ``run`` takes numpy arrays or tensors of the same backend and returns tensors of the backend. Inputs that are
-    bound as caches are not fed, and their outputs are not returned: the graph updates them in place.
+    ``run`` takes arrays of the host (:mod:`vlmtrim.runtime.dtypes`) or tensors of the same backend and returns tensors
+    of the backend, which hold until the graph's next run. Inputs that are bound as caches are not fed, and their
+    outputs are not returned: the graph updates them in place.
     """
 
     def __init__(self, spec: GraphSpec, dims: Mapping[str, tuple[int, int]]):
@@ -38,7 +40,7 @@ class Graph(ABC):
         sizes: dict[str, int] = {}
         for tensor in expected:
             self._check(tensor, feeds[tensor.name], sizes)
-        return self._run(feeds)
+        return self._run(feeds, sizes)
 
     def bind_caches(self, caches: Mapping[str, Tensor]) -> None:
         """Bind every cache input, and the output that updates it, to one buffer."""
@@ -62,12 +64,15 @@ class Graph(ABC):
                 f"the contract promises {tensor.dtype} {list(tensor.shape)}"
             )
 
-    @abstractmethod
     def _describe(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
-        """(shape, dtype name) of a numpy array or a tensor of the backend."""
+        """(shape, dtype name) of an array of the host or a tensor of the backend."""
+        if isinstance(tensor, dtypes.HostArray):
+            return dtypes.describe(tensor)
+        return tuple(tensor.shape), str(tensor.dtype)
 
     @abstractmethod
-    def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def _run(self, feeds: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """Run on feeds that fit the contract; ``sizes`` are those of the symbolic dims that the feeds have."""
 
     @abstractmethod
     def _bind_caches(self, caches: Mapping[str, Tensor]) -> None: ...
@@ -108,6 +113,11 @@ class Backend(ABC):
         graphs = [self._open(folder, contract.graphs[name], contract.dims) for name in names]
         return graphs[0] if len(graphs) == 1 else Chain(graphs)
 
+    def window(self, length: int, capacity: int) -> int:
+        """Live window to give a decoder whose caches hold ``length`` entries after the step: ``length`` at least,
+        ``capacity`` at most. What is behind a query's own position is masked, so a longer one changes no result."""
+        return length
+
     def mark(self) -> Any:
         """A point in the device's work, for :meth:`elapsed`; on the host's clock where the backend has no other."""
         return time.perf_counter()
@@ -139,7 +149,7 @@ class Backend(ABC):
 
     @abstractmethod
     def to_host(self, tensor: Tensor) -> np.ndarray:
-        """Copy of a tensor as a numpy array."""
+        """Copy of a tensor as a numpy array, float32 for bfloat16; waits until it is computed."""
 
     @abstractmethod
     def reshape(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
