@@ -18,7 +18,7 @@ from vlmtrim.runtime.check import Parity, Row, Turn, compare, record
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture, load_image
 from vlmtrim.runtime.prompt import Conversation
-from vlmtrim.runtime.select_backend import BACKENDS, make_backend
+from vlmtrim.runtime.select_backend import AUTO, BACKENDS, choose_backend
 from vlmtrim.runtime.session import Session
 from vlmtrim.runtime.stages import Recorder, Replayer
 
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "tokens, caches of every layer, logits and greedy tokens. Exit status 1 when the check fails.",
     )
     p.add_argument("bundle", help="bundle folder")
-    p.add_argument("--backend", default="ort-cpu", choices=BACKENDS, help="what runs the bundle")
+    p.add_argument("--backend", default="ort-cpu", choices=(AUTO, *BACKENDS), help="what runs the bundle (ort-cpu)")
     p.add_argument("--against", default="pytorch", choices=("pytorch", *BACKENDS), help="what it is compared with")
     p.add_argument("--checkpoint", default=None, help="original checkpoint folder (default: the bundle's own weights)")
     p.add_argument("--image", action="append", default=[], help="picture to ask about (default: two generated ones)")
@@ -70,7 +70,7 @@ def check(args: argparse.Namespace) -> Parity:
     bundle = open_bundle(args.bundle)
     if args.tokens < 1:
         raise RuntimeRefusal(f"--tokens is {args.tokens}; give 1 or more")
-    replayer = Replayer(bundle, make_backend(args.backend))
+    replayer = Replayer(bundle, choose_backend(args.backend, bundle))
     session = replayer.session
     images = args.image or [generated_picture(seed) for seed in (0, 1)]
     turns = make_turns(session, args.prompt, images)
@@ -84,7 +84,7 @@ def check(args: argparse.Namespace) -> Parity:
 
 def _against_backend(args: argparse.Namespace, bundle: Bundle, replayer: Replayer, turns: list[Turn]) -> list[Row]:
     """Every turn as a whole, and graph by graph on the other side's inputs."""
-    recorder = Recorder(bundle, make_backend(args.against))
+    recorder = Recorder(bundle, choose_backend(args.against, bundle))
     recorded = [recorder.record(turn, args.tokens) for turn in turns]
     groups, dtype = [group.layers for group in bundle.contract.groups], bundle.contract.dtype
     whole = [

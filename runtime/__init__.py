@@ -14,7 +14,7 @@ from vlmtrim.graphs.bundle import BundleError, open_bundle
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.generate import Chat, Step
 from vlmtrim.runtime.sampling import Sampling
-from vlmtrim.runtime.select_backend import BACKENDS, make_backend
+from vlmtrim.runtime.select_backend import BACKENDS, choose_backend, make_backend
 from vlmtrim.runtime.session import Prefill, Session
 from vlmtrim.runtime.video import Video
 
@@ -28,10 +28,16 @@ __all__ = [
     "Session",
     "Step",
     "Video",
+    "choose_backend",
+    "make_backend",
     "open",
 ]
 
 
 def open(bundle: str | Path, backend: str = "ort-cpu", batch: int = 1) -> Chat:
-    """Open a bundle on a backend. Raises BundleError for a damaged bundle, RuntimeRefusal where it cannot run."""
-    return Chat(Session(open_bundle(bundle), make_backend(backend), batch))
+    """Open a bundle on a backend (``auto``: the first that can run it).
+
+    Raises BundleError for a damaged bundle, RuntimeRefusal where it cannot run.
+    """
+    opened = open_bundle(bundle)
+    return Chat(Session(opened, choose_backend(backend, opened), batch))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from vlmtrim.graphs.bundle import BundleError
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.generate import Step
-from vlmtrim.runtime.select_backend import BACKENDS
+from vlmtrim.runtime.select_backend import AUTO, BACKENDS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image", action="append", default=[], help="picture file; repeat for several")
     p.add_argument("--video", nargs="+", default=[], metavar="FRAME", help="frames of a video, or their folder")
     p.add_argument("--fps", type=float, default=2.0, help="frames a second of --video (default 2)")
-    p.add_argument("--backend", default="ort-cpu", choices=BACKENDS, help="what runs it (default ort-cpu)")
+    p.add_argument(
+        "--backend", default=AUTO, choices=(AUTO, *BACKENDS), help="what runs it (default: the fastest here)"
+    )
     p.add_argument("--max-new-tokens", type=int, default=128, help="at most so many tokens (default 128)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top-k", type=int, default=0, help="only the k most probable tokens; 0 for all")

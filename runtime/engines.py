@@ -33,12 +33,18 @@ LIBRARIES = {
 }
 
 
-def import_library(name: str) -> Any:
-    """The TensorRT module of that name. Raises RuntimeRefusal naming the package where it is missing."""
+def find_library(name: str) -> str:
+    """The module that provides a library, not imported yet. Raises RuntimeRefusal naming the missing package."""
     modules, extra = LIBRARIES[name]
     found = next((module for module in modules if importlib.util.find_spec(module) is not None), None)
     if found is None:
         raise RuntimeRefusal(f"{name} is not installed; pip install 'vlmtrim[{extra}]'")
+    return found
+
+
+def import_library(name: str) -> Any:
+    """The TensorRT module of that name. Raises RuntimeRefusal naming the package where it is missing or broken."""
+    found, extra = find_library(name), LIBRARIES[name][1]
     try:
         return importlib.import_module(found)
     except (ImportError, OSError) as error:

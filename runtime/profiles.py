@@ -10,8 +10,8 @@ from vlmtrim.runtime.errors import RuntimeRefusal
 
 # The text around the pictures that kernels are tuned for; any length within the limits runs.
 _TYPICAL_TEXT = 64
-# Live windows come in multiples of this, so that decode steps repeat their shapes and CUDA graphs can be replayed. Half a
-# bucket of needless keys costs a decode step of a 7B model less than one percent of the weights that it reads.
+# Live windows come in multiples of this, so that decode steps repeat their shapes and CUDA graphs can be replayed. On
+# average 64 keys too many are read: for a 7B model 0.03 GB a step, beside 13.5 GB of weights.
 BUCKET = 128
 
 

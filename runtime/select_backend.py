@@ -1,11 +1,16 @@
-"""Backend names -> backends, imported only when asked for."""
+"""Backend names -> backends, imported only when asked for; ``auto`` takes the first that can run the bundle here."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+from vlmtrim.graphs.bundle import Bundle
 from vlmtrim.runtime.backends.base import Backend
 from vlmtrim.runtime.errors import RuntimeRefusal
 
-BACKENDS = ("ort-cpu", "ort-cuda")
+BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu")  # in the order in which auto tries them
+AUTO = "auto"
 
 
 def make_backend(name: str, threads: int = 0) -> Backend:
@@ -15,7 +20,37 @@ def make_backend(name: str, threads: int = 0) -> Backend:
         threads: CPU threads of ONNX Runtime; 0 for its default, one per core.
     """
     if name not in BACKENDS:
-        raise RuntimeRefusal(f"backend {name!r} is not supported; supported: {', '.join(BACKENDS)}")
+        raise RuntimeRefusal(f"backend {name!r} is not supported; supported: {', '.join((AUTO, *BACKENDS))}")
+    if name.startswith("tensorrt"):
+        from vlmtrim.runtime.backends.tensorrt import TrtBackend
+
+        return TrtBackend(name)
     from vlmtrim.runtime.backends.ort import OrtBackend
 
     return OrtBackend(name, threads)
+
+
+def choose_backend(name: str, bundle: Bundle, threads: int = 0) -> Backend:
+    """Create a backend for a bundle; for ``auto`` the first that can run it, which one and why on stderr.
+
+    Raises:
+        RuntimeRefusal: the backend that was asked for cannot start here, or none can run the bundle; says why.
+    """
+    if name != AUTO:
+        return make_backend(name, threads)
+    passed_over = []
+    for candidate in BACKENDS:
+        try:
+            backend = make_backend(candidate, threads)
+            backend.check(bundle.folder, bundle.contract)
+        except RuntimeRefusal as refusal:
+            passed_over.append(f"{candidate}: {_short(refusal, bundle.folder)}")
+            continue
+        print(f"backend {candidate}" + "".join(f"; not {reason}" for reason in passed_over), file=sys.stderr)
+        return backend
+    raise RuntimeRefusal(f"no backend can run {bundle.folder} here ({'; '.join(passed_over)})")
+
+
+def _short(refusal: RuntimeRefusal, folder: Path) -> str:
+    """What is wrong, without what to do about it."""
+    return str(refusal).split(";")[0].replace(f"{folder} ", "the bundle ")

@@ -10,6 +10,7 @@ import numpy as np
 
 from vlmtrim.graphs.bundle import Bundle
 from vlmtrim.graphs.contract import cache_names
+from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.backends.base import Backend, Tensor
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.processors.base import Pictures, load_processor
@@ -74,6 +75,7 @@ class Session:
         low, high = self.contract.dims["B"]
         if not low <= batch <= high:
             raise RuntimeRefusal(f"batch {batch} is outside the bundle's {low} to {high}; export with --max-batch")
+        backend.check(bundle.folder, self.contract)
         self.batch = batch
         self.prompter = Prompter(bundle.folder, self.contract.image_token_id, self.contract.video_token_id)
         self.processor = load_processor(bundle.folder, self.contract)
@@ -97,7 +99,7 @@ class Session:
         if self._vision is None:
             self._vision = self.backend.open(self.bundle.folder, self.contract, "vision")
         dtype = self.contract.dtype
-        feeds = {n: v.astype(dtype) if v.dtype == np.float32 else v for n, v in pictures.inputs.items()}
+        feeds = {n: dtypes.cast(v, dtype) if v.dtype == np.float32 else v for n, v in pictures.inputs.items()}
         features = self._vision.run(feeds)["image_features"]
         return self.backend.reshape(features, (self.batch, sum(pictures.tokens) // self.batch, self._hidden))
 
@@ -116,9 +118,9 @@ class Session:
                 f"the prompt holds {visual * self.batch} image tokens, {len(brought)} image(s) bring {sum(brought)}"
             )
         self._check_room(ids.shape[1], visual, counts)
-        start = time.perf_counter()
+        start = self.backend.mark()
         features = self._no_features() if pictures is None else self.encode_images(pictures)
-        middle = time.perf_counter()
+        middle = self.backend.mark()
         positions = self.processor.positions(ids, counts, self.lengths.positions, pictures)
         outputs = self._step(ids, counts, visual_positions, features, positions)
         logits = self.backend.to_host(outputs["logits"])
@@ -127,8 +129,8 @@ class Session:
             kept = self.backend.to_host(outputs["kept_indices"])
             kept_indices = [row[row < count] for row, count in zip(kept, counts, strict=True)]
             scores = self.backend.to_host(outputs["visual_scores"])
-        self.times.vision += middle - start
-        self.times.prefill += time.perf_counter() - middle
+        self.times.vision += self.backend.elapsed(start, middle)
+        self.times.prefill += self.backend.elapsed(middle, self.backend.mark())
         kept_visual = self.contract.groups[-1].length(visual, visual)
         return Prefill(logits, visual, kept_visual, kept_indices, visual_positions, scores)
 
@@ -195,8 +197,8 @@ class Session:
                     "shorten the prompt, reset the conversation, or export with a larger --max-seq-len"
                 )
 
-    def _no_features(self) -> np.ndarray:
-        return np.zeros((self.batch, 0, self._hidden), dtype=self.contract.dtype)
+    def _no_features(self) -> Tensor:
+        return dtypes.zeros((self.batch, 0, self._hidden), self.contract.dtype)
 
     def _step(
         self,
@@ -220,8 +222,9 @@ class Session:
             feeds["visual_positions"] = visual_positions
         grown = [group.length(tokens, visual) for group in self.contract.groups]
         for index, (entries, growth) in enumerate(zip(self.lengths.entries, grown, strict=True)):
+            window = self.backend.window(int(entries.max()) + growth, self.contract.groups[index].capacity)
             feeds[f"write_indices.{index}"] = entries
-            feeds[f"key_positions.{index}"] = np.arange(int(entries.max()) + growth)
+            feeds[f"key_positions.{index}"] = np.arange(window)
         outputs = self._decoder.run(feeds)
         self.lengths.positions = positions[1]
         padding = tokens - counts

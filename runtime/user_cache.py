@@ -1,4 +1,4 @@
-"""What can be computed again but takes long, kept in the user's cache folder; a folder that cannot be written is no error."""
+"""What takes long to compute, kept in the user's cache folder; a folder that cannot be written is no error."""
 
 from __future__ import annotations
 

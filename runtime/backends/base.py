@@ -107,6 +107,9 @@ class Backend(ABC):
     name: str
     chained = False
 
+    def check(self, folder: Path, contract: Contract) -> None:  # noqa: B027 - most libraries take every bundle
+        """Raise RuntimeRefusal where the bundle cannot run on this backend; opens nothing."""
+
     def open(self, folder: Path, contract: Contract, graph: str) -> Graph | Chain:
         """Open a graph of a bundle by its name in the contract."""
         names = contract.chain(graph) if self.chained else (graph,)

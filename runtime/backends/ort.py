@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlmtrim.graphs.contract import GraphSpec
+from vlmtrim.graphs.contract import Contract, GraphSpec
+from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.backends.base import Backend, Graph, Tensor
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.machine import free_memory
 
 FREE_SHARE = 0.9  # of the free memory that a decoder may fill
 _PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
-_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+# float32 stays float32 on CUDA: TF32, the provider's default, keeps 10 bits of it.
+_OPTIONS = {"ort-cpu": {}, "ort-cuda": {"use_tf32": "0"}}
+# ONNX's numbers of the dtypes, onnx.TensorProto.DataType.
+_ELEMENTS = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
+_DTYPES = {number: name for name, number in _ELEMENTS.items()}
 
 
 def _import() -> Any:
@@ -38,6 +45,32 @@ def _resident_bytes(folder: Path, spec: GraphSpec) -> int:
     return weights * (2 if any(tensor.dtype == "float16" for tensor in spec.inputs) else 1)
 
 
+@dataclass(frozen=True)
+class View:
+    """An OrtValue's memory under another shape, which ONNX Runtime has no value for: graphs bind it by its address."""
+
+    owner: Any
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        """Dtype name."""
+        return dtype_of(self.owner)
+
+
+def dtype_of(value: Any) -> str:
+    """Dtype name of an OrtValue."""
+    return _DTYPES.get(value.element_type(), str(value.data_type()))
+
+
+def on_host(ort: Any, array: dtypes.HostArray) -> Any:
+    """An OrtValue over the memory of an array."""
+    if isinstance(array, dtypes.BFloat16):
+        bits = np.ascontiguousarray(array.bits)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ELEMENTS["bfloat16"])
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cpu", 0)
+
+
 class OrtGraph(Graph):
     """An InferenceSession with one IOBinding that lives as long as the graph."""
 
@@ -50,14 +83,18 @@ class OrtGraph(Graph):
         self._free_outputs = [tensor.name for tensor in spec.outputs]
 
     def _describe(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
-        if isinstance(tensor, np.ndarray):
-            return tensor.shape, tensor.dtype.name
-        return tuple(tensor.shape()), str(_DTYPES.get(tensor.data_type(), tensor.data_type()))
+        if isinstance(tensor, View | dtypes.HostArray):
+            return super()._describe(tensor)
+        return tuple(tensor.shape()), dtype_of(tensor)
 
-    def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _run(self, feeds: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
         for name, value in feeds.items():
-            if isinstance(value, np.ndarray):
-                value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self._device, 0)
+            if isinstance(value, View):
+                pointer, shape = value.owner.data_ptr(), list(value.shape)
+                self._binding.bind_input(name, self._device, 0, value.owner.element_type(), shape, pointer)
+                continue
+            if isinstance(value, dtypes.HostArray):
+                value = on_host(self._ort, value)  # ONNX Runtime copies it to where the graph reads it
             self._binding.bind_ortvalue_input(name, value)
         for name in self._free_outputs:  # bound anew: a kept binding would hold the last step's shape
             self._binding.bind_output(name, self._device, 0)
@@ -104,14 +141,19 @@ class OrtBackend(Backend):
         self._threads = threads
         self._used: Counter[str] = Counter()
 
-    def _open(self, folder: Path, spec: GraphSpec, dims: Mapping[str, tuple[int, int]]) -> Graph:
-        if self._device == "cpu" and any(tensor.dtype == "bfloat16" for tensor in spec.inputs):
+    def check(self, folder: Path, contract: Contract) -> None:
+        """Raise RuntimeRefusal for a dtype that the device has no kernels for."""
+        if self._device == "cpu" and contract.dtype == "bfloat16":
             raise RuntimeRefusal(
                 "ONNX Runtime has no bfloat16 kernels on the CPU; export with --dtype float32, or use a GPU backend"
             )
+
+    def _open(self, folder: Path, spec: GraphSpec, dims: Mapping[str, tuple[int, int]]) -> Graph:
         options = self._options(folder, spec)
         try:
-            session = self._ort.InferenceSession(folder / spec.file, options, providers=[self._provider])
+            session = self._ort.InferenceSession(
+                folder / spec.file, options, providers=[(self._provider, _OPTIONS[self.name])]
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise RuntimeRefusal(f"ONNX Runtime refuses {folder / spec.file}: {error}") from error
         if session.get_providers()[0] != self._provider:
@@ -143,8 +185,9 @@ class OrtBackend(Backend):
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """A zeroed OrtValue on the device."""
-        value = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device, 0)
-        size = value.tensor_size_in_bytes()
+        value = on_host(self._ort, dtypes.zeros(shape, dtype))
+        value = value if self._device == "cpu" else self._copied(value, self._device)
+        size = dtypes.nbytes(shape, dtype)
         self._used["caches"] += size
         weakref.finalize(value, self._used.subtract, caches=size).atexit = False
         return value
@@ -155,8 +198,20 @@ class OrtBackend(Backend):
 
     def to_host(self, tensor: Tensor) -> np.ndarray:
         """Copy of an OrtValue; ``numpy()`` alone may be a view of memory that the OrtValue frees."""
-        return np.array(tensor.numpy())
+        value, shape = (tensor.owner, tensor.shape) if isinstance(tensor, View) else (tensor, tuple(tensor.shape()))
+        if dtype_of(value) != "bfloat16":
+            return np.array(value.numpy()).reshape(shape)
+        value = value if self._device == "cpu" else self._copied(value, "cpu")
+        size = dtypes.nbytes(shape, "bfloat16")
+        data = ctypes.string_at(value.data_ptr(), size) if size else b""
+        return dtypes.from_raw(np.frombuffer(data, np.uint8), shape, "bfloat16")
+
+    def _copied(self, value: Any, device: str) -> Any:
+        copy = self._ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), device, 0)
+        copy.update_inplace(value)
+        return copy
 
     def reshape(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """ONNX Runtime has no view of an OrtValue: on CUDA the features go through the host once per picture."""
-        return self._ort.OrtValue.ortvalue_from_numpy(self.to_host(tensor).reshape(shape), self._device, 0)
+        """A view of the same memory."""
+        owner = tensor.owner if isinstance(tensor, View) else tensor
+        return View(owner, tuple(shape))

@@ -12,7 +12,7 @@ from vlmtrim.graphs import FastV, save
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.checksums import sha256
 from vlmtrim.graphs.contract import CacheGroup, Contract, decoder_spec, kept_count
-from vlmtrim.runtime import engines, profiles
+from vlmtrim.runtime import engines, fingerprint, profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import make_backend
 
@@ -24,8 +24,8 @@ def half_bundle(export_tiny):
 
 def test_engines_hold_two_profiles_and_a_fingerprint(half_bundle):
     bundle = open_bundle(half_bundle)
-    prints = json.loads(bundle.file(engines.FINGERPRINTS).read_text())
-    assert set(prints) == {"vision.engine", "decoder.engine"}
+    prints = json.loads(bundle.file(fingerprint.FILE).read_text())
+    assert set(prints) == {"vision.engine", "embed.engine", "decoder.engine"}
     for name, entry in prints.items():
         assert bundle.file(name).stat().st_size == entry["bytes"] > 100_000
         assert entry["onnx_sha256"] == sha256(bundle.file(name.replace(".engine", ".onnx")))
@@ -51,8 +51,8 @@ def test_a_decoder_is_built_in_pieces(cut_bundle):
     bundle = open_bundle(cut_bundle)
     assert bundle.contract.chain("decoder") == ("decoder-0", "decoder-1", "decoder-2")
     assert bundle.contract.chain("vision") == ("vision",)
-    prints = json.loads(bundle.file(engines.FINGERPRINTS).read_text())
-    assert set(prints) == {"vision.engine", "decoder-0.engine", "decoder-1.engine", "decoder-2.engine"}
+    prints = json.loads(bundle.file(fingerprint.FILE).read_text())
+    assert set(prints) == {"vision.engine", "embed.engine", *(f"decoder-{i}.engine" for i in range(3))}
     for name, entry in prints.items():
         assert entry["onnx_sha256"] == sha256(bundle.file(name.replace(".engine", ".onnx")))
     assert prints["decoder-2.engine"]["profiles"]["decode"]["Sk"] == [1, 1, 2]
