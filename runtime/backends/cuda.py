@@ -192,7 +192,7 @@ class Pinned:
 
     def __init__(self, device: Device, nbytes: int):
         self.address = int(device.call("cudaHostAlloc", nbytes, 0))
-        self.data = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(self.address), np.uint8)
+        self.data = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(self.address))
         weakref.finalize(self, device.call, "cudaFreeHost", self.address).atexit = False
 
 

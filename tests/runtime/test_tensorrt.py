@@ -1,42 +1,23 @@
 """The TensorRT backend on a fake CUDA and a fake TensorRT that run the bundle's own ONNX files: against ort-cpu."""
 
+import gc
+import json
 import shutil
 
-import fake_cuda
-import fake_tensorrt
 import numpy as np
 import pytest
+from fake_machine import Machine
 
 from vlmtrim import runtime
-from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime import engines, profiles
-from vlmtrim.runtime.backends import cuda, tensorrt
+from vlmtrim.graphs.bundle import open_bundle, seal
+from vlmtrim.runtime import fingerprint, profiles
+from vlmtrim.runtime.backends import tensorrt
+from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import make_backend
 
 
-class Machine:
-    """A fake machine with a GPU, cuda-python and one TensorRT library."""
-
-    def __init__(self, monkeypatch, home, rtx=False):
-        self.cuda = fake_cuda.FakeCuda()
-        self.trt = fake_tensorrt.make_library(self.cuda, rtx)
-        self.library = "tensorrt-rtx" if rtx else "tensorrt"
-        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-        monkeypatch.setattr(cuda, "import_runtime", lambda: self.cuda)
-        for module in (engines, tensorrt):
-            monkeypatch.setattr(module, "find_library", lambda name: name)
-            monkeypatch.setattr(module, "import_library", lambda name: self.trt)
-        monkeypatch.setattr(engines, "_build", fake_tensorrt.build)
-
-    def with_engines(self, folder, target):
-        """A copy of a bundle with engines of this machine."""
-        shutil.copytree(folder, target)
-        engines.rebuild(target, self.library)
-        return target
-
-
 @pytest.fixture
-def machine(monkeypatch, tmp_path):
+def machine(chained_bundle, monkeypatch, tmp_path):  # the bundle first: it is exported with the real library
     return Machine(monkeypatch, tmp_path / "home")
 
 
@@ -104,3 +85,181 @@ def test_longer_live_windows_change_nothing(fastv_bundle, picture):
     expected = conversation(ort_cpu(lambda length, capacity: length), fastv_bundle, picture, batch=2)
     for window in (profiles.bucket, lambda length, capacity: capacity):
         assert_equal(conversation(ort_cpu(window), fastv_bundle, picture, batch=2), expected, tolerance=1e-5)
+
+
+def open_session(machine, folder, target, batch=1, cuda_graphs="auto"):
+    """A session on the fake machine, with engines in a copy of the bundle."""
+    backend = tensorrt.TrtBackend(machine.library, cuda_graphs)
+    return runtime.Session(open_bundle(machine.with_engines(folder, target)), backend, batch)
+
+
+def decode(session, steps):
+    return [session.decode(np.full(session.batch, 65 + step)) for step in range(steps)]
+
+
+def test_a_decode_step_waits_once_and_allocates_nothing(machine, chained_bundle, tmp_path, picture):
+    """Three engines: ids, position and write indices go up, logits come down, and nothing else moves."""
+    session = open_session(machine, chained_bundle, tmp_path / "bundle")
+    chat = runtime.Chat(session)
+    list(chat.generate("What is it?", [picture], max_new_tokens=4))
+    before = machine.cuda.count.copy()
+    decode(session, 10)
+    done = machine.cuda.count - before
+    assert done["waits"] == done["copies out"] == 10 and done["replays"] == 30
+    assert done["copies in"] == 10 * 4 and not done["cudaMalloc"] and not done["graphs"]
+
+
+def test_nothing_visual_passes_the_host(machine, chained_bundle, tmp_path, picture, monkeypatch):
+    """Features and hidden states stay on the device: what comes down in a prefill are the three results."""
+    session = open_session(machine, chained_bundle, tmp_path / "bundle")
+    read = []
+    real = session.backend.device.read
+    monkeypatch.setattr(session.backend.device, "read", lambda address, n: read.append(n) or real(address, n))
+    prefill = next(iter(runtime.Chat(session).generate("What is it?", [picture], max_new_tokens=1))).prefill
+    vocabulary, survivors = prefill.logits.shape[1], len(prefill.kept_indices[0])
+    assert read == [4 * vocabulary, 8 * survivors, 4 * prefill.visual]
+
+
+def test_graphs_are_captured_anew_when_the_window_leaves_its_bucket(machine, dense_bundle, tmp_path):
+    session = open_session(machine, dense_bundle, tmp_path / "bundle")
+    expected = runtime.Session(open_bundle(dense_bundle), ort_cpu())
+    for one in (session, expected):
+        one.prefill([list(range(1, 121))])
+    graphs = machine.cuda.count["graphs"]
+    for step in range(12):
+        found, wanted = (one.decode(np.array([60 + step])) for one in (session, expected))
+        np.testing.assert_array_equal(found, wanted)
+        if step == 5:
+            assert machine.cuda.count["graphs"] == graphs + 2  # embedding and decoder
+    assert machine.cuda.count["graphs"] == graphs + 3  # the decoder again: 129 entries are in the next bucket
+
+
+def test_a_longer_prefill_between_decode_steps_moves_buffers_safely(machine, fastv_bundle, tmp_path):
+    """The scratch memory and the embeddings' buffer grow after the decode graphs were captured."""
+    session = open_session(machine, fastv_bundle, tmp_path / "bundle")
+    expected = runtime.Session(open_bundle(fastv_bundle), ort_cpu())
+    allocated = machine.cuda.count["cudaMalloc"]
+    for tokens in (5, 60, 300):
+        for one in (session, expected):
+            one.prefill([[1 + token % 200 for token in range(tokens)]])
+        grown, allocated = machine.cuda.count["cudaMalloc"] > allocated, machine.cuda.count["cudaMalloc"]
+        assert grown
+        for found, wanted in zip(decode(session, 4), decode(expected, 4), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("how", ["the library launches nothing", "cuda"])
+def test_where_capture_is_refused_steps_are_launched_plainly_and_it_is_said_once(
+    machine, chained_bundle, tmp_path, picture, capsys, how
+):
+    if how == "cuda":
+        machine.cuda.capture_error = machine.cuda.cudaError_t.cudaErrorStreamCaptureInvalidated
+    else:
+        machine.trt.capturable = False
+    folder = machine.with_engines(chained_bundle, tmp_path / "bundle")
+    found = conversation(tensorrt.TrtBackend("tensorrt"), folder, picture, 2)
+    assert_equal(found, conversation(ort_cpu(), folder, picture, 2))
+    said = [line for line in capsys.readouterr().err.splitlines() if "CUDA graphs" in line]
+    assert len(said) == 1 and said[0].startswith("no CUDA graphs: ") and "kernel by kernel" in said[0]
+    assert not machine.cuda.count["replays"]
+
+
+def test_tensorrt_rtx_replays_by_itself(rtx_machine, fastv_bundle, tmp_path, picture):
+    machine, folder = rtx_machine, rtx_machine.with_engines(fastv_bundle, tmp_path / "bundle")
+    backend = tensorrt.TrtBackend("tensorrt-rtx")
+    assert_equal(conversation(backend, folder, picture), conversation(ort_cpu(), folder, picture))
+    strategies = [context.config.cuda_graph_strategy for context in machine.trt.contexts]
+    assert len(strategies) == 5  # vision; prefill and decode of the embedding and of the decoder
+    assert strategies.count(machine.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE) == 2 and not machine.cuda.count["graphs"]
+
+
+def test_compiled_kernels_are_kept_for_the_next_start(rtx_machine, fastv_bundle, tmp_path, picture):
+    """TensorRT-RTX compiles on the target; the second start finds what the first one compiled."""
+    machine, folder = rtx_machine, rtx_machine.with_engines(fastv_bundle, tmp_path / "bundle")
+    kept = tmp_path / "home" / "vlmtrim" / "tensorrt-rtx"
+
+    def start():
+        machine.trt.contexts.clear()
+        chat = runtime.Chat(runtime.Session(open_bundle(folder), tensorrt.TrtBackend("tensorrt-rtx")))
+        caches = {id(c.config.cache): c.config.cache for c in machine.trt.contexts}.values()
+        found = [len(cache.kernels) for cache in caches]
+        list(chat.generate("What is it?", [picture], max_new_tokens=3))
+        return found
+
+    assert start() == [0, 0]
+    gc.collect()
+    files = {path.name: path.read_bytes() for path in kept.iterdir()}
+    assert sorted(name.split("-")[0] for name in files) == ["decoder", "embed", "vision"]
+    assert min(start()) > 0
+    gc.collect()
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == files
+    for path in kept.iterdir():
+        path.write_bytes(b"of another driver")
+    assert start() == [0, 0]
+    shutil.rmtree(tmp_path / "home")
+    (tmp_path / "home").write_text("no folder")  # nothing can be kept, and nothing fails
+    assert start() == [0, 0]
+
+
+def test_tensorrt_rtx_can_be_captured_with_its_final_kernels(rtx_machine, fastv_bundle, tmp_path, picture):
+    machine, folder = rtx_machine, rtx_machine.with_engines(fastv_bundle, tmp_path / "bundle")
+    backend = tensorrt.TrtBackend("tensorrt-rtx", "capture")
+    assert_equal(conversation(backend, folder, picture), conversation(ort_cpu(), folder, picture))
+    configs = [context.config for context in machine.trt.contexts]
+    eager = machine.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert [config.dynamic_shapes_kernel_specialization_strategy == eager for config in configs].count(True) == 2
+    assert all(config.cuda_graph_strategy == "DISABLED" for config in configs) and machine.cuda.count["replays"]
+
+
+def test_memory_is_told_by_use(machine, fastv_bundle, tmp_path, picture):
+    """Caches as the contract predicts, to the byte; nothing of it grows while decoding; all of it is given back."""
+    session = open_session(machine, fastv_bundle, tmp_path / "bundle", batch=2)
+    contract, backend = session.contract, session.backend
+    predicted = sum(group.nbytes(2, contract.dtype) for group in contract.groups)
+    assert backend.memory()["caches"] == predicted
+    chat = runtime.Chat(session)
+    list(chat.generate(["What is it?", "And how many?"], [[picture], [picture]], max_new_tokens=3))
+    used = backend.memory()
+    decode(session, 3)
+    assert backend.memory() == used and used["activations"] > 0 and used["io"] > 0
+    assert set(used) == {"engines", "caches", "activations", "io"}
+    device = backend.device
+    del chat, session, backend, picture
+    gc.collect()
+    assert not any(device.used.values()) and not machine.cuda.device
+
+
+def test_a_step_outside_the_profiles_is_refused_before_the_launch(machine, fastv_bundle, tmp_path):
+    """An engine may be built for less than the contract allows: its own limits hold."""
+    folder = machine.with_engines(fastv_bundle, tmp_path / "bundle")
+    entries = json.loads((folder / fingerprint.FILE).read_text())
+    entries["decoder.engine"]["profiles"]["prefill"]["S"] = [1, 32, 64]
+    (folder / fingerprint.FILE).write_text(json.dumps(entries))
+    seal(folder)
+    session = runtime.Session(open_bundle(folder), tensorrt.TrtBackend("tensorrt"))
+    with pytest.raises(RuntimeRefusal, match=r"decoder\.onnx: .*S is 65, 1 to 64 fit.*shorten the prompt"):
+        session.prefill([[1] * 65])
+    assert session.prefill([[1] * 64]).logits.shape == (1, 272)
+
+
+def test_times_are_of_the_device(machine, fastv_bundle, tmp_path):
+    backend = open_session(machine, fastv_bundle, tmp_path / "bundle").backend
+    start = backend.mark()
+    middle, end = backend.mark(), backend.mark()
+    assert backend.elapsed(start, end) == pytest.approx(2e-3) and backend.elapsed(start, middle) == pytest.approx(1e-3)
+
+
+def test_a_view_must_hold_as_many_bytes(machine):
+    backend = tensorrt.TrtBackend("tensorrt")
+    zeros = backend.zeros((2, 3), "float32")
+    view = backend.reshape(zeros, (3, 2))
+    assert view.address == zeros.address and not backend.to_host(view).any()
+    with pytest.raises(RuntimeRefusal, match="cannot be read as"):
+        backend.reshape(zeros, (3, 3))
+
+
+def test_what_does_not_fit_on_the_gpu_says_how_much_is_missing(machine, fastv_bundle, tmp_path):
+    folder = machine.with_engines(fastv_bundle, tmp_path / "bundle")
+    machine.cuda.total = 1_000_000
+    with pytest.raises(RuntimeRefusal, match=r"Fake GPU has .* GB free, .* GB more are needed for caches"):
+        runtime.Session(open_bundle(folder), tensorrt.TrtBackend("tensorrt"), batch=2)
