@@ -82,7 +82,7 @@ def make_plan(job: Job, contract: Contract, model: Any, dtypes: Mapping[torch.dt
     shards = build = 0
     if job.engine != "none":
         shards = job.engine_shards or engine_shards(decoder, contract, memory_limit(job))
-        build = int(BUILD_FACTOR * max(vision, largest_piece(decoder, contract, shards)) + EXPORT_BYTES)
+        build = int(BUILD_FACTOR * max(vision, embedding, largest_piece(decoder, contract, shards)) + EXPORT_BYTES)
     plan = Plan(
         weights=weights,
         decoder=decoder,
@@ -91,7 +91,7 @@ def make_plan(job: Job, contract: Contract, model: Any, dtypes: Mapping[torch.dt
         export=int(export),
         shards=shards,
         build=build,
-        disk=int(GRAPH_BYTES + (0 if linked else weights) + (decoder + vision if shards else 0)),
+        disk=int(GRAPH_BYTES + (0 if linked else weights) + (decoder + vision + embedding if shards else 0)),
         dense_caches=sum(
             dataclasses.replace(group, capacity=contract.max_seq_len).nbytes(job.max_batch, contract.dtype)
             for group in contract.groups

@@ -260,8 +260,9 @@ def ratios(subject: Subject, dense: Subject) -> dict[str, Any]:
     tokens = len(subject.ids)
     before, after = (s.contract.prefill_macs(tokens, s.visual) for s in (dense, subject))
     out["prefill_by_flops"] = share(before, after)
-    before, after = (s.samples[0].step_bytes for s in (dense, subject))
-    out["decode_by_bytes"] = share(before and sum(before), after and sum(after))
+    reads = [s.samples[0].step_bytes for s in (dense, subject)]
+    read_before, read_after = (None if step is None else float(sum(step)) for step in reads)
+    out["decode_by_bytes"] = share(read_before, read_after)
     return out
 
 

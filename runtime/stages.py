@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from vlmtrim.graphs.bundle import Bundle
+from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.backends.base import Backend, Tensor
 from vlmtrim.runtime.check import Recording, Row, Turn, compare, difference, record
 from vlmtrim.runtime.session import Session
@@ -80,7 +81,8 @@ class Replayer:
         self._given = {} if graph == "decoder" else {**self._given, **given}
         return outputs
 
-    def _as_fed(self, name: str) -> np.ndarray:
+    def _as_fed(self, name: str) -> dtypes.HostArray:
         """[rows, tokens, width], whatever shape the vision graph gave it."""
         value = self._given[name]
-        return np.ascontiguousarray(value.reshape(self.session.batch, -1, value.shape[-1]).astype(self._dtype))
+        rows = np.ascontiguousarray(value.reshape(self.session.batch, -1, value.shape[-1]))
+        return dtypes.cast(rows, self._dtype)

@@ -206,6 +206,7 @@ class Torch:
         )
 
     def fastv(self, attention: str, k: int, r: float) -> dict:
+        """FastV in PyTorch: the attention of layer k-1 is eager, that of the others as asked."""
         from torch_fastv import TorchFastV
 
         self.model.set_attn_implementation(attention)

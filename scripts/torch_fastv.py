@@ -1,4 +1,4 @@
-"""LLaVA in transformers with visual tokens dropped before layer k, as FastV's users run it: the other side of a benchmark.
+"""LLaVA in transformers with visual tokens dropped before layer k, as FastV's users run it, to compare with.
 
 The layers are transformers' own; layer k-1 attends eagerly for its scores (as published), the others as asked. The
 caches of layers >= k hold the survivors only.

@@ -189,7 +189,7 @@ class OrtBackend(Backend):
         value = value if self._device == "cpu" else self._copied(value, self._device)
         size = dtypes.nbytes(shape, dtype)
         self._used["caches"] += size
-        weakref.finalize(value, self._used.subtract, caches=size).atexit = False
+        weakref.finalize(value, self._used.subtract, {"caches": size}).atexit = False
         return value
 
     def memory(self) -> dict[str, int]:

@@ -86,7 +86,7 @@ class Processor(base.Processor):
 
     def _check(self, folder: Path) -> None:
         rows, columns = self._patches
-        pixels = self.contract.graphs["vision"].inputs[0].shape[2:]
+        pixels = tuple(int(side) for side in self.contract.graphs["vision"].inputs[0].shape[2:])
         high, wide = zip(*self._pinpoints, strict=True)
         fits = (self._tile.height, self._tile.width) == pixels
         fits = fits and not any(h % pixels[0] for h in high) and not any(w % pixels[1] for w in wide)

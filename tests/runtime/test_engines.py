@@ -83,7 +83,6 @@ def test_a_chain_runs_like_the_whole(cut_bundle, picture):
     [
         (0, 0.5, "last-row", "float16"),
         (1, 0.25, "last-row", "float16"),
-        (3, 0.9, "last-row", "bfloat16"),
         (2, 0.5, "no-rope", "float16"),
         (2, 0.75, "no-rope", "bfloat16"),
         (2, 0.5, "coverage", "bfloat16"),
@@ -118,6 +117,16 @@ def test_more_visual_winners_than_one_topk_takes_build(tmp_path, r):
     trt, ranges = engines.import_library("tensorrt-rtx"), profiles.decoder_profiles(contract)
     engine, _ = engines._build(trt, "tensorrt-rtx", tmp_path / "decoder.onnx", spec, ranges)
     assert len(engine) > 100_000 and ranges["prefill"]["N"].max == most
+
+
+def test_every_graph_of_a_bfloat16_chain_builds(export_tiny):
+    """Vision, embedding and both pieces of the decoder, a winner-side TopK behind three layers."""
+    fields = {"k": 3, "r": 0.9, "dtype": "bfloat16", "engine": "tensorrt-rtx", "engine_shards": 2}
+    bundle = open_bundle(export_tiny("chain-bfloat16", {"text": "qwen2"}, **fields))
+    prints = fingerprint.read(bundle.folder)
+    assert set(prints) == {f"{name}.engine" for name in ("vision", "embed", "decoder-0", "decoder-1")}
+    for name in ("embed.engine", "decoder-0.engine", "decoder-1.engine"):
+        assert list(prints[name].profiles) == ["prefill", "decode"]
 
 
 def test_profiles_come_from_the_contract(fastv_bundle):
