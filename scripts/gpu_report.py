@@ -26,8 +26,8 @@ from vlmtrim.export import large, pipeline, tiny
 from vlmtrim.export.checkpoint import load_family
 from vlmtrim.export.job import Job
 from vlmtrim.graphs.bundle import open_bundle, seal
-from vlmtrim.runtime import bench, machine
-from vlmtrim.runtime.engines import FINGERPRINTS, build_engines
+from vlmtrim.runtime import bench, fingerprint, machine
+from vlmtrim.runtime.engines import build_engines
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture
 from vlmtrim.runtime.processors.base import load_processor
@@ -84,7 +84,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def has_engines(bundle: Path, library: str) -> bool:
-    prints = bundle / FINGERPRINTS
+    prints = bundle / fingerprint.FILE
     return prints.is_file() and all(e["library"] == library for e in json.loads(prints.read_text()).values())
 
 
@@ -102,7 +102,7 @@ def ensure_engines(bundle: Path, library: str) -> str | None:
 
 
 def drop_engines(bundle: Path) -> None:
-    for path in (*bundle.glob("*.engine"), bundle / FINGERPRINTS):
+    for path in (*bundle.glob("*.engine"), bundle / fingerprint.FILE):
         path.unlink(missing_ok=True)
     seal(bundle)
 

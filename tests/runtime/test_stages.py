@@ -51,11 +51,11 @@ def test_the_guilty_graph_is_the_only_stage_that_fails(fastv_bundle, capsys, mon
             outputs[output] = OrtValue.ortvalue_from_numpy(moved)
         return outputs
 
-    def one_side_off(name):
+    def one_side_off(name, bundle):
         sides.append(make_backend(name))
         return watch(sides[0], off) if len(sides) == 1 else sides[-1]
 
-    monkeypatch.setattr(check_cli, "make_backend", one_side_off)
+    monkeypatch.setattr(check_cli, "choose_backend", one_side_off)
     status, report = check(fastv_bundle, capsys)
     assert status == 1 and failed_stages(report) == {guilty}
     assert any(not row["passed"] for row in report["rows"] if ":" not in row["what"])
