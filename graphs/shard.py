@@ -103,17 +103,22 @@ class _Needs:
             if value in seen or node is None or node in region:
                 continue
             seen.add(value)
-            if node in contents and value.shape is not None and len(value.shape) <= 2:
+            if node in contents and _may_cross(value):
                 self.small.append(value)
             elif node in contents and node.op_type in ("MatMul", "Attention", "TensorScatter", "Gemm"):
                 raise GraphError(
                     f"a cut at {seam.name} fails: {value.name} ({node.op_type}) is computed before it and read "
                     "behind it; give fewer --engine-shards"
                 )
-            elif node.op_type == "Shape":
+            elif node.op_type == "Shape" and node.inputs[0] is not None and node.inputs[0].shape == seam.shape:
                 self.shapes.append(node)
             else:
                 stack.extend(v for v in node.inputs if v is not None)
+
+
+def _may_cross(value: ir.Value) -> bool:
+    """Whether it is a vector as long as something; a shape, of known length, is put together anew instead."""
+    return value.shape is not None and len(value.shape) <= 2 and not all(isinstance(dim, int) for dim in value.shape)
 
 
 def _contents(model: ir.Model, seam: ir.Value) -> set[ir.Node]:
