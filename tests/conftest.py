@@ -29,6 +29,7 @@ def export_tiny(tmp_path_factory):
         "score",
         "max_batch",
         "images",
+        "image_tokens",
         "engine",
         "engine_shards",
     }

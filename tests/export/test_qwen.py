@@ -24,7 +24,7 @@ START, IMAGE, VIDEO, END = 260, 261, 262, 263
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def bundle(request, export_tiny):
-    return open_bundle(export_tiny("qwen", family=request.param, max_batch=2, images=4, max_seq_len=1024))
+    return open_bundle(export_tiny("qwen", family=request.param, max_batch=2, images=4))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_video_is_transformers(bundle, session, export_tiny, pruned):
     film = Video([sized(112, 84, seed) for seed in range(6)], fps=0.8).load()
     family = bundle.contract.family
     if not pruned:
-        bundle = open_bundle(export_tiny("film", family=family, method="none", max_seq_len=1024))
+        bundle = open_bundle(export_tiny("film", family=family, method="none"))
         session = Session(bundle, make_backend("ort-cpu"))
     selection = dict(bundle.contract.selection) if pruned else None
     oracle = FilmReference(load_family(family).MODEL_CLASS, bundle.folder, selection)
@@ -158,8 +158,8 @@ def test_a_family_without_videos_refuses_them(fastv_bundle):
 
 def test_the_bound_on_pictures_is_in_the_settings(export_tiny, bundle):
     """Whoever prepares pictures by the bundle's settings stays below what the contract allows."""
-    assert bundle.contract.image_tokens == 1024 // 2 // 4
-    small = open_bundle(export_tiny("small", family=bundle.contract.family, image_tokens=20, max_seq_len=1024))
+    assert bundle.contract.image_tokens == 512 // 2 // 4
+    small = open_bundle(export_tiny("small", family=bundle.contract.family, image_tokens=20))
     processor = Session(small, make_backend("ort-cpu")).processor
     assert small.contract.image_tokens == 20 and 15 <= processor([sized(1400, 1000)]).tokens[0] <= 20
     assert '"longest_edge": 15680' in small.file("preprocessor_config.json").read_text()
@@ -188,16 +188,14 @@ def test_the_hubs_names_are_known(family, tied):
 
 
 def test_no_rope_ranks_by_what_was_not_rotated(export_tiny, bundle):
-    folder = export_tiny("unrotated", family=bundle.contract.family, score="no-rope", max_seq_len=1024)
+    folder = export_tiny("unrotated", family=bundle.contract.family, score="no-rope")
     assert check_cli.main([str(folder), "--tokens", "2"]) == 0
 
 
 def test_engines_build_and_a_chain_runs_like_the_whole(export_tiny, bundle):
     """Float32 in two pieces, cut behind the selection: positions of the survivors are found again in each."""
     family = bundle.contract.family
-    folder = export_tiny(
-        "cut", family=family, k=1, engine="tensorrt-rtx", engine_shards=2, max_batch=2, max_seq_len=1024
-    )
+    folder = export_tiny("cut", family=family, k=1, engine="tensorrt-rtx", engine_shards=2, max_batch=2)
     cut, recorded = open_bundle(folder), []
     assert cut.contract.chain("decoder") == ("decoder-0", "decoder-1")
     for chained in (False, True):
@@ -209,9 +207,7 @@ def test_engines_build_and_a_chain_runs_like_the_whole(export_tiny, bundle):
     np.testing.assert_equal(recorded[0], recorded[1])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_engines_build(export_tiny, bundle, dtype):
-    folder = export_tiny(
-        dtype, family=bundle.contract.family, dtype=dtype, engine="tensorrt-rtx", max_batch=2, max_seq_len=1024
-    )
+@pytest.mark.parametrize(("family", "dtype"), [("qwen2_5_vl", "float16"), ("qwen2_vl", "bfloat16")])
+def test_half_engines_build(export_tiny, family, dtype):
+    folder = export_tiny(dtype, family=family, dtype=dtype, engine="tensorrt-rtx", max_batch=2)
     assert {"vision.engine", "decoder.engine"} <= {path.name for path in folder.iterdir()}
