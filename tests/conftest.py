@@ -37,7 +37,7 @@ def export_tiny(tmp_path_factory):
 
     def export(name, variant=None, family="llava", **fields):
         fields = {"max_seq_len": 512, **fields}
-        model = (family, repr(variant))
+        model = (family, repr(variant or {}))
         # Exports that differ in nothing but the selection share a checkpoint and a trace.
         traced = (model, repr(sorted((key, value) for key, value in fields.items() if key not in selection)))
         key = (name, model, repr(sorted(fields.items())))
