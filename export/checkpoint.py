@@ -17,6 +17,10 @@ PRESETS = {
     "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
     "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
     "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "llava-next-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+    "llava-next-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava-next-llama3-8b": "llava-hf/llama3-llava-next-8b-hf",
 }
 DEMO = Path(__file__).parent / "demo" / "checkpoint"  # trained, small, in the package: works offline
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
