@@ -74,9 +74,9 @@ def _run(args: argparse.Namespace) -> int:
         if not args.json:
             print(step.text, end="", flush=True)
     prefill, times = steps[-1].prefill, chat.session.times
-    if args.show_kept and contract.image_grid is not None:
-        seen = [chat.session.processor.framed(load_image(path)) for path in args.image]
-        draw_kept(seen, prefill, contract.image_grid).save(args.show_kept)
+    if args.show_kept:
+        views = chat.session.processor.views([load_image(path) for path in args.image])
+        draw_kept(views, prefill).save(args.show_kept)
     if args.json:
         answer = {
             "text": "".join(step.text for step in steps),

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.processors.base import View
 from vlmtrim.runtime.session import Prefill
 
 PANEL = 480  # pixels, at least, of a drawn picture's height
@@ -36,21 +37,19 @@ def check_target(path: str | Path, contract: Contract, pictures: int) -> None:
         raise RuntimeRefusal(f"--show-kept: there is no folder {target.parent}; make it first")
 
 
-def draw_kept(pictures: Sequence[Image.Image], prefill: Prefill, grid: tuple[int, int], row: int = 0) -> Image.Image:
+def draw_kept(views: Sequence[View], prefill: Prefill, row: int = 0) -> Image.Image:
     """One drawing of a prompt's pictures, below each other; right of each its scores, where the prefill has any.
 
     Args:
-        pictures: what the model saw (``Processor.framed``), in order.
+        views: what the model saw (``Processor.views``), in order.
         prefill: of the step that brought the pictures.
-        grid: rows and columns of one picture's visual tokens.
         row: of the batch.
     """
-    shape = (len(pictures), *grid)
-    kept = prefill.survivors(row).reshape(shape)
-    scores = None if prefill.visual_scores is None else prefill.visual_scores[row].reshape(shape)
+    kept = prefill.survivors(row)
+    scores = None if prefill.visual_scores is None else prefill.visual_scores[row]
     strips = [
-        _strip(picture.convert("RGB"), kept[index], None if scores is None else scores[index])
-        for index, picture in enumerate(pictures)
+        _strip(view.image.convert("RGB"), kept[view.tokens], None if scores is None else scores[view.tokens])
+        for view in views
     ]
     drawing = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
     top = 0

@@ -30,6 +30,16 @@ class Pictures:
     grids: tuple[tuple[int, ...], ...] = ()
 
 
+@dataclass(frozen=True)
+class View:
+    """A part of a picture as the model sees it; ``tokens`` int64 [rows, columns] says which of a row's visual tokens
+    lie on it, and where.
+    """
+
+    image: Image.Image
+    tokens: np.ndarray
+
+
 class Processor(ABC):
     """The pictures' way into a bundle of one family; does what the checkpoint's Hugging Face processor does."""
 
@@ -43,6 +53,13 @@ class Processor(ABC):
     @abstractmethod
     def framed(self, image: Image.Image) -> Image.Image:
         """The part of a picture that the model sees, for drawings."""
+
+    def views(self, images: Sequence[Image.Image]) -> list[View]:
+        """What to draw of one row's pictures; by default each one framed, with the tokens of the contract's grid."""
+        assert self.contract.image_grid is not None
+        rows, columns = self.contract.image_grid
+        tokens = np.arange(len(images) * rows * columns).reshape(len(images), rows, columns)
+        return [View(self.framed(image), of_one) for image, of_one in zip(images, tokens, strict=True)]
 
     def positions(
         self, ids: np.ndarray, counts: np.ndarray, start: np.ndarray, pictures: Pictures | None

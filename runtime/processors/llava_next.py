@@ -14,7 +14,7 @@ from vlmtrim.graphs.contract import Contract
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import ImageProcessor, image_settings
 from vlmtrim.runtime.processors import base
-from vlmtrim.runtime.processors.base import Pictures
+from vlmtrim.runtime.processors.base import Pictures, View
 
 # Resolutions (height, width) of settings that name none.
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -61,16 +61,41 @@ class Processor(base.Processor):
         """The picture squeezed into one tile, which is the first of its tiles."""
         return image.resize((self._tile.width, self._tile.height), resample=self._tile.resample)
 
+    def views(self, images: Sequence[Image.Image]) -> list[View]:
+        """Of every picture the squeezed tile, and its part of the other tiles; newline tokens lie on neither."""
+        rows, columns = self._patches
+        tall, wide = self._tile.height // rows, self._tile.width // columns
+        views, start = [], 0
+        for image in images:
+            views.append(View(self.framed(image), start + np.arange(rows * columns).reshape(rows, columns)))
+            start += rows * columns
+            padded = self._padded(image)
+            patches = np.indices((padded.height // tall, padded.width // wide)).transpose(1, 2, 0)
+            seen = _unpadded(patches, (image.height, image.width))
+            line = seen.shape[1] + 1
+            lines = np.arange(len(seen) * line).reshape(len(seen), line)
+            if seen.size:
+                (top, left), (bottom, right) = seen[0, 0], seen[-1, -1] + 1
+                inner = padded.crop((left * wide, top * tall, right * wide, bottom * tall))
+                views.append(View(inner, start + lines[:, :-1]))
+            start += lines.size
+        return views
+
     def _tiles(self, image: Image.Image) -> list[Image.Image]:
         """The squeezed picture, then the tiles of the scaled and padded one, row by row."""
+        padded = self._padded(image)
+        across, down = self._tile.width, self._tile.height
+        corners = [(left, top) for top in range(0, padded.height, down) for left in range(0, padded.width, across)]
+        return [self.framed(image), *(padded.crop((x, y, x + across, y + down)) for x, y in corners)]
+
+    def _padded(self, image: Image.Image) -> Image.Image:
+        """The picture scaled into its best resolution, black beside it."""
         height, width = best_resolution((image.height, image.width), self._pinpoints)
         inner = _fitted((image.height, image.width), (height, width))
-        scaled = image.resize((inner[1], inner[0]), resample=self._tile.resample)
         canvas = Image.new("RGB", (width, height))
+        scaled = image.resize((inner[1], inner[0]), resample=self._tile.resample)
         canvas.paste(scaled, ((width - inner[1]) // 2, (height - inner[0]) // 2))
-        across, down = self._tile.width, self._tile.height
-        corners = [(left, top) for top in range(0, height, down) for left in range(0, width, across)]
-        return [self.framed(image), *(canvas.crop((x, y, x + across, y + down)) for x, y in corners)]
+        return canvas
 
     def _feature_index(self, size: Size, first: int, newline: int) -> np.ndarray:
         """Patches of one picture whose tiles start at number ``first``: the squeezed tile, then the rows, int64 [n]."""
@@ -86,14 +111,13 @@ class Processor(base.Processor):
 
     def _check(self, folder: Path) -> None:
         rows, columns = self._patches
-        pixels = tuple(int(side) for side in self.contract.graphs["vision"].inputs[0].shape[2:])
-        high, wide = zip(*self._pinpoints, strict=True)
-        fits = (self._tile.height, self._tile.width) == pixels
-        fits = fits and not any(h % pixels[0] for h in high) and not any(w % pixels[1] for w in wide)
-        most = max(h // pixels[0] * rows * (w // pixels[1] * columns + 1) for h, w in self._pinpoints) if fits else 0
-        if rows * columns + most != self.contract.image_tokens:
+        down, across = self._tile.height, self._tile.width
+        pixels = self.contract.graphs["vision"].inputs[0].shape[2:]
+        whole = not any(height % down or width % across for height, width in self._pinpoints)
+        most = max(h // down * rows * (w // across * columns + 1) for h, w in self._pinpoints)
+        if (down, across) != pixels or not whole or rows * columns + most != self.contract.image_tokens:
             raise RuntimeRefusal(
-                f"{folder}: tiles of {self._tile.height} x {self._tile.width} pixels for {list(self._pinpoints)} "
+                f"{folder}: tiles of {down} x {across} pixels for {list(self._pinpoints)} "
                 f"(preprocessor_config.json) do not fit the model, whose config has other image_grid_pinpoints or "
                 f"tiles of {pixels[0]} x {pixels[1]}; take both files from one checkpoint and export again"
             )
@@ -122,7 +146,7 @@ def _fitted(size: Size, target: Size) -> Size:
 def _unpadded(grid: np.ndarray, size: Size) -> np.ndarray:
     """The part of a grid of patches that a picture of this size covers, centred."""
     height, width = size
-    rows, columns = grid.shape
+    rows, columns = grid.shape[:2]
     if width / height > columns / rows:
         margin = (rows - int(round(height * (columns / width), 7))) // 2
         return grid[margin : rows - margin]

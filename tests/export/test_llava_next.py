@@ -12,10 +12,12 @@ from vlmtrim.export.families import llava_next
 from vlmtrim.export.reference import Reference
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.contract import kept_count
+from vlmtrim.runtime import cli as run_cli
 from vlmtrim.runtime import engines
 from vlmtrim.runtime.check import Parity, Recording, Turn, compare, record
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
+from vlmtrim.runtime.show import PANEL
 
 WIDE, TALL, SQUARE, THIN = (112, 56), (56, 112), (130, 125), (400, 9)
 
@@ -76,6 +78,14 @@ def test_rows_of_a_batch_with_the_same_number_of_visual_tokens(next_bundle):
     for row, (want, _) in enumerate(expected):
         found = Recording(prefill.kept_indices[row], caches[row], np.stack([step[row] for step in logits]))
         assert Parity(tuple(compare("row", found, want, groups_of(session), "float32")))
+
+
+def test_the_kept_tokens_are_drawn_on_the_picture_and_its_tiles(next_bundle, tmp_path, capsys):
+    picture(WIDE).save(tmp_path / "wide.png")
+    argv = [str(next_bundle.folder), "--image", str(tmp_path / "wide.png"), "--prompt", "Hi?", "--max-new-tokens", "1"]
+    assert run_cli.main([*argv, "--show-kept", str(tmp_path / "kept.png")]) == 0
+    with Image.open(tmp_path / "kept.png") as drawing:
+        assert drawing.height >= 2 * PANEL
 
 
 def test_another_text_model_and_a_tower_without_class_token(export_tiny):

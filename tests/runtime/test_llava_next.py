@@ -165,6 +165,31 @@ def test_more_tiles_than_the_bundle_takes_are_refused(tiny):
         ours([picture(112, 112)] * (most // 5 + 1))
 
 
+def test_views_say_where_every_token_lies(tiny):
+    """All patches of all pictures once, newlines never; what lies where has the colour that the model saw there."""
+    ours, _ = tiny
+    thin = Image.new("RGB", (400, 9), "red")  # nothing of it is left when its padding goes
+    halves = Image.new("RGB", (168, 40), "red")
+    halves.paste((0, 0, 255), (84, 0, 168, 40))
+    pictures = [halves, thin, picture(50, 110)]
+    views = ours.views(pictures)
+    made = ours(pictures)
+    index, newline = made.inputs["feature_index"], len(made.inputs["pixel_values"]) * 16
+    drawn = np.concatenate([view.tokens.ravel() for view in views])
+    assert sorted(drawn.tolist()) == np.flatnonzero(index != newline).tolist()
+    assert [view.tokens.shape for view in views] == [(4, 4), (2, 12), (4, 4), (4, 4), (8, 4)]
+    assert [view.image.size for view in views] == [(56, 56), (168, 28), (56, 56), (56, 56), (56, 112)]
+    assert views[1].image.getpixel((10, 14)) == (255, 0, 0) and views[1].image.getpixel((160, 14)) == (0, 0, 255)
+    # the tile and place in it that a drawn token was made of, by its number
+    tiles = np.concatenate([np.stack([np.asarray(tile) for tile in ours._tiles(image)]) for image in pictures])
+    for view in (views[1], views[4]):
+        for (row, column), token in np.ndenumerate(view.tokens):
+            tile, patch = divmod(int(index[token]), 16)
+            y, x = patch // 4 * 14, patch % 4 * 14
+            box = (column * 14, row * 14, column * 14 + 14, row * 14 + 14)
+            np.testing.assert_array_equal(np.asarray(view.image.crop(box)), tiles[tile, y : y + 14, x : x + 14])
+
+
 @pytest.mark.parametrize("change", [{"image_grid_pinpoints": [[56, 112]]}, {"crop_size": {"height": 28, "width": 28}}])
 def test_image_settings_of_another_model_are_refused(tmp_path, change):
     contract = make(llava_next.tiny_config(), tmp_path).contract

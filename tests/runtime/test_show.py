@@ -6,10 +6,14 @@ from PIL import Image
 
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime import cli
+from vlmtrim.runtime.processors.base import View
 from vlmtrim.runtime.session import Prefill
 from vlmtrim.runtime.show import CAPTION, GAP, PANEL, draw_kept
 
-GRID = (2, 3)
+
+def views(*pictures):
+    """Each picture with its 2 x 3 visual tokens."""
+    return [View(image, np.arange(6).reshape(2, 3) + 6 * index) for index, image in enumerate(pictures)]
 
 
 def prefill(scores):
@@ -29,7 +33,7 @@ def patch(drawing, strip, row, column, panel=0):
 
 def test_kept_patches_are_bright_and_removed_ones_dim():
     pictures = [Image.new("RGB", (90, 60), colour) for colour in ((200, 100, 50), (0, 200, 0))]
-    drawing = draw_kept(pictures, prefill(None), GRID)
+    drawing = draw_kept(views(*pictures), prefill(None))
     bright = {(0, 0), (0, 2), (1, 2)}
     for row in range(2):
         for column in range(3):
@@ -42,19 +46,19 @@ def test_kept_patches_are_bright_and_removed_ones_dim():
 
 def test_the_highest_score_is_the_lightest():
     scores = np.linspace(0, 1, 12, dtype=np.float32)[None]
-    drawing = draw_kept([Image.new("RGB", (90, 60))] * 2, prefill(scores), GRID)
+    drawing = draw_kept(views(*[Image.new("RGB", (90, 60))] * 2), prefill(scores))
     for strip in range(2):
         light = [sum(patch(drawing, strip, row, column, panel=1)) for row in range(2) for column in range(3)]
         assert light == sorted(light) and light[0] < light[-1] / 3
 
 
 def test_equal_scores_are_drawn(tmp_path):
-    draw_kept([Image.new("RGB", (90, 60))] * 2, prefill(np.zeros((1, 12), np.float32)), GRID)
+    draw_kept(views(*[Image.new("RGB", (90, 60))] * 2), prefill(np.zeros((1, 12), np.float32)))
 
 
 def test_nothing_selected_is_all_bright():
     dense = Prefill(np.zeros((1, 5)), 6, 6, None, np.array([range(6)]), None)
-    drawing = draw_kept([Image.new("RGB", (90, 60), (9, 9, 9))], dense, GRID)
+    drawing = draw_kept(views(Image.new("RGB", (90, 60), (9, 9, 9))), dense)
     assert {patch(drawing, 0, row, column) for row in range(2) for column in range(3)} == {(9, 9, 9)}
 
 
