@@ -78,7 +78,7 @@ def test_the_command_draws_what_its_prefill_kept(fastv_bundle, picture, tmp_path
 def test_what_cannot_be_drawn_is_refused_before_the_answer(
     fastv_bundle, picture, tmp_path, capsys, images, target, why
 ):
-    argv = [str(fastv_bundle), "--prompt", "Hi?", "--show-kept", str(tmp_path / target)]
+    argv = [str(fastv_bundle), "--prompt", "Hi?", "--backend", "ort-cpu", "--show-kept", str(tmp_path / target)]
     argv += images * ["--image", str(picture)]
     assert cli.main(argv) == 2
     captured = capsys.readouterr()
