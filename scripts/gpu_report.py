@@ -27,8 +27,6 @@ from vlmtrim.export.checkpoint import load_family
 from vlmtrim.export.job import Job
 from vlmtrim.graphs.bundle import open_bundle, seal
 from vlmtrim.runtime import bench, fingerprint, machine
-from vlmtrim.runtime.engines import build_engines
-from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture
 from vlmtrim.runtime.processors.base import load_processor
 from vlmtrim.runtime.prompt import Conversation, Prompter
@@ -95,9 +93,8 @@ def ensure_engines(bundle: Path, library: str) -> str | None:
     needed = sum(path.stat().st_size for path in bundle.glob("*.safetensors"))
     if shutil.disk_usage(bundle).free < needed + SPARE:
         return f"{needed / 1e9:.1f} GB of engines do not fit on the disk"
-    done = subprocess.run(
-        [sys.executable, __file__, "--work", str(bundle), "--engine-worker", library], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "vlmtrim.runtime.engines", str(bundle), "--library", library]
+    done = subprocess.run(command, capture_output=True, text=True)
     return None if done.returncode == 0 else last_line(done.stderr)
 
 
@@ -200,7 +197,10 @@ class Torch:
 
         self.model.set_attn_implementation(attention)
         cache, forward = DynamicCache(), self.model.forward
-        run = lambda **inputs: forward(past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits[0, -1]  # noqa: E731
+
+        def run(**inputs: torch.Tensor) -> torch.Tensor:
+            return forward(past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits[0, -1]
+
         return self.timed(
             lambda ids, pixels: run(input_ids=ids, pixel_values=pixels), lambda t: run(input_ids=t), lambda: cache
         )
@@ -252,22 +252,22 @@ def pytorch(args: argparse.Namespace) -> None:
     samples: dict[str, list[dict]] = {name: [] for name in jobs}
     failed: dict[str, str] = {}
     rounds(jobs, samples, failed, args.rounds)
-    compiled = {"compiled dense": side.compiled}
-    if side.device.type == "cuda":
-        samples["compiled dense"] = []
-        out.with_suffix(".partial").write_text(json.dumps({"samples": samples, "failed": failed}))
-        rounds(compiled, samples, failed, args.rounds)
-    else:
-        failed["compiled dense"] = "transformers compiles on CUDA only"
-    gpu = machine.gpu()
+    gpu = machine.gpu() if side.device.type == "cuda" else None
     record = {
-        "device": machine.cpu() if side.device.type == "cpu" or gpu is None else gpu.name,
+        "device": machine.cpu() if gpu is None else gpu.name,
+        "driver": None if gpu is None else gpu.driver,
         "versions": machine.versions(),
         "tokens": side.ids.shape[1],
         "samples": samples,
-        "failed": failed,
+        "failed": {**failed, "compiled dense": "the process ended while it compiled"},
     }
-    out.write_text(json.dumps(record, indent=2))
+    out.write_text(json.dumps(record, indent=2))  # a compiler may take the process with it
+    if side.device.type == "cuda":
+        samples["compiled dense"] = []
+        rounds({"compiled dense": side.compiled}, samples, failed, args.rounds)
+    else:
+        failed["compiled dense"] = "transformers compiles on CUDA only"
+    out.write_text(json.dumps({**record, "failed": failed}, indent=2))
     return say("pytorch", f"{sum(map(bool, samples.values()))} measured, {len(failed)} not")
 
 
@@ -279,7 +279,7 @@ def rounds(jobs: Mapping[str, Callable[[], dict]], samples: dict, failed: dict[s
                 continue
             try:
                 sample = job()
-            except (RuntimeError, ValueError, TypeError) as error:  # out of memory, no compiler, an older transformers
+            except Exception as error:  # out of memory, no compiler, an older transformers: the others go on
                 failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 continue
             if turn:
@@ -403,7 +403,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=int, default=540, help="seconds that one measurement of a pair may take")
-    parser.add_argument("--engine-worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.backend = args.backend or (["ort-cpu"] if args.like == "tiny" else ["tensorrt-rtx", "ort-cuda"])
     args.ratios = [0.0, *(args.r or (0.5, 0.75, 0.9))]
@@ -413,14 +412,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if args.engine_worker:
-        try:
-            build_engines(args.work, open_bundle(args.work).contract, args.engine_worker)
-        except RuntimeRefusal as error:
-            print(error, file=sys.stderr)
-            return 1
-        seal(args.work)
-        return 0
     args.work.mkdir(parents=True, exist_ok=True)
     run = dict(zip(STAGES, (make, export, engines, bench_bundles, pytorch, table), strict=True))
     for stage in STAGES if args.stage == "all" else (args.stage,):
