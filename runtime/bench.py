@@ -32,7 +32,7 @@ from vlmtrim.runtime.backends.base import Tensor
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.machine import Peak
 from vlmtrim.runtime.prompt import Conversation
-from vlmtrim.runtime.select_backend import make_backend
+from vlmtrim.runtime.select_backend import choose_backend
 from vlmtrim.runtime.session import Session
 from vlmtrim.runtime.watch import Run, watch
 
@@ -95,7 +95,7 @@ class Subject:
         self.bundle = open_bundle(folder)
         self.contract: Contract = self.bundle.contract
         self.name = Path(folder).resolve().name
-        self.backend = make_backend(backend)
+        self.backend = choose_backend(backend, self.bundle)
         self._spans: list[tuple[str, Any, Any]] = []
         self.session = Session(self.bundle, watch(self.backend, self._clock))
         self._work = work
@@ -182,12 +182,11 @@ def measure(folders: Sequence[str | Path], backend: str, work: Work, peak: Peak 
             if turn >= work.warmup:
                 subject.samples.append(sample)
         print(f"round {turn + 1} of {work.warmup + work.rounds}", file=sys.stderr, flush=True)
-    on_gpu = backend != "ort-cpu" and any(s.backend.name != "ort-cpu" for s in subjects)
-    gpu = machine.gpu() if on_gpu else None
+    gpu = machine.gpu() if any(subject.backend.name != "ort-cpu" for subject in subjects) else None
     dense = next((subject for subject in subjects if not subject.pruned), None)
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "backend": subjects[0].backend.name,
+        "backend": "/".join(dict.fromkeys(subject.backend.name for subject in subjects)),
         "device": machine.cpu() if gpu is None else gpu.name,
         "driver": None if gpu is None else gpu.driver,
         "versions": machine.versions(),

@@ -14,7 +14,7 @@ from vlmtrim.runtime.bench_table import table
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture, load_image
 from vlmtrim.runtime.machine import Peak
-from vlmtrim.runtime.select_backend import BACKENDS
+from vlmtrim.runtime.select_backend import AUTO, BACKENDS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="Example: bench-vlm bundles/demo-none bundles/demo-fastv-k2-r0.5 --new-tokens 32",
     )
     p.add_argument("bundle", nargs="+", help="bundle folders; they take turns in every round")
-    p.add_argument("--backend", default="ort-cpu", choices=BACKENDS, help="what runs them (default ort-cpu)")
+    p.add_argument(
+        "--backend", default=AUTO, choices=(AUTO, *BACKENDS), help="what runs them (default: the fastest here)"
+    )
     p.add_argument("--image", action="append", default=[], help="picture file; repeat for several")
     p.add_argument("--images", type=int, default=1, help="generated pictures where no --image is given (default 1)")
     p.add_argument("--prompt", default="What is in the picture?", help="question")
