@@ -102,6 +102,7 @@ class FakeCuda:
         return OK, block.address
 
     def cudaFree(self, devPtr):
+        self.count["frees of memory in use"] += bool(self.queue)
         self._drain()
         block = self.device.pop(devPtr)
         ctypes.memset(block.address, GARBAGE, block.nbytes)

@@ -262,7 +262,6 @@ class Slot:
                 self._device.wait()  # a queued step may still use what is freed here
                 self._memory = None
             self._memory = self._device.allocate(size, self._use)
-            self._held = -1
         return self._memory.address
 
     def load(self, array: dtypes.HostArray) -> int:
@@ -271,7 +270,7 @@ class Slot:
         address = self.fit(data.size)
         if self._pinned is None or self._pinned.data.size < data.size:
             self._device.wait()
-            self._pinned, self._held = Pinned(self._device, self.memory.nbytes), -1
+            self._pinned = Pinned(self._device, self.memory.nbytes)
         staged = self._pinned.data[: data.size]
         if data.size == self._held and np.array_equal(staged, data):
             return address

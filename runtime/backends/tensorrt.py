@@ -41,8 +41,7 @@ class Replay:
 
     def refuse(self, reason: str) -> None:
         """Launch plainly from now on."""
-        if self.on:
-            print(f"no CUDA graphs: {reason}; decode steps are launched kernel by kernel", file=sys.stderr)
+        print(f"no CUDA graphs: {reason}; decode steps are launched kernel by kernel", file=sys.stderr)
         self.on = False
 
 
