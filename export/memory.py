@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlmtrim.export.job import Job, Refusal
-from vlmtrim.graphs.contract import DTYPE_BYTES, Contract
+from vlmtrim.graphs.contract import DTYPE_BYTES, TOKENS, Contract
 from vlmtrim.graphs.shard import boundaries
 from vlmtrim.runtime.machine import free_memory
 
@@ -93,7 +93,7 @@ def make_plan(job: Job, contract: Contract, model: Any, dtypes: Mapping[torch.dt
         build=build,
         disk=int(GRAPH_BYTES + (0 if linked else weights) + (decoder + vision + embedding if shards else 0)),
         dense_caches=sum(
-            dataclasses.replace(group, capacity=contract.max_seq_len).nbytes(job.max_batch, contract.dtype)
+            dataclasses.replace(group, capacity=contract.dense_capacity(group)).nbytes(job.max_batch, contract.dtype)
             for group in contract.groups
         ),
     )
@@ -155,8 +155,11 @@ def lines(plan: Plan, contract: Contract, batch: int, parameters: int) -> list[s
     for index, group in enumerate(contract.groups):
         size = group.nbytes(batch, contract.dtype)
         pruned += size
+        filled = "tokens" if group.source == TOKENS else "image features"
         span = f"layers {group.layers[0]}-{group.layers[-1]}"
-        out.append(f"    caches {index}     {megabytes(size)}  ({span}, {group.capacity} tokens, batch {batch})")
+        if group.layers != tuple(range(group.layers[0], group.layers[-1] + 1)):
+            span = f"{len(group.layers)} of {span}"
+        out.append(f"    caches {index}     {megabytes(size)}  ({span}, {group.capacity} {filled}, batch {batch})")
     out.append(f"    caches       {megabytes(pruned)}  (unpruned: {plan.dense_caches / 1e6:.1f} MB)")
     out.append(f"    disk         {megabytes(plan.disk)}  (what the bundle adds)")
     out.append(f"    export       {megabytes(plan.export)}  of memory at its peak")

@@ -1,7 +1,8 @@
 """Finds the layers of a decoder graph and the seams between them, by dataflow alone.
 
 A layer is an ``Attention`` node whose keys and values come out of ``TensorScatter`` updates of cache inputs (the
-idiom ``vlmtrim.export`` emits: TensorScatter -> Slice to the live window -> Attention). The seam before a layer is
+idiom ``vlmtrim.export`` emits: TensorScatter -> Slice to the live window -> Attention). It is a cross-attention layer
+where what is written does not depend on the tokens. The seam before a layer is
 the value every path from the attention of the layer before it to the logits runs through: the residual stream.
 """
 
@@ -24,7 +25,8 @@ class Layer:
     """One decoder layer.
 
     query [B, H, S, Dh], key and value [B, KV, W, Dh] and mask (additive, [B, 1, S, W]) are the inputs of
-    ``attention``; the caches and ``write_indices`` are graph inputs.
+    ``attention``; the caches and ``write_indices`` are graph inputs. ``key_update`` and ``value_update`` are the
+    TensorScatter nodes that fill them, with image features where the layer ``crosses``, with tokens otherwise.
     """
 
     index: int
@@ -36,6 +38,9 @@ class Layer:
     key_cache: ir.Value
     value_cache: ir.Value
     write_indices: ir.Value
+    key_update: ir.Node
+    value_update: ir.Node
+    crosses: bool
 
     @property
     def scale(self) -> float:
@@ -77,10 +82,11 @@ def find_layers(model: ir.Model) -> list[Layer]:
         )
     if any(node.inputs[0] is None or node.inputs[0].shape is None for node in attentions):
         ShapeInferencePass()(model)  # a graph saved without inner shapes; head counts are read from them
-    return [_layer(index, node) for index, node in enumerate(attentions)]
+    of_tokens = downstream(graph_input(model, "inputs_embeds"))
+    return [_layer(index, node, of_tokens) for index, node in enumerate(attentions)]
 
 
-def _layer(index: int, node: ir.Node) -> Layer:
+def _layer(index: int, node: ir.Node, of_tokens: set[ir.Node]) -> Layer:
     where = f"attention {index} ({node.name or node.outputs[0].name})"
     query, key, value, mask = [*node.inputs, None, None, None, None][:4]
     if query is None or key is None or value is None:
@@ -91,15 +97,19 @@ def _layer(index: int, node: ir.Node) -> Layer:
         attribute = node.attributes.get(name)
         if attribute is not None and attribute.value:
             raise GraphError(f"{where} has {name}={attribute.value}; selection by attention supports {name}=0")
-    key_cache, write_indices = _cache_of(key, where)
-    value_cache, value_write = _cache_of(value, where)
+    key_cache, write_indices, key_update = _cache_of(key, where)
+    value_cache, value_write, value_update = _cache_of(value, where)
     if write_indices is not value_write:
         raise GraphError(f"{where} writes keys and values at different indices")
-    return Layer(index, node, query, key, value, mask, key_cache, value_cache, write_indices)
+    new_key = key_update.inputs[1]
+    crosses = new_key is not None and new_key.producer() not in of_tokens
+    return Layer(
+        index, node, query, key, value, mask, key_cache, value_cache, write_indices, key_update, value_update, crosses
+    )
 
 
-def _cache_of(value: ir.Value, where: str) -> tuple[ir.Value, ir.Value]:
-    """(cache input, write_indices input) behind a key or value operand."""
+def _cache_of(value: ir.Value, where: str) -> tuple[ir.Value, ir.Value, ir.Node]:
+    """(cache input, write_indices input, the node that updates the cache) behind a key or value operand."""
     node = value.producer()
     while node is not None and node.op_type in _TRANSPARENT:
         assert node.inputs[0] is not None
@@ -110,7 +120,7 @@ def _cache_of(value: ir.Value, where: str) -> tuple[ir.Value, ir.Value]:
     cache, _, indices = node.inputs
     if cache is None or indices is None or not cache.is_graph_input() or not indices.is_graph_input():
         raise GraphError(f"{where}: cache and write_indices of {node.name} must be graph inputs")
-    return cache, indices
+    return cache, indices, node
 
 
 def unrotated(layer: Layer) -> tuple[ir.Value, ir.Value]:
@@ -118,13 +128,10 @@ def unrotated(layer: Layer) -> tuple[ir.Value, ir.Value]:
 
     Raises GraphError where one of them does not come from a RotaryEmbedding.
     """
-    update = layer.key.producer()
-    while update is not None and update.op_type in _TRANSPARENT:
-        assert update.inputs[0] is not None
-        update = update.inputs[0].producer()
-    assert update is not None and update.inputs[1] is not None  # find_layers has seen the TensorScatter
+    new_key = layer.key_update.inputs[1]
+    assert new_key is not None
     found = []
-    for name, value in (("query", layer.query), ("key", update.inputs[1])):
+    for name, value in (("query", layer.query), ("key", new_key)):
         node = value.producer()
         if node is not None and node.op_type == "Mul":  # the factor on the scores
             node = next((v.producer() for v in node.inputs if v is not None and v.producer() is not None), node)

@@ -7,6 +7,7 @@ Symbolic dimensions
     B  batch rows             S  tokens of this step          N  visual tokens of this step, per row
     I  images                 W0, W1, ...  live window of cache group 0, 1, ...
     Sk tokens of this step that survive the selection
+    Nk image features of this step that enter the caches, at most
 
 Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C_g capacity of group g)
 
@@ -24,12 +25,29 @@ Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C
     past_key_values.L.key/.value    [B, KV, C_g, Dh]          model     caches of layer L
     ==============================  ========================  ========  ==============================================
 
+    Where pictures reach the decoder through cross-attention, N counts image features, which are no tokens of S:
+
+    ==============================  ========================  ========  ==============================================
+    input                           shape                     dtype     meaning
+    ==============================  ========================  ========  ==============================================
+    image_features                  [B, N, D]                 model     features of this step's pictures
+    image_numbers                   [B, N]                    int64     picture of the conversation that each belongs
+                                                                        to, from 0; PADDING where it is filling
+    seen_images                     [B, S, 2]                 int64     first picture and first picture not that each
+                                                                        token sees; SEES_NOTHING where it sees none
+    key_images.g                    [B, W_g]                  int64     in place of key_positions.g: image_numbers of
+                                                                        the entries so far, NO_ENTRY behind them
+    ==============================  ========================  ========  ==============================================
+
     ==============================  ========================  ========  ==============================================
     output                          shape                     dtype     meaning
     ==============================  ========================  ========  ==============================================
     logits                          [B, V]                    model     of each row's last real token
     kept_indices                    [B, Sk]                   int64     indices in S that survive (selecting graphs)
     visual_scores                   [B, N]                    float32   what the selection ranked the visual tokens by
+    kept_features                   [B, Nk]                   int64     indices in N of the features that went into the
+                                                                        caches, ascending (graphs that select features)
+    kept_counts                     [B]                       int64     how many of them count, row by row
     present.L.key/.value            [B, KV, C_g, Dh]          model     the caches; bind to the buffers of the inputs
     ==============================  ========================  ========  ==============================================
 """
@@ -46,6 +64,13 @@ SCHEMA = 1
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 Dim = int | str
+
+# What fills the caches of a group, one entry each.
+TOKENS, IMAGES = "tokens", "images"
+# In image_numbers and key_images: a feature of no picture (a tile that only fills up), and no feature at all.
+PADDING, NO_ENTRY = -1, -2
+# In seen_images, of a token that sees no picture.
+SEES_NOTHING = (-1, 2**31 - 1)
 
 
 def kept_count(tokens: int, removed: float) -> int:
@@ -74,11 +99,20 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
 
 
+def most_features(features: int, share: float) -> int:
+    """Image features of ``features`` that enter caches bounded by ``share``: rounded down, so that parts fit too."""
+    return int(features * share + 1e-9)
+
+
 @dataclass(frozen=True)
 class CacheGroup:
-    """Consecutive layers whose caches always hold the same number of tokens.
+    """Layers whose caches always hold the same entries.
 
-    ``removed`` is the share of visual tokens that is gone before the first layer of the group.
+    Attributes:
+        removed: share of visual tokens that is gone before the first layer of the group.
+        source: what adds an entry: TOKENS (self-attention) or IMAGES (cross-attention to image features).
+        most: of a group filled by images, the share of a step's features that it takes at most; how many it takes
+            depends on the data, and the graph returns it.
     """
 
     layers: tuple[int, ...]
@@ -86,9 +120,18 @@ class CacheGroup:
     kv_heads: int
     head_size: int
     removed: float = 0.0
+    source: str = TOKENS
+    most: float = 1.0
 
     def length(self, tokens: int, visual: int) -> int:
-        """Cache entries that a step of ``tokens`` tokens, ``visual`` of them visual, adds to this group."""
+        """Cache entries that a step adds to this group (at most, where it is bounded).
+
+        Args:
+            tokens: of the step; visual tokens are among them where the decoder has no cross-attention.
+            visual: visual tokens, or image features, of the step.
+        """
+        if self.source == IMAGES:
+            return most_features(visual, self.most)
         return tokens - visual + kept_count(visual, self.removed)
 
     def nbytes(self, batch: int, dtype: str) -> int:
@@ -129,7 +172,7 @@ class Contract:
         graphs: ``vision``, ``embed`` and ``decoder`` by name, and the pieces of a chain where there is one.
         chains: name of a graph -> names of graphs that do the same one after the other, for libraries that cannot take
             it in one piece; what a piece returns under a name, a later one takes under that name.
-        groups: cache groups in layer order.
+        groups: cache groups in the order of their first layers.
         dims: inclusive (minimum, maximum) of every symbolic input dimension.
         selection: method name and its parameters, or None for the unpruned model. For people and reports only.
         max_seq_len: tokens of a whole conversation before removal, the capacity of unpruned caches.
@@ -168,6 +211,15 @@ class Contract:
     def removed(self) -> float:
         """Share of visual tokens removed before the last layer."""
         return self.groups[-1].removed
+
+    @property
+    def crosses(self) -> bool:
+        """Whether pictures reach the decoder through cross-attention instead of as tokens of the sequence."""
+        return any(group.source == IMAGES for group in self.groups)
+
+    def dense_capacity(self, group: CacheGroup) -> int:
+        """Capacity of a group's caches in the unpruned model."""
+        return self.images_assumed * self.image_tokens if group.source == IMAGES else self.max_seq_len
 
     @property
     def max_images(self) -> int:
@@ -244,15 +296,25 @@ def decoder_spec(
         TensorSpec("position_ids", "int64", ("B", "S") if position_axes == 1 else (position_axes, "B", "S")),
         TensorSpec("last_index", "int64", ("B",)),
     ]
-    if selects:
-        inputs.append(TensorSpec("visual_positions", "int64", ("B", "N")))
+    crosses = any(group.source == IMAGES for group in groups)
     outputs = [TensorSpec("logits", dtype, ("B", vocabulary))]
-    if selects:
+    if crosses:
+        inputs.append(TensorSpec("image_features", dtype, ("B", "N", hidden)))
+        inputs.append(TensorSpec("image_numbers", "int64", ("B", "N")))
+        inputs.append(TensorSpec("seen_images", "int64", ("B", "S", 2)))
+    if crosses and selects:
+        outputs.append(TensorSpec("kept_features", "int64", ("B", "Nk")))
+        outputs.append(TensorSpec("kept_counts", "int64", ("B",)))
+    elif selects:
+        inputs.append(TensorSpec("visual_positions", "int64", ("B", "N")))
         outputs.append(TensorSpec("kept_indices", "int64", ("B", "Sk")))
         outputs.append(TensorSpec("visual_scores", "float32", ("B", "N")))
     for index, group in enumerate(groups):
         inputs.append(TensorSpec(f"write_indices.{index}", "int64", ("B",)))
-        inputs.append(TensorSpec(f"key_positions.{index}", "int64", (f"W{index}",)))
+        if group.source == IMAGES:
+            inputs.append(TensorSpec(f"key_images.{index}", "int64", ("B", f"W{index}")))
+        else:
+            inputs.append(TensorSpec(f"key_positions.{index}", "int64", (f"W{index}",)))
         shape = ("B", group.kv_heads, group.capacity, group.head_size)
         for layer in group.layers:
             for past, present in cache_names(layer):

@@ -101,18 +101,26 @@ class Survivors:
 
 
 def compact(ops: Ops, keep: ir.Value, last_index: ir.Value, sizes: Counts) -> Survivors:
-    """Indices of the ones in ``keep`` without a sort: each token's slot is its rank, the removed go behind."""
-    rank = ops("CumSum", keep, ops.const(1))
-    token = ops("Range", ops.const(0), ops("Squeeze", sizes.tokens, ops.const([0])), ops.const(1))
-    slot_kept = ops("Sub", rank, ops.const([1]))
-    slot_removed = ops("Sub", ops("Add", sizes.survivors, token), rank)
-    slot = ops("Where", ops("Cast", keep, to=ir.DataType.BOOL), slot_kept, slot_removed)
-    tokens = ops("Expand", token, ops("Shape", keep))
-    order = ops("ScatterElements", tokens, slot, tokens, axis=1)
-    kept_indices = ops.slice(order, ops.const([0]), sizes.survivors, axis=1)
+    """Indices of the ones in ``keep``, and where the last real token went."""
+    kept_indices = ops.slice(kept_first(ops, keep, sizes.tokens, sizes.survivors), ops.const([0]), sizes.survivors, 1)
     # No visual token comes after the last real one, so every removed token lies before it. Reading its rank out of
     # slot_kept would say the same, but TensorRT-RTX 1.7 cannot build a gather at an index that was itself gathered.
     return Survivors(kept_indices, ops("Sub", last_index, ops("Sub", sizes.tokens, sizes.survivors)))
+
+
+def kept_first(ops: Ops, keep: ir.Value, size: ir.Value, count: ir.Value) -> ir.Value:
+    """Numbers 0 .. n-1 of each row with the ones in ``keep`` [B, n] first, ascending, without a sort.
+
+    Each one's slot is its rank, the others go behind. ``size`` is n, [1]; ``count`` how many ones there are, [1] where
+    every row has as many, else [B, 1].
+    """
+    rank = ops("CumSum", keep, ops.const(1))
+    number = ops("Range", ops.const(0), ops("Squeeze", size, ops.const([0])), ops.const(1))
+    slot_kept = ops("Sub", rank, ops.const([1]))
+    slot_removed = ops("Sub", ops("Add", count, number), rank)
+    slot = ops("Where", ops("Cast", keep, to=ir.DataType.BOOL), slot_kept, slot_removed)
+    numbers = ops("Expand", number, ops("Shape", keep))
+    return ops("ScatterElements", numbers, slot, numbers, axis=1)
 
 
 def gather_tokens(ops: Ops, hidden: ir.Value, kept_indices: ir.Value) -> ir.Value:

@@ -52,7 +52,7 @@ def split_at(
     side = SideInputs(roots, shape_only=None if seam is embeds else embeds, suffix=".1")
     order = [node for node in graph if node in region]
     side.rewire(order)
-    _shrink_caches(layers[first:], capacity)
+    shrink_caches(layers[first:], capacity)
 
     graph.extend([*ops.nodes, *side.cloned])
     if first:
@@ -64,11 +64,12 @@ def split_at(
     graph.outputs.insert(1, survivors.kept_indices)
     rename = {"S": "Sk", "W0": "W1"} if first else {"S": "Sk"}
     for node in [*order, *side.cloned]:
-        _rename_dims(node, rename)
+        rename_dims(node, rename)
     graph.sort()
 
 
-def _shrink_caches(layers: list[Layer], capacity: int) -> None:
+def shrink_caches(layers: list[Layer], capacity: int) -> None:
+    """Give the caches of some layers another capacity."""
     for layer in layers:
         for cache in (layer.key_cache, layer.value_cache):
             if cache.shape is None or len(cache.shape) != 4:
@@ -79,8 +80,8 @@ def _shrink_caches(layers: list[Layer], capacity: int) -> None:
                     node.outputs[0].shape = cache.shape
 
 
-def _rename_dims(node: ir.Node, rename: dict[str, str]) -> None:
-    """Later layers see fewer tokens: a stale dimension name makes ONNX Runtime reuse buffers of the wrong size."""
+def rename_dims(node: ir.Node, rename: dict[str, str]) -> None:
+    """Name the dims of a node's outputs anew: a stale name makes ONNX Runtime reuse buffers of the wrong size."""
     for value in node.outputs:
         if value.shape is None:
             continue

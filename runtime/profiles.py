@@ -53,7 +53,7 @@ def decoder_profiles(contract: Contract) -> dict[str, Profile]:
     dims = contract.dims
     batch = Range(dims["B"][0], dims["B"][0], dims["B"][1])
     visual = min(contract.images_assumed * contract.image_tokens, dims["N"][1])
-    tokens = min(visual + _TYPICAL_TEXT, dims["S"][1])
+    tokens = min(_TYPICAL_TEXT + (0 if contract.crosses else visual), dims["S"][1])
     prefill = {"B": batch, "S": Range(1, tokens, dims["S"][1]), "N": Range(0, visual, dims["N"][1])}
     decode = {"B": batch, "S": Range(1, 1, 2), "N": Range(0, 0, 0)}
     if "Sk" in dims:  # enters the pieces of a chain that lie behind a selection
