@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlmtrim.export.job import DTYPES, ENGINES, SCORES, Refusal
 from vlmtrim.export.requirements import missing_extra
+from vlmtrim.graphs.methods import method_names
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,18 +21,9 @@ def parser() -> argparse.ArgumentParser:
         description="Export a vision-language model to an ONNX bundle that drops visual tokens inside the decoder.",
         epilog="Example: export-vlm --model demo --k 2 --r 0.5",
     )
+    p.add_argument("--list", action=_List, help="print families, presets, methods and what is proven, and exit")
     p.add_argument("--model", required=True, help="demo, llava-7b, llava-13b, tiny:<family>, folder or hub id")
-    p.add_argument("--method", default="fastv", choices=("fastv", "none"), help="how tokens are selected")
-    p.add_argument("--k", type=int, default=2, help="decoder layers that run on all tokens (default 2)")
-    p.add_argument("--r", type=float, default=0.5, help="share of visual tokens REMOVED, 0 <= r < 1 (default 0.5)")
-    p.add_argument(
-        "--score",
-        default="last-row",
-        choices=SCORES,
-        help="what ranks visual tokens: attention of the prompt's last token (last-row, default), the same without "
-        "rotary embedding (no-rope) or shared with a uniform stride (coverage); stride and random as baselines",
-    )
-    p.add_argument("--seed", type=int, default=0, help="of --score random, and phase of --score stride")
+    _add_method_arguments(p)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights; auto keeps the checkpoint's")
     p.add_argument(
         "--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)"
@@ -63,6 +56,50 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="print job, contract, sizes and operators; load no weights")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     return p
+
+
+class _List(argparse.Action):
+    """Like --help: prints and exits, whatever else is given."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        if problem := missing_extra():
+            parser.exit(2, f"export-vlm: {problem}\n")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        from vlmtrim.export import listing
+
+        print(listing.text())
+        parser.exit()
+
+
+def _add_method_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--method",
+        default="fastv",
+        choices=(*method_names(), "none"),
+        help="what selects visual tokens (default fastv); arguments of other methods are ignored",
+    )
+    p.add_argument("--k", type=int, default=2, help="fastv: decoder layers that run on all tokens (default 2)")
+    p.add_argument("--r", type=float, default=0.5, help="fastv: share of visual tokens REMOVED, 0 <= r < 1 (0.5)")
+    p.add_argument(
+        "--score",
+        default="last-row",
+        choices=SCORES,
+        help="fastv: what ranks visual tokens: attention of the prompt's last token (last-row, default), the same "
+        "without rotary embedding (no-rope) or shared with a uniform stride (coverage); stride and random as baselines",
+    )
+    p.add_argument("--seed", type=int, default=0, help="fastv: of --score random, and phase of --score stride")
+    p.add_argument(
+        "--ratio", type=float, default=0.25, help="trimmed-llama: share of image features a head keeps (0.25)"
+    )
+    p.add_argument(
+        "--bound",
+        type=float,
+        default=None,
+        help="trimmed-llama: share of image features that the caches hold at most (default 3.5 times --ratio)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,8 +22,9 @@ class Job:
 
     Attributes:
         model: preset, ``tiny:<family>``, checkpoint folder or hub id.
-        method: ``fastv`` or ``none``.
-        k, r, seed, score: parameters of the method.
+        method: a name in ``vlmtrim.graphs.methods``, or ``none``.
+        k, r, seed, score: parameters of fastv.
+        ratio, bound: parameters of trimmed-llama.
         dtype: of weights and activations; ``auto`` keeps the checkpoint's.
         max_seq_len: tokens of a whole conversation before removal.
         max_batch: rows that run at once.
@@ -46,6 +47,8 @@ class Job:
     r: float = 0.5
     seed: int = 0
     score: str = "last-row"
+    ratio: float = 0.25
+    bound: float | None = None
     dtype: str = "auto"
     max_seq_len: int = 2048
     max_batch: int = 1

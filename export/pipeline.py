@@ -24,9 +24,9 @@ from vlmtrim.export.flops import decoder_macs
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.graphs import shard
 from vlmtrim.graphs.bundle import check_target, seal, staging
-from vlmtrim.graphs.contract import CacheGroup, Contract, TensorSpec, decoder_spec, kept_count
+from vlmtrim.graphs.contract import IMAGES, CacheGroup, Contract, TensorSpec, decoder_spec
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
-from vlmtrim.graphs.methods.fastv import FastV
+from vlmtrim.graphs.methods import load_method, method_names
 from vlmtrim.runtime.engines import build_engines, import_library
 
 # Files of a checkpoint that a bundle keeps: the runtime reads them, and the bundle stays a loadable checkpoint.
@@ -59,7 +59,7 @@ class Prepared:
     tensors: dict[str, weights.StoredTensor] | None
     dtype: torch.dtype
     contract: Contract
-    method: FastV | None
+    method: Any
     model: Any
     plan: memory.Plan
 
@@ -175,14 +175,15 @@ def _traced(plan: trace.Plan, traces: dict[str, ir.Model] | None) -> ir.Model:
     return traces[plan.spec.file].clone()
 
 
-def pruning_method(job: Job) -> FastV | None:
+def pruning_method(job: Job) -> Any:
     """The method a job names. Raises Refusal for an unknown one or for parameters out of range."""
     if job.method == "none":
         return None
-    if job.method != "fastv":
-        raise Refusal(f"method {job.method!r} is not supported; supported: fastv, none")
+    if job.method not in method_names():
+        raise Refusal(f"method {job.method!r} is not supported; supported: {', '.join(method_names())}, none")
+    method = load_method(job.method)
     try:
-        return FastV(k=job.k, r=job.r, seed=job.seed, score=job.score)
+        return method(**{field.name: getattr(job, field.name) for field in dataclasses.fields(method)})
     except ValueError as error:
         raise Refusal(str(error)) from error
 
@@ -191,24 +192,18 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     """The contract of a job's bundle, from the config alone. Raises Refusal where the job does not fit the model."""
     shape = _bounded(job, family.read_shape(config))
     method = pruning_method(job)
+    _check_method(job, family)
     _check_limits(job, shape, config, family)
     name = str(dtype).removeprefix("torch.")
     capacity = job.max_seq_len
-    if method is None:
-        parts = [(range(shape.layers), 0.0)]
-    else:
+    dense = groups = dense_groups(shape, capacity, job.images)
+    if method is not None:
         try:
-            parts = method.groups(shape.layers)
+            groups = method.groups(dense, job.images * shape.image_tokens)
         except ValueError as error:
             raise Refusal(str(error)) from error
-    visual = job.images * shape.image_tokens
-    groups = tuple(
-        CacheGroup(
-            tuple(layers), capacity - visual + kept_count(visual, removed), shape.kv_heads, shape.head_size, removed
-        )
-        for layers, removed in parts
-    )
-    most_images = max(1, capacity // shape.image_tokens)
+    crosses = any(group.source == IMAGES for group in dense)
+    most_images = job.images if crosses else max(1, capacity // shape.image_tokens)
     dims = {
         "B": (1, job.max_batch),
         "S": (1, capacity),
@@ -257,6 +252,24 @@ def _bounded(job: Job, shape: Any) -> Any:
     return dataclasses.replace(shape, image_tokens=min(tokens, shape.image_tokens))
 
 
+def dense_groups(shape: Any, capacity: int, images: int) -> tuple[CacheGroup, ...]:
+    """Cache groups of the unpruned model: one of all layers, and one of the cross-attention layers where it has any."""
+    cross: tuple[int, ...] = getattr(shape, "cross_layers", ())
+    own = tuple(layer for layer in range(shape.layers) if layer not in cross)
+    tokens = CacheGroup(own, capacity, shape.kv_heads, shape.head_size)
+    if not cross:
+        return (tokens,)
+    features = images * shape.image_tokens
+    return tokens, CacheGroup(cross, features, shape.kv_heads, shape.head_size, source=IMAGES)
+
+
+def _check_method(job: Job, family: Any) -> None:
+    proven = (*family.METHODS, "none")
+    if job.method not in proven:
+        name = family.__name__.rpartition(".")[2]
+        raise Refusal(f"method {job.method} is not proven for the family {name}; give --method {' or '.join(proven)}")
+
+
 def _check_limits(job: Job, shape: Any, config: Any, family: Any) -> None:
     if job.max_batch < 1:
         raise Refusal(f"--max-batch is {job.max_batch}; give 1 or more")
@@ -264,7 +277,8 @@ def _check_limits(job: Job, shape: Any, config: Any, family: Any) -> None:
         raise Refusal(f"--images is {job.images}; give 1 or more")
     if not 1 < job.max_seq_len <= shape.max_positions:
         raise Refusal(f"--max-seq-len is {job.max_seq_len}; the model takes 2 to {shape.max_positions} tokens")
-    if job.images * shape.image_tokens >= job.max_seq_len:
+    in_sequence = not getattr(shape, "cross_layers", ())
+    if in_sequence and job.images * shape.image_tokens >= job.max_seq_len:
         raise Refusal(
             f"--max-seq-len {job.max_seq_len} does not hold {job.images} image(s) of {shape.image_tokens} tokens; "
             "give a larger --max-seq-len or fewer --images"
@@ -281,14 +295,14 @@ def _check_limits(job: Job, shape: Any, config: Any, family: Any) -> None:
 
 
 def _plain_decoder(contract: Contract, config: Any, family: Any) -> Any:
-    """Boundary of the decoder before the selection: one cache group over all layers."""
+    """Boundary of the decoder before the selection."""
     shape = family.read_shape(config)
-    group = CacheGroup(tuple(range(shape.layers)), contract.max_seq_len, shape.kv_heads, shape.head_size)
+    groups = dense_groups(shape, contract.max_seq_len, contract.images_assumed)
     return decoder_spec(
         dtype=contract.dtype,
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
-        groups=(group,),
+        groups=groups,
         selects=False,
         position_axes=shape.position_axes,
     )

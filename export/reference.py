@@ -30,6 +30,8 @@ class Reference:
         selection: the contract's selection (``k``, ``r``, ``seed``, ``score``), or None for the plain forward.
     """
 
+    METHODS = ("fastv",)  # that this oracle writes a second time
+
     def __init__(self, model_class: Any, folder: Path, selection: dict[str, Any] | None):
         self.model = model_class.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
         self._text = self.model.model.language_model
@@ -184,5 +186,8 @@ def own_processor(folder: Path) -> Any:
 
 def processed(folder: Path, text: str, image: Any) -> tuple[list[int], np.ndarray]:
     """Token ids and pixel values that the checkpoint's own Hugging Face processor makes of a rendered prompt."""
-    inputs = own_processor(folder)(text=text, images=image, return_tensors="pt")
+    processor = own_processor(folder)
+    start = processor.tokenizer.bos_token
+    written = bool(start) and text.startswith(start)  # by the template; the tokenizer would write a second one
+    inputs = processor(text=text, images=image, return_tensors="pt", add_special_tokens=not written)
     return inputs["input_ids"][0].tolist(), inputs["pixel_values"].numpy()

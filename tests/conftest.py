@@ -28,7 +28,6 @@ def export_tiny(tmp_path_factory):
         "seed",
         "score",
         "max_batch",
-        "images",
         "image_tokens",
         "engine",
         "engine_shards",

@@ -26,6 +26,7 @@ from vlmtrim.export.vision_tower import tile_features, tile_tokens, tiny_vision_
 from vlmtrim.graphs.contract import GraphSpec, TensorSpec
 
 MODEL_CLASS = LlavaForConditionalGeneration
+METHODS = ("fastv",)
 
 
 def read_shape(config: LlavaConfig) -> Shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import onnx_ir as ir
 
 from vlmtrim.graphs import scores, select
 from vlmtrim.graphs.anatomy import Layer, find_layers, graph_input, seam_before
-from vlmtrim.graphs.contract import kept_count
+from vlmtrim.graphs.contract import CacheGroup, kept_count
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery import split_at
@@ -72,11 +73,19 @@ class FastV:
         """What the contract records."""
         return {"method": self.name, **asdict(self), "score": self.rule}
 
-    def groups(self, layers: int) -> list[tuple[range, float]]:
-        """Cache groups as (layers, share of visual tokens removed before them)."""
-        self._check_depth(layers)
-        head = [(range(self.k), 0.0)] if self.k else []
-        return [*head, (range(self.k, layers), self.r)]
+    def groups(self, dense: tuple[CacheGroup, ...], visual_tokens: int) -> tuple[CacheGroup, ...]:
+        """The cache groups of the pruned model; later caches shrink by what is removed of ``visual_tokens``."""
+        if len(dense) != 1:
+            raise GraphError(f"the decoder has {len(dense)} cache groups; fastv splits one, of visual tokens and text")
+        (whole,) = dense
+        self._check_depth(len(whole.layers))
+        later = dataclasses.replace(
+            whole,
+            layers=whole.layers[self.k :],
+            capacity=whole.capacity - visual_tokens + kept_count(visual_tokens, self.r),
+            removed=self.r,
+        )
+        return (dataclasses.replace(whole, layers=whole.layers[: self.k]), later) if self.k else (later,)
 
     def __call__(self, model: ir.Model, visual_tokens: int = 0) -> ir.Model:
         """Insert the selection into a decoder graph, in place, and return it.
@@ -130,3 +139,6 @@ def _capacity(layers: list[Layer]) -> int:
     if not isinstance(capacity, int):
         raise GraphError("the caches must share one static capacity before a selection is inserted")
     return capacity
+
+
+METHOD = FastV

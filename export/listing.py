@@ -1,0 +1,32 @@
+"""What there is: families, presets, methods, and which method is proven for which family."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vlmtrim.export.checkpoint import DEMO, PRESETS, family_names, load_family
+from vlmtrim.graphs.methods import load_method, method_names
+
+
+def combinations() -> dict[tuple[str, str], bool]:
+    """(family, method) -> whether parity tests and an oracle hold it; other combinations are refused."""
+    families = {name: load_family(name).METHODS for name in family_names()}
+    return {(name, method): method in proven for name, proven in families.items() for method in method_names()}
+
+
+def text() -> str:
+    """All of it for people."""
+    lines = ["presets"]
+    lines += [f"    {name:22} {where}" for name, where in {"demo": f"in the package ({DEMO.name})", **PRESETS}.items()]
+    lines += ["methods"]
+    for name in method_names():
+        method = load_method(name)
+        flags = " ".join(f"--{field.name}" for field in dataclasses.fields(method))
+        lines.append(f"    {name:22} {flags}")
+    lines.append(f"    {'none':22} the unpruned model")
+    proven = combinations()
+    lines.append(f"{'families':26} " + " ".join(f"{name:14}" for name in (*method_names(), "none")).rstrip())
+    for family in family_names():
+        cells = [*("proven" if proven[family, name] else "-" for name in method_names()), "proven"]
+        lines.append(f"    {family:22} " + " ".join(f"{cell:14}" for cell in cells).rstrip())
+    return "\n".join(lines)

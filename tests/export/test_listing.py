@@ -1,0 +1,35 @@
+"""export-vlm --list says what is proven; what is called proven has an oracle, goldens and a parity run."""
+
+from pathlib import Path
+
+import pytest
+
+from vlmtrim.export import cli, listing
+from vlmtrim.export.checkpoint import PRESETS, family_names, load_family, load_reference
+from vlmtrim.graphs.methods import method_names
+
+GOLDEN = Path(__file__).parents[1] / "graphs" / "golden"
+# What each method's selection must look like, node by node.
+GOLDENS = {"fastv": ("losers", "stride", "winners"), "trimmed-llama": ("trimmed-llama",)}
+
+
+def test_the_list_names_all_there_is(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--list"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for name in (*family_names(), *method_names(), *PRESETS, "--ratio", "--score"):
+        assert name in printed
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
+    order = rows["families"]
+    for (family, method), proven in listing.combinations().items():
+        assert (rows[family][order.index(method)] == "proven") == proven
+
+
+@pytest.mark.parametrize("family", family_names())
+def test_what_is_called_proven_is_held_by_an_oracle_and_goldens(family):
+    """The parity test runs every family with the METHODS it names (test_parity.FAMILIES)."""
+    methods = load_family(family).METHODS
+    assert methods and set(methods) <= set(method_names())
+    assert set(methods) <= set(load_reference(family).METHODS)
+    assert all((GOLDEN / f"{name}.txt").is_file() for method in methods for name in GOLDENS[method])
