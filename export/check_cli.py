@@ -100,13 +100,12 @@ def _against_backend(args: argparse.Namespace, bundle: Bundle, replayer: Replaye
 def _against_pytorch(
     args: argparse.Namespace, bundle: Bundle, session: Session, turns: list[Turn], image: Any
 ) -> list[Row]:
-    from vlmtrim.export.checkpoint import read_config
-    from vlmtrim.export.reference import Reference
+    from vlmtrim.export.checkpoint import load_reference, read_config
 
     source = Path(args.checkpoint) if args.checkpoint else bundle.folder
     family, _ = read_config(source)
     selection = None if bundle.contract.selection is None else dict(bundle.contract.selection)
-    reference = Reference(family.MODEL_CLASS, source, selection)
+    reference = load_reference(bundle.contract.family)(family.MODEL_CLASS, source, selection)
     rows = _compare_inputs(bundle, session, args.prompt, image)
     groups = [group.layers for group in bundle.contract.groups]
     for turn in turns:
@@ -135,16 +134,19 @@ def _compare_inputs(bundle: Bundle, session: Session, prompt: str, image: Any) -
 
 
 def make_turns(session: Session, prompt: str, images: Sequence[Any]) -> list[Turn]:
-    """Two turns of one conversation, the second with another picture, and a conversation without pictures."""
+    """Two turns of one conversation, the second with another picture if it fits, and one without pictures."""
     prompter, talk = session.prompter, Conversation(session.prompter)
     opening, closing = load_image(images[0]), load_image(images[-1])
     first = prompter.expand_images(talk.ask(prompt, 1), session.processor([opening]).tokens)
     talk.answer("")
-    second = prompter.expand_images(talk.ask("And in this one?", 1), session.processor([closing]).tokens)
+    # Caches of cross-attention may be made for one picture.
+    more = (closing,) if session.contract.max_images > 1 or not session.contract.crosses else ()
+    brought = session.processor(more).tokens if more else ()
+    second = prompter.expand_images(talk.ask("And in this one?", len(more)), brought)
     text_only = Conversation(prompter).ask(prompt, 0)
     return [
         Turn("picture", first, (opening,)),
-        Turn("second turn", second, (closing,), opens=False),
+        Turn("second turn", second, more, opens=False),
         Turn("text only", text_only),
     ]
 

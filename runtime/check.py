@@ -32,9 +32,9 @@ class Turn:
 class Recording:
     """What one side did with a turn.
 
-    kept: indices of the turn's tokens that survive, or None; caches: (keys, values) [KV, length, Dh] per layer after
-    the prefill; logits [1 + steps, V]: prefill, then each greedy token fed back; visual, scores: indices of the turn's
-    visual tokens and what they were ranked by, [N] each, where that side tells.
+    kept: indices of the turn's tokens, or image features, that survive, or None; caches: (keys, values) [KV, length,
+    Dh] per layer after the prefill; logits [1 + steps, V]: prefill, then each greedy token fed back; visual, scores:
+    indices of the turn's visual tokens and what they were ranked by, [N] each, where that side tells.
     """
 
     kept: np.ndarray | None
@@ -100,7 +100,8 @@ def record(session: Session, turn: Turn, tokens: int | Sequence[int], row: int =
     for step in range(tokens if isinstance(tokens, int) else len(tokens)):
         fed.append(int(logits[-1].argmax()) if isinstance(tokens, int) else tokens[step])
         logits.append(session.decode(np.full(session.batch, fed[-1], dtype=np.int64))[row])
-    kept = None if prefill.kept_indices is None else prefill.kept_indices[row]
+    selected = prefill.kept_indices or (prefill.kept_features if session.contract.selection else None)
+    kept = None if selected is None else selected[row]
     scores = None if prefill.visual_scores is None else prefill.visual_scores[row]
     return Recording(kept, caches, np.stack(logits).astype(np.float32), prefill.visual_positions[row], scores), fed
 
@@ -114,7 +115,12 @@ def compare(turn: str, found: Recording, expected: Recording, groups: Sequence[S
         rows.append(_compare_kept(turn, found, expected, tolerance))
         same_tokens = np.array_equal(found.kept, expected.kept)
     for index, layers in enumerate(groups):
-        rows.append(_compare_caches(turn, index, layers, found, expected, tolerance))
+        selected = index > 0 or (len(groups) > 1 and max(layers) > min(groups[1]))  # holds what follows a selection
+        if selected and not same_tokens:
+            what = _cache_row_name(layers)
+            rows.append(Row(turn, what, 0.0, tolerance, True, "not comparable: other tokens were kept"))
+        else:
+            rows.append(_compare_caches(turn, layers, found, expected, tolerance))
     if not same_tokens and rows[0].passed:
         return [*rows, Row(turn, "logits", 0.0, tolerance, True, "not comparable: other tokens were kept")]
     scale = max(1.0, float(np.abs(expected.logits).max()))
@@ -181,10 +187,13 @@ def tie_gaps(one: Recording, other: Recording) -> np.ndarray:
     return np.array(gaps) / max(abs(worst_kept), np.finfo(np.float64).tiny)
 
 
-def _compare_caches(
-    turn: str, index: int, layers: Sequence[int], found: Recording, expected: Recording, tolerance: float
-) -> Row:
-    what = f"caches, layers {layers[0]}-{layers[-1]}"
+def _cache_row_name(layers: Sequence[int]) -> str:
+    consecutive = layers[-1] - layers[0] + 1 == len(layers)
+    return f"caches, {'' if consecutive else f'{len(layers)} of '}layers {layers[0]}-{layers[-1]}"
+
+
+def _compare_caches(turn: str, layers: Sequence[int], found: Recording, expected: Recording, tolerance: float) -> Row:
+    what = _cache_row_name(layers)
     worst, length = 0.0, 0
     for layer in layers:
         for have, want in zip(found.caches[layer], expected.caches[layer], strict=True):
@@ -193,9 +202,6 @@ def _compare_caches(
             scale = max(1.0, float(np.abs(want).max(initial=0.0)))
             worst = max(worst, float(np.abs(have.astype(np.float32) - want).max(initial=0.0)) / scale)
             length = have.shape[1]
-    both_select = found.kept is not None and expected.kept is not None
-    if index and both_select and not np.array_equal(found.kept, expected.kept):  # type: ignore[arg-type]
-        return Row(turn, what, 0.0, tolerance, True, "not comparable: other tokens were kept")
     return _row(turn, what, worst, tolerance, f"{length} entries")
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlmtrim.graphs.bundle import Bundle
-from vlmtrim.graphs.contract import cache_names
+from vlmtrim.graphs.contract import IMAGES, TOKENS, cache_names
 from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.backends.base import Backend, Tensor
+from vlmtrim.runtime.crossing import Crossing, CrossProcessor
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.processors.base import Pictures, load_processor
 from vlmtrim.runtime.prompt import Prompter
@@ -33,10 +34,13 @@ class Prefill:
 
     Attributes:
         logits: [B, V] of each row's last token.
-        visual, kept: visual tokens of this step, and how many the last layers keep.
+        visual, kept: visual tokens (or image features) of this step, and how many the last layers keep; where that
+            depends on the data, of the row that keeps most.
         kept_indices: per row, indices into its new tokens that survive, ascending; None where nothing is selected.
         visual_positions: indices of the visual tokens among each row's new tokens, [B, N].
         visual_scores: what the visual tokens were ranked by, float32 [B, N]; None where nothing is selected.
+        kept_features: per row, indices into the step's image features that the caches took, ascending; None where
+            pictures are tokens.
     """
 
     logits: np.ndarray
@@ -45,6 +49,7 @@ class Prefill:
     kept_indices: list[np.ndarray] | None
     visual_positions: np.ndarray
     visual_scores: np.ndarray | None
+    kept_features: list[np.ndarray] | None = None
 
     def survivors(self, row: int) -> np.ndarray:
         """Which of a row's visual tokens survive, bool [N]; all of them where nothing is selected."""
@@ -93,6 +98,9 @@ class Session:
         zero = np.zeros(self.batch, dtype=np.int64)
         self.lengths = Lengths(zero.copy(), [zero.copy() for _ in self.contract.groups])
         self.times = Times()
+        self._crossing = None
+        if isinstance(self.processor, CrossProcessor):
+            self._crossing = Crossing(self.contract, self.processor, self.batch)
 
     def encode_images(self, pictures: Pictures) -> Tensor:
         """Pictures -> features on the device, [B, N, D], pictures in row order."""
@@ -101,7 +109,15 @@ class Session:
         dtype = self.contract.dtype
         feeds = {n: dtypes.cast(v, dtype) if v.dtype == np.float32 else v for n, v in pictures.inputs.items()}
         features = self._vision.run(feeds)["image_features"]
-        return self.backend.reshape(features, (self.batch, sum(pictures.tokens) // self.batch, self._hidden))
+        return self.backend.reshape(features, (self.batch, self._visual(pictures), self._hidden))
+
+    def _visual(self, pictures: Pictures | None) -> int:
+        """Visual tokens, or image features, that the pictures bring to each row."""
+        if pictures is None:
+            return 0
+        if self.contract.crosses:
+            return len(pictures.tokens) * self.contract.image_tokens // self.batch
+        return sum(pictures.tokens) // self.batch
 
     def prefill(self, rows: Sequence[Sequence[int]], pictures: Pictures | None = None) -> Prefill:
         """Run new tokens of every row, image tokens already repeated.
@@ -111,18 +127,17 @@ class Session:
             pictures: all rows' pictures in order, as ``processor`` makes them, or None.
         """
         ids, counts, visual_positions = self._pack(rows)
-        visual = visual_positions.shape[1]
+        marks = visual_positions.shape[1] * self.batch
         brought = () if pictures is None else pictures.tokens
-        if visual * self.batch != sum(brought):
-            raise RuntimeRefusal(
-                f"the prompt holds {visual * self.batch} image tokens, {len(brought)} image(s) bring {sum(brought)}"
-            )
+        if marks != sum(brought):
+            raise RuntimeRefusal(f"the prompt holds {marks} image tokens, {len(brought)} image(s) bring {sum(brought)}")
+        visual = self._visual(pictures)
         self._check_room(ids.shape[1], visual, counts)
         start = self.backend.mark()
         features = self._no_features() if pictures is None else self.encode_images(pictures)
         middle = self.backend.mark()
         positions = self.processor.positions(ids, counts, self.lengths.positions, pictures)
-        outputs = self._step(ids, counts, visual_positions, features, positions)
+        outputs, kept_features = self._step(ids, counts, visual_positions, features, positions, pictures)
         logits = self.backend.to_host(outputs["logits"])
         kept_indices = scores = None
         if self._selects:
@@ -132,7 +147,9 @@ class Session:
         self.times.vision += self.backend.elapsed(start, middle)
         self.times.prefill += self.backend.elapsed(middle, self.backend.mark())
         kept_visual = self.contract.groups[-1].length(visual, visual)
-        return Prefill(logits, visual, kept_visual, kept_indices, visual_positions, scores)
+        if kept_features is not None:
+            kept_visual = max(map(len, kept_features))
+        return Prefill(logits, visual, kept_visual, kept_indices, visual_positions, scores, kept_features)
 
     def decode(self, tokens: np.ndarray, live: np.ndarray | None = None) -> np.ndarray:
         """Run one token per row (int64 [B]); returns logits [B, V].
@@ -144,7 +161,7 @@ class Session:
         nothing = np.zeros((self.batch, 0), dtype=np.int64)
         ids, counts = tokens[:, None], live.astype(np.int64)
         positions = self.processor.positions(ids, counts, self.lengths.positions, None)
-        outputs = self._step(ids, counts, nothing, self._no_features(), positions)
+        outputs, _ = self._step(ids, counts, nothing, self._no_features(), positions, None)
         logits = self.backend.to_host(outputs["logits"])
         self.times.decode += time.perf_counter() - start
         self.times.steps += 1
@@ -155,18 +172,19 @@ class Session:
         return min(
             int(group.capacity - entries.max())
             for group, entries in zip(self.contract.groups, self.lengths.entries, strict=True)
+            if group.source == TOKENS
         )
 
     def cache_contents(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(keys, values) of every layer as they are filled, [KV, length, Dh]."""
-        contents = []
+        contents = {}
         for group, entries in zip(self.contract.groups, self.lengths.entries, strict=True):
             for layer in group.layers:
                 key, value = (
                     self.backend.to_host(self.caches[past])[row, :, : entries[row]] for past, _ in cache_names(layer)
                 )
-                contents.append((key, value))
-        return contents
+                contents[layer] = key, value
+        return [contents[layer] for layer in sorted(contents)]
 
     def _pack(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids [B, S] padded on the right, token counts [B], positions of visual tokens [B, N])."""
@@ -189,6 +207,12 @@ class Session:
     def _check_room(self, tokens: int, visual: int, counts: np.ndarray) -> None:
         for group, entries in zip(self.contract.groups, self.lengths.entries, strict=True):
             needed = int(entries.max()) + group.length(tokens, visual)
+            if needed > group.capacity and group.source == IMAGES:
+                raise RuntimeRefusal(
+                    f"{visual} image features do not fit: the caches of the cross-attention layers hold "
+                    f"{int(entries.max())} of at most {group.capacity}; reset the conversation, or export with more "
+                    "--images"
+                )
             if needed > group.capacity:
                 full = int(entries.max())
                 raise RuntimeRefusal(
@@ -207,29 +231,39 @@ class Session:
         visual_positions: np.ndarray,
         features: Tensor,
         positions: tuple[np.ndarray, np.ndarray],
-    ) -> dict[str, Tensor]:
-        """Embed and decode; ``positions`` are of the tokens, and each row's first free one after them."""
-        tokens, visual = ids.shape[1], visual_positions.shape[1]
-        embeds = self._embed.run({"input_ids": ids, "image_features": features, "visual_positions": visual_positions})[
-            "inputs_embeds"
-        ]
+        pictures: Pictures | None,
+    ) -> tuple[dict[str, Tensor], list[np.ndarray] | None]:
+        """Embed and decode; ``positions`` are of the tokens, and each row's first free one after them.
+
+        Returns the decoder's outputs, and the image features that each row kept where there is cross-attention.
+        """
+        tokens, visual = ids.shape[1], self._visual(pictures)
+        merged = {} if self._crossing else {"image_features": features, "visual_positions": visual_positions}
         feeds: dict[str, Tensor] = {
-            "inputs_embeds": embeds,
+            "inputs_embeds": self._embed.run({"input_ids": ids, **merged})["inputs_embeds"],
             "position_ids": positions[0],
             "last_index": np.maximum(counts - 1, 0),
         }
         if self._selects:
             feeds["visual_positions"] = visual_positions
         grown = [group.length(tokens, visual) for group in self.contract.groups]
-        for index, (entries, growth) in enumerate(zip(self.lengths.entries, grown, strict=True)):
-            window = self.backend.window(int(entries.max()) + growth, self.contract.groups[index].capacity)
-            feeds[f"write_indices.{index}"] = entries
-            feeds[f"key_positions.{index}"] = np.arange(window)
+        windows = [
+            self.backend.window(max(1, int(entries.max()) + n), group.capacity)
+            for group, entries, n in zip(self.contract.groups, self.lengths.entries, grown, strict=True)
+        ]
+        for index, group in enumerate(self.contract.groups):
+            feeds[f"write_indices.{index}"] = self.lengths.entries[index]
+            if group.source == TOKENS:
+                feeds[f"key_positions.{index}"] = np.arange(windows[index])
+        if self._crossing:
+            feeds["image_features"] = features
+            feeds |= self._crossing.feeds(ids, counts, pictures, dict(enumerate(windows)))
         outputs = self._decoder.run(feeds)
         self.lengths.positions = positions[1]
-        padding = tokens - counts
-        self.lengths.entries = [
-            entries + np.where(counts > 0, growth - padding, 0)
-            for entries, growth in zip(self.lengths.entries, grown, strict=True)
-        ]
-        return outputs
+        added = {index: np.where(counts > 0, n - (tokens - counts), 0) for index, n in enumerate(grown)}
+        kept = None
+        if self._crossing:
+            kept, taken = self._crossing.took(outputs, self.backend, self.lengths.entries)
+            added |= taken
+        self.lengths.entries = [entries + added[index] for index, entries in enumerate(self.lengths.entries)]
+        return outputs, kept
