@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from vlmtrim.export.job import Refusal
 
@@ -21,6 +22,8 @@ PRESETS = {
     "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
     "llava-next-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
     "llava-next-llama3-8b": "llava-hf/llama3-llava-next-8b-hf",
+    "llama-3.2-11b-vision": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "llama-3.2-90b-vision": "meta-llama/Llama-3.2-90B-Vision-Instruct",
 }
 DEMO = Path(__file__).parent / "demo" / "checkpoint"  # trained, small, in the package: works offline
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,6 +41,13 @@ def load_family(name: str) -> ModuleType:
     if name not in family_names():
         raise Refusal(f"model family {name!r} is not supported; supported: {', '.join(family_names())}")
     return importlib.import_module(f"vlmtrim.export.families.{name}")
+
+
+def load_reference(family: str) -> Any:
+    """The class that runs a family's unpatched model: of ``reference_<family>.py``, else of ``reference.py``."""
+    own = f"reference_{family}"
+    module = own if (Path(__file__).parent / f"{own}.py").is_file() else "reference"
+    return importlib.import_module(f"vlmtrim.export.{module}").Reference
 
 
 def resolve(model: str, scratch: Path, weights: bool = True) -> Path:

@@ -32,6 +32,8 @@ def write_checkpoint(family: Any, folder: Path, seed: int = 0, **variant: Any) -
             # The default initialisation makes attention nearly uniform; wider weights make scores differ.
             if parameter.ndim >= 2 and "language_model" in name:
                 parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+            elif parameter.numel() == 1:  # gates start closed, which would hide everything behind them
+                parameter.uniform_(0.3, 1.0)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     write_processor(family, folder, config, SPECIAL_IDS)
