@@ -1,0 +1,175 @@
+"""Llama-3.2-Vision bundles, dense and trimmed, against the unpatched model and the independent oracle."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vlmtrim.export import check_cli, cli, pipeline
+from vlmtrim.export.families import mllama
+from vlmtrim.export.job import Job
+from vlmtrim.export.reference_mllama import Reference
+from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.runtime import Chat, engines
+from vlmtrim.runtime.check import Parity, Recording, Turn, compare, record
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.select_backend import make_backend
+from vlmtrim.runtime.session import Session
+
+IMAGE = 259
+TEXT = np.random.default_rng(3).integers(0, 250, 60).tolist()
+# name -> fields of the job; a bound equal to the ratio cuts every union.
+METHODS = {
+    "dense": {"method": "none"},
+    "quarter": {"method": "trimmed-llama", "ratio": 0.25},
+    "tenth-cut": {"method": "trimmed-llama", "ratio": 0.1, "bound": 0.1},
+}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def bundle(request, export_tiny):
+    return open_bundle(export_tiny(request.param, family="mllama", images=3, max_batch=2, **METHODS[request.param]))
+
+
+def reference(bundle):
+    selection = bundle.contract.selection
+    return Reference(mllama.MODEL_CLASS, bundle.folder, None if selection is None else dict(selection))
+
+
+def picture(seed, size=(240, 200)):
+    """240 x 200 fills four tiles, 40 x 30 one, 100 x 50 two."""
+    return check_cli.generated_picture(seed).resize(size)
+
+
+def agree(name, bundle, found, expected):
+    groups = [group.layers for group in bundle.contract.groups]
+    parity = Parity(tuple(compare(name, found, expected, groups, "float32")))
+    assert parity, "\n" + parity.table()
+
+
+def test_rows_of_a_batch_equal_single_runs(bundle):
+    """Other lengths, marks and numbers of filled tiles in each row; rows keep different numbers of features."""
+    session, oracle = Session(bundle, make_backend("ort-cpu"), batch=2), reference(bundle)
+    images = picture(0, (40, 30)), picture(1)
+    rows = [[256, *TEXT[:3], IMAGE, *TEXT[3:9]], [256, IMAGE, *TEXT[9:40]]]
+    prefill = session.prefill(rows, session.processor(images))
+    caches = [session.cache_contents(row) for row in range(2)]
+    logits = [prefill.logits]
+    expected = [oracle.record(Turn("row", rows[row], images[row : row + 1]), 6) for row in range(2)]
+    for step in range(6):
+        logits.append(session.decode(np.array([fed[step] for _, fed in expected])))
+    for row, (want, _) in enumerate(expected):
+        kept = None if want.kept is None else prefill.kept_features[row]
+        agree(f"row {row}", bundle, Recording(kept, caches[row], np.stack([s[row] for s in logits])), want)
+    if bundle.contract.selection is not None:
+        few, many = map(len, prefill.kept_features)
+        most = bundle.contract.groups[1].length(0, 68)
+        assert 0 < few <= 17 and many == prefill.kept <= most < 68
+        assert few < many or many == most
+        assert max(prefill.kept_features[0]) < 17, "features of empty tiles were kept"
+
+
+def test_several_pictures_in_a_prompt(bundle):
+    """Two marks side by side, whose text sees both pictures, then one more; text before them sees none."""
+    session, oracle = Session(bundle, make_backend("ort-cpu")), reference(bundle)
+    ids = [256, *TEXT[:4], IMAGE, IMAGE, *TEXT[4:9], IMAGE, *TEXT[9:15]]
+    turn = Turn("three", ids, (picture(0, (100, 50)), picture(1), picture(2, (40, 30))))
+    expected, tokens = oracle.record(turn, 4)
+    agree("three", bundle, record(session, turn, tokens)[0], expected)
+
+
+def test_a_picture_after_turns_of_text(bundle):
+    """Empty cross caches first, then a picture, then text that still sees it, then another picture."""
+    session, oracle = Session(bundle, make_backend("ort-cpu")), reference(bundle)
+    turns = [
+        Turn("text", [256, *TEXT[:6]]),
+        Turn("picture", [*TEXT[6:9], IMAGE, *TEXT[9:14]], (picture(0, (100, 50)),), opens=False),
+        Turn("more text", TEXT[14:20], opens=False),
+        Turn("another", [*TEXT[20:22], IMAGE, *TEXT[22:30]], (picture(1),), opens=False),
+    ]
+    for turn in turns:
+        expected, tokens = oracle.record(turn, 3)
+        agree(turn.name, bundle, record(session, turn, tokens)[0], expected)
+
+
+def test_appending_a_picture_equals_processing_everything_at_once(export_tiny):
+    """Where no text comes before the first picture; transformers lets such text attend to later pictures as well."""
+    bundle = open_bundle(export_tiny("dense", family="mllama", images=3, max_batch=2, method="none"))
+    session, oracle = Session(bundle, make_backend("ort-cpu")), reference(bundle)
+    parts = [[IMAGE, *TEXT[:7]], [*TEXT[7:10], IMAGE, *TEXT[10:20]]]
+    images = picture(0, (100, 50)), picture(1)
+    for ids, image in zip(parts, images, strict=True):
+        found = session.prefill([ids], session.processor([image]))
+    whole, _ = oracle.record(Turn("whole", [*parts[0], *parts[1]], images), 0)
+    np.testing.assert_allclose(found.logits[0], whole.logits[0], atol=1e-5)
+
+
+def test_the_oracle_that_keeps_everything_is_the_plain_forward(export_tiny):
+    """The oracle's own loop at ratio 1 with four filled tiles."""
+    folder = export_tiny("dense", family="mllama", images=3, max_batch=2, method="none")
+    turn = Turn("t", [256, *TEXT[:3], IMAGE, *TEXT[3:9]], (picture(0),))
+    plain, tokens = Reference(mllama.MODEL_CLASS, folder, None).record(turn, 4)
+    looped, same = Reference(mllama.MODEL_CLASS, folder, {"ratio": 1.0, "bound": 1.0}).record(turn, 4)
+    assert tokens == same and len(looped.kept) == 68
+    np.testing.assert_allclose(looped.logits, plain.logits, atol=1e-5)
+
+
+def test_pictures_reach_the_answer(bundle):
+    """Open gates: another picture, other logits; a chat of two turns and the refusal of one picture too many."""
+    session = Session(bundle, make_backend("ort-cpu"))
+    ids = [256, IMAGE, *TEXT[:8]]
+    logits = []
+    for seed in (0, 1):
+        session.reset()
+        logits.append(session.prefill([ids], session.processor([picture(seed)])).logits)
+    assert np.abs(logits[0] - logits[1]).max() > 1e-2
+    chat = Chat(session)
+    steps = list(chat.generate("What is this?", [picture(0)], max_new_tokens=3))
+    assert steps[0].prefill.visual == 68 and steps[0].prefill.kept == len(steps[0].prefill.kept_features[0])
+    list(chat.generate("And this?", [picture(1)], max_new_tokens=2))
+    with pytest.raises(RuntimeRefusal, match="--images"):
+        chat.generate("And these?", [picture(2), picture(3), picture(4)])
+
+
+@pytest.mark.parametrize("method", ["none", "trimmed-llama"])
+def test_float16_is_within_its_tolerance_and_builds_engines(method, export_tiny, capsys):
+    """Vision and decoder; the decode profile brings no feature and one or two tokens."""
+    folder = export_tiny(
+        f"half-{method}", family="mllama", images=2, method=method, dtype="float16", engine="tensorrt-rtx", max_batch=2
+    )
+    prints = json.loads((folder / engines.FINGERPRINTS).read_text())
+    assert all((folder / name).stat().st_size == prints[name]["bytes"] for name in ("vision.engine", "decoder.engine"))
+    both = prints["decoder.engine"]["profiles"]
+    assert both["decode"]["N"] == [0, 0, 0] and both["decode"]["S"] == [1, 1, 2]
+    assert both["prefill"]["N"] == [0, 136, 136] and both["prefill"]["W1"][0] == 1
+    assert check_cli.main([str(folder), "--tokens", "4"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("model", "method"), [("tiny:mllama", "fastv"), ("demo", "trimmed-llama")])
+def test_an_unproven_combination_is_refused(model, method, tmp_path, capsys):
+    assert cli.main(["--model", model, "--method", method, "--output", str(tmp_path / "b")]) == 2
+    assert f"{method} is not proven for the family" in capsys.readouterr().err
+
+
+# meta-llama/Llama-3.2-11B-Vision-Instruct: 40 layers, 8 of them cross-attention, 8 key/value heads of 128; a picture
+# is 4 tiles of 40 x 40 patches and a class token, 6,404 features.
+TEXT_11B = {"cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38], "max_position_embeddings": 131072}
+VISION_11B = {"image_size": 560, "intermediate_layers_indices": [3, 7, 15, 23, 30], "vision_output_dim": 7680}
+MB_PER_FEATURE = 2 * 8 * 8 * 128 * 2 / 1e6  # key and value, layers, heads, size, float16
+
+
+@pytest.mark.parametrize(("ratio", "features"), [(None, 6404), (0.25, 5603), (0.5, 6404), (0.1, 2241)])
+def test_cache_memory_of_11b_from_its_config(ratio, features, tmp_path):
+    """What --dry-run prints of it, without weights and without a trace."""
+    from transformers import MllamaConfig
+
+    MllamaConfig(vision_config=VISION_11B, text_config=TEXT_11B, dtype="bfloat16").save_pretrained(tmp_path)
+    method = {"method": "none"} if ratio is None else {"method": "trimmed-llama", "ratio": ratio}
+    prepared = pipeline.prepare(Job(model="11b", output="", dtype="float16", **method), tmp_path, None)
+    tokens, images = prepared.contract.groups
+    assert (len(tokens.layers), len(images.layers), images.capacity) == (32, 8, features)
+    printed = "\n".join(prepared.plan_lines)
+    assert f"{features * MB_PER_FEATURE:10.1f} MB  (8 of layers 3-38, {features} image features, batch 1)" in printed
+    dense = 2 * 32 * 8 * 128 * 2 * 2048 / 1e6 + 6404 * MB_PER_FEATURE
+    assert f"unpruned: {dense:.1f} MB" in printed
+    assert 10.6e9 < sum(p.numel() for p in prepared.model.parameters()) < 10.7e9
