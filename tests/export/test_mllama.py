@@ -151,6 +151,12 @@ def test_an_unproven_combination_is_refused(model, method, tmp_path, capsys):
     assert f"{method} is not proven for the family" in capsys.readouterr().err
 
 
+def test_a_cut_through_cross_attention_is_refused(tmp_path, capsys):
+    argv = ["--model", "tiny:mllama", "--method", "none", "--engine", "tensorrt-rtx", "--engine-shards", "2"]
+    assert cli.main([*argv, "--output", str(tmp_path / "b")]) == 2
+    assert "built in one piece" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
 # meta-llama/Llama-3.2-11B-Vision-Instruct: 40 layers, 8 of them cross-attention, 8 key/value heads of 128; a picture
 # is 4 tiles of 40 x 40 patches and a class token, 6,404 features.
 TEXT_11B = {"cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38], "max_position_embeddings": 131072}
