@@ -63,7 +63,9 @@ def test_the_union_is_what_plain_python_says(runners, data):
     levels = data.draw(st.sampled_from([3, 1000]))  # few levels make ties
     scores = (random.integers(0, levels, (rows, heads, count)) / levels).astype(np.float32)
     numbers = random.integers(-1, 3, (rows, count))
-    for run in runners(heads, ratio, most):
+    onnxruntime, reference = runners(heads, ratio, most)
+    small = heads * count <= 16  # onnx's evaluator gathers with numpy.choose, which takes few choices
+    for run in (onnxruntime, reference) if small else (onnxruntime,):
         keep, order = run({"scores": scores, "image_numbers": numbers})
         for row in range(rows):
             expected = kept_by_union(scores[row], numbers[row], ratio, most)
