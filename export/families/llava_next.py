@@ -35,6 +35,7 @@ from vlmtrim.export.vision_tower import tile_features, tile_tokens, tiny_vision_
 from vlmtrim.graphs.contract import GraphSpec, TensorSpec
 
 MODEL_CLASS = LlavaNextForConditionalGeneration
+METHODS = ("fastv",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from vlmtrim.export.text_decoder import embed_spec as embed_spec
 from vlmtrim.export.text_decoder import sliding_window as sliding_window
 
 MODEL_CLASS = Qwen2VLForConditionalGeneration
+METHODS = ("fastv",)
 
 
 def tiny_config(heads: int = 4, kv_heads: int = 2, layers: int = 4, tied: bool = True) -> Qwen2VLConfig:
