@@ -207,7 +207,8 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     dims = {
         "B": (1, job.max_batch),
         "S": (1, capacity),
-        "N": (0, capacity),  # a picture may bring less than image_tokens
+        # A picture of the sequence may bring less than image_tokens; every one for cross-attention brings as many.
+        "N": (0, most_images * shape.image_tokens if crosses else capacity),
     }
     dims |= family.vision_dims(shape, most_images * job.max_batch)
     dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}

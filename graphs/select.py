@@ -56,20 +56,20 @@ def keep_best(ops: Ops, scores: ir.Value, visual_positions: ir.Value, sizes: Cou
         last = ops("Sub", sizes.visual, ops.const([1]))
         number = ops("Range", ops.const(0), ops("Squeeze", sizes.visual, ops.const([0])), ops.const(1))
         reversed_scores = ops("Gather", scores, ops("Sub", last, number), axis=1)
-        from_end = _top(ops, reversed_scores, dropped_count, sizes.most_visual - most_kept, largest=False)
+        from_end = top(ops, reversed_scores, dropped_count, sizes.most_visual - most_kept, largest=False)
         dropped = ops("Sub", last, from_end)
         return ops("ScatterElements", ones, *_mark(ops, visual_positions, dropped, 0), axis=1)
-    kept = _top(ops, scores, sizes.kept_visual, most_kept, largest=True)
+    kept = top(ops, scores, sizes.kept_visual, most_kept, largest=True)
     zeros = ops("Expand", ops.const([0]), ops("Shape", visual_positions))
     text_only = ops("ScatterElements", ones, visual_positions, zeros, axis=1)
     return ops("ScatterElements", text_only, *_mark(ops, visual_positions, kept, 1), axis=1)
 
 
-def _top(ops: Ops, scores: ir.Value, count: ir.Value, most: int, largest: bool) -> ir.Value:
-    """Indices int64 [B, K] of the K largest or smallest finite scores [B, N], best first, lowest index first in ties.
+def top(ops: Ops, scores: ir.Value, count: ir.Value, most: int, largest: bool, axis: int = 1) -> ir.Value:
+    """Indices int64 [.., K] of the K largest or smallest finite scores [.., N], best first, lowest index first in ties.
 
     Where K (``count``, at most ``most``) may exceed TensorRT's limit, TopK runs in rounds: each takes what is left to
-    take, up to the limit, and hides it from the next. A round with nothing left to take has K = 0.
+    take, up to the limit, and hides it from the next. A round with nothing left to take has K = 0. ``axis`` is N's.
     """
     rounds = []
     for taken in range(0, max(most, 1), TOPK_LIMIT):
@@ -80,10 +80,10 @@ def _top(ops: Ops, scores: ir.Value, count: ir.Value, most: int, largest: bool) 
         if rounds:
             worst = ops.const(-np.inf if largest else np.inf, np.float32)
             hidden = ops("Expand", worst, ops("Shape", rounds[-1]))
-            scores = ops("ScatterElements", scores, rounds[-1], hidden, axis=1)
-        _, indices = ops("TopK", scores, left, outputs=2, axis=1, largest=int(largest), sorted=1)
+            scores = ops("ScatterElements", scores, rounds[-1], hidden, axis=axis)
+        _, indices = ops("TopK", scores, left, outputs=2, axis=axis, largest=int(largest), sorted=1)
         rounds.append(indices)
-    return rounds[0] if len(rounds) == 1 else ops("Concat", *rounds, axis=1)
+    return rounds[0] if len(rounds) == 1 else ops("Concat", *rounds, axis=axis)
 
 
 def _mark(ops: Ops, visual_positions: ir.Value, chosen: ir.Value, mark: int) -> tuple[ir.Value, ir.Value]:

@@ -15,7 +15,7 @@ from vlmtrim.graphs.contract import IMAGES, NO_ENTRY, CacheGroup, most_features
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.region import SideInputs, downstream, upstream
-from vlmtrim.graphs.select import gather_tokens, kept_first
+from vlmtrim.graphs.select import gather_tokens, kept_first, top
 from vlmtrim.graphs.surgery import rename_dims, shrink_caches
 
 # The published models keep 2.5 to 3.4 times the ratio on average: 61.5 % at 0.25 (11B), 51 % at 0.15 (90B).
@@ -143,10 +143,11 @@ class Union:
         ops = self.ops
         alive = ops("GreaterOrEqual", numbers, ops.const([0]))
         scores = ops("Where", ops("Unsqueeze", alive, ops.const([1])), scores, ops.const(-1.0, np.float32))
-        per_head = ops.const([0, *(max(1, round(self.ratio * n)) for n in range(1, self.most_count + 1))])
+        table = [0, *(max(1, round(self.ratio * n)) for n in range(1, self.most_count + 1))]
+        per_head = ops.const(table)
         most_chosen = ops("Gather", per_head, ops.dim(numbers, 1))  # K, where every feature is alive
         chosen_count = ops("Gather", per_head, ops("ReduceSum", ops("Cast", alive, to=7), ops.const([1]), keepdims=1))
-        _, chosen = ops("TopK", scores, most_chosen, outputs=2, axis=2, largest=1, sorted=1)  # [B, H, K]
+        chosen = top(ops, scores, most_chosen, table[-1], largest=True, axis=2)  # [B, H, K]
         rank = ops("Range", ops.const(0), ops("Squeeze", most_chosen, ops.const([0])), ops.const(1))
         head = ops.const(np.arange(self.heads)[None, :, None])
         place = ops("Cast", ops("Add", ops("Mul", rank, ops.const([self.heads])), head), to=ir.DataType.FLOAT)
@@ -258,7 +259,9 @@ class _Trim:
         total = ops("ReduceSum", keep, ops.const([1]), keepdims=1)  # [B, 1]
         order = kept_first(ops, keep, self.count, total)
         indices = ops.slice(order, ops.const([0]), bound, axis=1)
-        slot = ops("Range", ops.const(0), ops("Squeeze", bound, ops.const([0])), ops.const(1))
+        # A slice of a range: TensorRT cannot allocate as many entries as a table says, since it knows no limit of that.
+        place = ops("Range", ops.const(0), ops("Squeeze", self.count, ops.const([0])), ops.const(1))
+        slot = ops.slice(place, ops.const([0]), bound, axis=0)
         numbers = ops("GatherElements", self.numbers, indices, axis=1)
         numbers = ops("Where", ops("Less", slot, total), numbers, ops.const([NO_ENTRY]))
         slots = ops("Add", ops("Unsqueeze", self.first.write_indices, ops.const([1])), slot)

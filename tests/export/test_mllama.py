@@ -10,7 +10,7 @@ from vlmtrim.export.families import mllama
 from vlmtrim.export.job import Job
 from vlmtrim.export.reference_mllama import Reference
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime import Chat, engines
+from vlmtrim.runtime import Chat, fingerprint
 from vlmtrim.runtime.check import Parity, Recording, Turn, compare, record
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import make_backend
@@ -137,8 +137,9 @@ def test_float16_is_within_its_tolerance_and_builds_engines(method, export_tiny,
     folder = export_tiny(
         f"half-{method}", family="mllama", images=2, method=method, dtype="float16", engine="tensorrt-rtx", max_batch=2
     )
-    prints = json.loads((folder / engines.FINGERPRINTS).read_text())
-    assert all((folder / name).stat().st_size == prints[name]["bytes"] for name in ("vision.engine", "decoder.engine"))
+    prints = json.loads((folder / fingerprint.FILE).read_text())
+    assert set(prints) == {"vision.engine", "embed.engine", "decoder.engine"}
+    assert all((folder / name).stat().st_size == prints[name]["bytes"] for name in prints)
     both = prints["decoder.engine"]["profiles"]
     assert both["decode"]["N"] == [0, 0, 0] and both["decode"]["S"] == [1, 1, 2]
     assert both["prefill"]["N"] == [0, 136, 136] and both["prefill"]["W1"][0] == 1

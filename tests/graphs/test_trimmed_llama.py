@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from oracles.trimmed import kept_by_union
 from toy_decoder import build, weights
 
+from vlmtrim.graphs import select
 from vlmtrim.graphs.contract import IMAGES, CacheGroup, most_features
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.methods.trimmed_llama import TrimmedLlama, Union
@@ -41,10 +42,12 @@ def selection(heads, ratio, most):
 def runners():
     cache = {}
 
-    def get(heads, ratio, most):
-        key = (heads, ratio, most)
+    def get(heads, ratio, most, limit=select.TOPK_LIMIT):
+        key = (heads, ratio, most, limit)
         if key not in cache:
-            proto = ir.to_proto(selection(*key))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(select, "TOPK_LIMIT", limit)
+                proto = ir.to_proto(selection(heads, ratio, most))
             session, reference = ort.InferenceSession(proto.SerializeToString()), ReferenceEvaluator(proto)
             cache[key] = [lambda feeds: session.run(None, feeds), lambda feeds: reference.run(None, feeds)]
         return cache[key]
@@ -63,7 +66,8 @@ def test_the_union_is_what_plain_python_says(runners, data):
     levels = data.draw(st.sampled_from([3, 1000]))  # few levels make ties
     scores = (random.integers(0, levels, (rows, heads, count)) / levels).astype(np.float32)
     numbers = random.integers(-1, 3, (rows, count))
-    onnxruntime, reference = runners(heads, ratio, most)
+    limit = data.draw(st.sampled_from([select.TOPK_LIMIT, 7]))  # TopK in one round, or in several
+    onnxruntime, reference = runners(heads, ratio, most, limit)
     small = heads * count <= 16  # onnx's evaluator gathers with numpy.choose, which takes few choices
     for run in (onnxruntime, reference) if small else (onnxruntime,):
         keep, order = run({"scores": scores, "image_numbers": numbers})

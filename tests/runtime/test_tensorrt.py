@@ -80,6 +80,19 @@ def test_a_conversation_equals_ort_cpu_to_the_bit(request, machine, tmp_path, pi
     assert (machine.cuda.count["replays"] > 20) == (cuda_graphs == "auto")
 
 
+@pytest.mark.parametrize("method", ["trimmed-llama", "none"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_conversation_with_cross_attention_equals_ort_cpu_to_the_bit(
+    export_tiny, machine, tmp_path, picture, method, batch
+):
+    """Features go from the vision engine to the decoder; the caches of cross-attention hold what a prefill kept."""
+    bundle = export_tiny(f"cross-{method}", family="mllama", images=2, method=method, max_batch=2)
+    folder = machine.with_engines(bundle, tmp_path / "bundle")
+    found = conversation(tensorrt.TrtBackend("tensorrt"), folder, picture, batch)
+    assert_equal(found, conversation(ort_cpu(), folder, picture, batch))
+    assert machine.cuda.count["replays"] > 20
+
+
 def test_longer_live_windows_change_nothing(fastv_bundle, picture):
     """Buckets give attention keys that no query may see; rows of different length, both groups, to the capacity."""
     expected = conversation(ort_cpu(lambda length, capacity: length), fastv_bundle, picture, batch=2)
