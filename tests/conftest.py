@@ -9,7 +9,16 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread only costs
 
+import proven
 import pytest
+
+pytest_addoption, pytest_sessionfinish = proven.pytest_addoption, proven.pytest_sessionfinish
+
+
+@pytest.fixture
+def proves(record_property):
+    """proves(family, method, backend), at the end of a test: what README's table may call proven."""
+    return lambda family, method, backend: record_property(proven.PROPERTY, (family, method, backend))
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vlmtrim.graphs.contract import PADDING, SEES_NOTHING, Contract
 from vlmtrim.runtime.crossing import CrossProcessor, View
-from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import image_settings
 from vlmtrim.runtime.processors.base import Pictures
 
 
@@ -25,10 +23,7 @@ class Processor(CrossProcessor):
 
     def __init__(self, folder: Path, contract: Contract):
         super().__init__(folder, contract)
-        path = folder / "preprocessor_config.json"
-        if not path.is_file():
-            raise RuntimeRefusal(f"{folder} has no image-processor settings (preprocessor_config.json)")
-        raw: dict[str, Any] = json.loads(path.read_text())
+        raw = image_settings(folder)
         self._tile = int(raw["size"]["height"])
         self._tiles = int(raw["max_image_tiles"])
         self._resample = Image.Resampling(raw.get("resample", Image.Resampling.BILINEAR))

@@ -13,7 +13,7 @@ from vlmtrim.export.reference import Reference
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.contract import kept_count
 from vlmtrim.runtime import cli as run_cli
-from vlmtrim.runtime import fingerprint
+from vlmtrim.runtime import profiles
 from vlmtrim.runtime.check import Parity, Recording, Turn, compare, record
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
@@ -100,14 +100,10 @@ def test_another_text_model_and_a_tower_without_class_token(export_tiny):
     assert Parity(tuple(compare("mistral", found, expected, groups_of(session), "float32")))
 
 
-def test_engines_of_both_graphs_build(export_tiny):
-    folder = export_tiny(
-        "next-half", None, "llava_next", k=2, r=0.5, dtype="float16", engine="tensorrt-rtx", max_batch=2
-    )
-    prints = json.loads((folder / fingerprint.FILE).read_text())
-    assert set(prints) == {"vision.engine", "embed.engine", "decoder.engine"}
-    assert prints["vision.engine"]["profiles"]["images"]["T"] == [2, 20, 100]
-    assert set(prints["decoder.engine"]["profiles"]) == {"prefill", "decode"}
+def test_the_vision_profile_counts_tiles(export_tiny):
+    contract = open_bundle(export_tiny("next-profiles", None, "llava_next", max_batch=2)).contract
+    tiles = profiles.vision_profiles(contract)["images"]["T"]
+    assert (tiles.min, tiles.opt, tiles.max) == (2, 20, 100)
 
 
 def test_a_real_config_is_planned(tmp_path, capsys):

@@ -1,16 +1,16 @@
 """Llama-3.2-Vision bundles, dense and trimmed, against the unpatched model and the independent oracle."""
 
-import json
-
+import measure_union
 import numpy as np
 import pytest
+from transformers import AutoProcessor
 
 from vlmtrim.export import check_cli, cli, pipeline
 from vlmtrim.export.families import mllama
 from vlmtrim.export.job import Job
 from vlmtrim.export.reference_mllama import Reference
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime import Chat, fingerprint
+from vlmtrim.runtime import Chat, profiles
 from vlmtrim.runtime.check import Parity, Recording, Turn, compare, record
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import make_backend
@@ -131,19 +131,25 @@ def test_pictures_reach_the_answer(bundle):
         chat.generate("And these?", [picture(2), picture(3), picture(4)])
 
 
-@pytest.mark.parametrize("method", ["none", "trimmed-llama"])
-def test_float16_is_within_its_tolerance_and_builds_engines(method, export_tiny, capsys):
-    """Vision and decoder; the decode profile brings no feature and one or two tokens."""
-    folder = export_tiny(
-        f"half-{method}", family="mllama", images=2, method=method, dtype="float16", engine="tensorrt-rtx", max_batch=2
-    )
-    prints = json.loads((folder / fingerprint.FILE).read_text())
-    assert set(prints) == {"vision.engine", "embed.engine", "decoder.engine"}
-    assert all((folder / name).stat().st_size == prints[name]["bytes"] for name in prints)
-    both = prints["decoder.engine"]["profiles"]
-    assert both["decode"]["N"] == [0, 0, 0] and both["decode"]["S"] == [1, 1, 2]
-    assert both["prefill"]["N"] == [0, 136, 136] and both["prefill"]["W1"][0] == 1
-    assert check_cli.main([str(folder), "--tokens", "4"]) == 0, capsys.readouterr().out
+def test_the_unions_of_heads_that_choose_everything_are_the_filled_tiles(export_tiny):
+    """scripts/measure_union.py, against the tiles that transformers counts."""
+    folder = export_tiny("everything", family="mllama", method="trimmed-llama", ratio=1.0, bound=1.0, images=3)
+    features, sizes = measure_union.unions(folder, 8)
+    images = [picture(seed, size) for seed, size in enumerate(measure_union.SHAPES)]
+    tiles = [AutoProcessor.from_pretrained(folder).image_processor([[image]])["num_tiles"][0][0] for image in images]
+    assert features == 68 and sizes.tolist() == [17 * count for count in tiles]
+
+
+def test_profiles_of_features(export_tiny):
+    """A prefill brings all the pictures' features at most, and the caches of cross-attention may be empty."""
+    contract = open_bundle(
+        export_tiny("quarter", family="mllama", images=3, max_batch=2, **METHODS["quarter"])
+    ).contract
+    both = profiles.decoder_profiles(contract)
+    ranges = [(r.min, r.opt, r.max) for r in (both["prefill"]["N"], both["decode"]["N"])]
+    assert ranges == [(0, 204, 204), (0, 0, 0)]
+    assert both["prefill"]["W1"].min == both["decode"]["W1"].min == 1
+    assert both["decode"]["W1"].max == contract.groups[1].capacity == 178
 
 
 @pytest.mark.parametrize(("model", "method"), [("tiny:mllama", "fastv"), ("demo", "trimmed-llama")])

@@ -1,12 +1,10 @@
 """Bundles against the unpatched Hugging Face model and an independent oracle: text models, towers, head layouts."""
 
-import json
-
 import numpy as np
 import pytest
+from parity import assert_parity
 
 from vlmtrim.export import check_cli
-from vlmtrim.export.checkpoint import family_names, load_family
 from vlmtrim.export.families import llava
 from vlmtrim.export.reference import Reference
 from vlmtrim.graphs.bundle import open_bundle
@@ -28,32 +26,15 @@ VARIANTS = {
 }
 
 
-# A family is tested by being there, with every method that it names as proven.
-IMAGES = {"mllama": {"images": 3}}  # that caches of cross-attention hold
-FAMILIES = {
-    f"{family}-{method}": ({}, {"family": family, "method": method, **IMAGES.get(family, {}), "max_batch": 2})
-    for family in family_names()
-    for method in (*load_family(family).METHODS, "none")
-    if family != "llava"
-}
-
-
-@pytest.fixture(params=[*VARIANTS, *FAMILIES])
+@pytest.fixture(params=VARIANTS)
 def bundle(request, export_tiny, fastv_bundle):
-    variant, fields = {**VARIANTS, **FAMILIES}[request.param]
+    variant, fields = VARIANTS[request.param]
     return fastv_bundle if request.param == "llama-gqa-clip" else export_tiny(request.param, variant, **fields)
 
 
 def test_prefill_decode_and_second_turn_equal_pytorch(bundle, capsys):
     """Kept sets, caches of every layer, logits within 1e-4, 32 greedy tokens; three turns."""
-    assert check_cli.main([str(bundle), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["passed"]
-    seen = {(row["turn"], row["what"]) for row in report["rows"]}
-    for turn in ("picture", "second turn", "text only"):
-        assert (turn, "prefill logits") in seen and (turn, "decode logits, 32 steps") in seen
-    if open_bundle(bundle).contract.selection is not None:
-        assert {(turn, "kept tokens") for turn in ("picture", "second turn", "text only")} <= seen
+    assert_parity(bundle, capsys)
 
 
 def test_rows_of_a_batch_equal_single_runs(fastv_bundle):

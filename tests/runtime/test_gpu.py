@@ -11,12 +11,15 @@ import pytest
 
 from vlmtrim import runtime
 from vlmtrim.export import check_cli
+from vlmtrim.export.checkpoint import family_names, load_family
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime import engines, profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import BACKENDS, make_backend
 
 pytestmark = pytest.mark.gpu
+
+COMBINATIONS = [(family, method) for family in family_names() for method in (*load_family(family).METHODS, "none")]
 
 
 def started(name, *args):
@@ -115,6 +118,18 @@ def test_engines_load_with_both_profiles(bundle, library):
 
 def test_float16_equals_pytorch(bundle, library):
     assert check_cli.main([str(bundle.folder), "--backend", library]) == 0
+
+
+@pytest.mark.parametrize(("family", "method"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("backend", "name"), [("ort-cuda", "ONNX Runtime CUDA"), ("tensorrt", "TensorRT"), ("tensorrt-rtx", "TensorRT-RTX")]
+)
+def test_every_family_equals_pytorch(backend, name, family, method, export_tiny, proves):
+    started(backend)
+    engine = "none" if backend == "ort-cuda" else backend
+    folder = export_tiny(f"gpu-{backend}", family=family, method=method, dtype="float16", engine=engine, images=2)
+    assert check_cli.main([str(folder), "--backend", backend, "--tokens", "8"]) == 0
+    proves(family, method, name)
 
 
 def test_a_chain_equals_ort_cpu(chained, library):

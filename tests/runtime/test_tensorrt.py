@@ -9,11 +9,14 @@ import pytest
 from fake_machine import Machine
 
 from vlmtrim import runtime
+from vlmtrim.export.checkpoint import family_names, load_family
 from vlmtrim.graphs.bundle import open_bundle, seal
 from vlmtrim.runtime import fingerprint, profiles
 from vlmtrim.runtime.backends import tensorrt
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import make_backend
+
+COMBINATIONS = [(family, method) for family in family_names() for method in (*load_family(family).METHODS, "none")]
 
 
 @pytest.fixture
@@ -80,17 +83,18 @@ def test_a_conversation_equals_ort_cpu_to_the_bit(request, machine, tmp_path, pi
     assert (machine.cuda.count["replays"] > 20) == (cuda_graphs == "auto")
 
 
-@pytest.mark.parametrize("method", ["trimmed-llama", "none"])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_conversation_with_cross_attention_equals_ort_cpu_to_the_bit(
-    export_tiny, machine, tmp_path, picture, method, batch
+@pytest.mark.parametrize(("family", "method"), COMBINATIONS)
+def test_a_conversation_of_every_family_equals_ort_cpu_to_the_bit(
+    export_tiny, machine, tmp_path, picture, family, method, proves
 ):
-    """Features go from the vision engine to the decoder; the caches of cross-attention hold what a prefill kept."""
-    bundle = export_tiny(f"cross-{method}", family="mllama", images=2, method=method, max_batch=2)
+    """Two rows; tiles and patches of any number, three position axes, features that only cross-attention takes."""
+    sizes = {} if family == "mllama" else {"max_seq_len": 1024, "image_tokens": 0}
+    bundle = export_tiny("chat", family=family, method=method, max_batch=2, images=2, **sizes)
     folder = machine.with_engines(bundle, tmp_path / "bundle")
-    found = conversation(tensorrt.TrtBackend("tensorrt"), folder, picture, batch)
-    assert_equal(found, conversation(ort_cpu(), folder, picture, batch))
+    found = conversation(tensorrt.TrtBackend("tensorrt"), folder, picture, batch=2)
+    assert_equal(found, conversation(ort_cpu(), folder, picture, batch=2))
     assert machine.cuda.count["replays"] > 20
+    proves(family, method, "TensorRT on a fake GPU")
 
 
 def test_longer_live_windows_change_nothing(fastv_bundle, picture):

@@ -1,0 +1,36 @@
+"""What every family stands with every method that it names, by being there; README's table comes from here."""
+
+import json
+
+import pytest
+from parity import assert_parity
+
+from vlmtrim.export.checkpoint import family_names, load_family
+from vlmtrim.runtime import fingerprint
+
+COMBINATIONS = [(family, method) for family in family_names() for method in (*load_family(family).METHODS, "none")]
+IMAGES = {"mllama": {"images": 3}}  # that caches of cross-attention hold
+
+
+@pytest.mark.parametrize(("family", "method"), COMBINATIONS)
+def test_prefill_decode_and_second_turn_equal_pytorch(family, method, export_tiny, capsys, proves):
+    """Float32 against the unpatched model and the family's oracle, within 1e-4."""
+    folder = export_tiny("parity", family=family, method=method, max_batch=2, **IMAGES.get(family, {}))
+    assert_parity(folder, capsys)
+    proves(family, method, "ONNX Runtime CPU")
+
+
+@pytest.mark.parametrize(("family", "method"), COMBINATIONS)
+def test_float16_is_within_its_tolerance_and_its_engines_build(family, method, export_tiny, capsys, proves):
+    """TensorRT-RTX builds all three graphs; the decode profile brings one or two tokens and nothing visual."""
+    folder = export_tiny(
+        "half", family=family, method=method, dtype="float16", engine="tensorrt-rtx", max_batch=2, images=2
+    )
+    prints = json.loads((folder / fingerprint.FILE).read_text())
+    assert set(prints) == {"vision.engine", "embed.engine", "decoder.engine"}
+    assert all((folder / name).stat().st_size == entry["bytes"] > 100_000 for name, entry in prints.items())
+    both = prints["decoder.engine"]["profiles"]
+    assert set(both) == {"prefill", "decode"} and both["decode"]["S"] == [1, 1, 2]
+    assert both["decode"].get("N", [0, 0, 0]) == [0, 0, 0]
+    assert_parity(folder, capsys, "--tokens", "4")
+    proves(family, method, "TensorRT-RTX engines")

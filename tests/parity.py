@@ -1,0 +1,19 @@
+"""What check-vlm must say of a bundle."""
+
+import json
+
+from vlmtrim.export import check_cli
+from vlmtrim.graphs.bundle import open_bundle
+
+
+def assert_parity(folder, capsys, *arguments):
+    """check-vlm passes: three turns, kept sets where something is selected, caches, logits and greedy tokens."""
+    steps = arguments[1] if arguments else "32"
+    assert check_cli.main([str(folder), "--json", *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"]
+    seen = {(row["turn"], row["what"]) for row in report["rows"]}
+    for turn in ("picture", "second turn", "text only"):
+        assert (turn, "prefill logits") in seen and (turn, f"decode logits, {steps} steps") in seen
+    if open_bundle(folder).contract.selection is not None:
+        assert {(turn, "kept tokens") for turn in ("picture", "second turn", "text only")} <= seen
