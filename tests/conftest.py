@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread 
 
 import proven
 import pytest
+from shared_traces import SharedTraces
 
 pytest_addoption, pytest_sessionfinish = proven.pytest_addoption, proven.pytest_sessionfinish
 
@@ -42,6 +43,8 @@ def export_tiny(tmp_path_factory):
         "engine_shards",
     }
     done, checkpoints_, traces = {}, {}, {}
+    base = tmp_path_factory.getbasetemp()
+    common = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "traces"  # of all workers
 
     def export(name, variant=None, family="llava", **fields):
         fields = {"max_seq_len": 512, **fields}
@@ -56,7 +59,9 @@ def export_tiny(tmp_path_factory):
             )
         if key not in done:
             job = Job(model=str(checkpoints_[model]), output=str(tmp_path_factory.mktemp(name) / "bundle"), **fields)
-            done[key] = pipeline.export(job, checkpoints_[model], traces.setdefault(traced, {}))
+            if traced not in traces:
+                traces[traced] = SharedTraces(common, repr(traced))
+            done[key] = pipeline.export(job, checkpoints_[model], traces[traced])
         return done[key]
 
     return export
