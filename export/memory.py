@@ -111,19 +111,12 @@ def _check_shards(job: Job, contract: Contract) -> None:
     layers = sum(len(group.layers) for group in contract.groups)
     if job.engine_shards and job.engine == "none":
         raise Refusal("--engine-shards cuts engines and none is built; give --engine tensorrt-rtx or tensorrt as well")
-    if contract.crosses and job.engine_shards > 1:
-        raise Refusal(
-            f"--engine-shards is {job.engine_shards}; a decoder with cross-attention is built in one piece, since each "
-            "piece would compute the keys of pictures again: give --engine-shards 1"
-        )
     if job.engine_shards > layers:
         raise Refusal(f"--engine-shards is {job.engine_shards}, the decoder has {layers} layers; give 1 to {layers}")
 
 
 def engine_shards(decoder: int, contract: Contract, limit: float) -> int:
     """Fewest engines of the decoder whose builds fit into ``limit`` bytes of memory, at most one a layer."""
-    if contract.crosses:
-        return 1
     layers = sum(len(group.layers) for group in contract.groups)
     fits = (limit - EXPORT_BYTES) / BUILD_FACTOR
     return next((n for n in range(1, layers) if largest_piece(decoder, contract, n) <= fits), layers)

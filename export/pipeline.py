@@ -160,7 +160,9 @@ def _cut(decoder: ir.Model, contract: Contract, pieces: int, folder: Path) -> Co
         ir.save(graph, folder / spec.file)
     named = {Path(spec.file).stem: spec for spec in specs}
     dims = dict(contract.dims)
-    if contract.selection is not None:
+    if contract.selection is not None and contract.crosses:
+        dims["Nk"] = 0, max(group.capacity for group in contract.groups if group.source == IMAGES)
+    elif contract.selection is not None:
         dims["Sk"] = dims["S"]
     return dataclasses.replace(
         contract, graphs={**contract.graphs, **named}, dims=dims, chains={"decoder": tuple(named)}

@@ -110,10 +110,12 @@ def _layer(index: int, node: ir.Node, of_tokens: set[ir.Node]) -> Layer:
 
 def _cache_of(value: ir.Value, where: str) -> tuple[ir.Value, ir.Value, ir.Node]:
     """(cache input, write_indices input, the node that updates the cache) behind a key or value operand."""
-    node = value.producer()
-    while node is not None and node.op_type in _TRANSPARENT:
-        assert node.inputs[0] is not None
-        node = node.inputs[0].producer()
+    source = _untouched(value)
+    node = source.producer()
+    if node is not None and node.op_type == "Concat" and node.inputs[0] is not None:
+        # What the cache held, and all image features of the step behind it; the cache itself takes some of them.
+        held = _untouched(node.inputs[0])
+        node = next((user for user, _ in held.uses() if user.op_type == "TensorScatter"), node)
     if node is None or node.op_type != "TensorScatter":
         found = "a graph input" if node is None else f"{node.op_type} ({node.name})"
         raise GraphError(f"{where} reads {value.name}, which comes from {found}; expected a TensorScatter cache update")
@@ -121,6 +123,15 @@ def _cache_of(value: ir.Value, where: str) -> tuple[ir.Value, ir.Value, ir.Node]
     if cache is None or indices is None or not cache.is_graph_input() or not indices.is_graph_input():
         raise GraphError(f"{where}: cache and write_indices of {node.name} must be graph inputs")
     return cache, indices, node
+
+
+def _untouched(value: ir.Value) -> ir.Value:
+    """Where a value comes from without being changed."""
+    node = value.producer()
+    while node is not None and node.op_type in _TRANSPARENT and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
 
 
 def unrotated(layer: Layer) -> tuple[ir.Value, ir.Value]:
@@ -143,6 +154,21 @@ def unrotated(layer: Layer) -> tuple[ir.Value, ir.Value]:
             )
         found.append(node.inputs[0])
     return found[0], found[1]
+
+
+def before_scaling(query: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """(value, scalar) whose product is the query, where the graph computes it so.
+
+    Whoever reads queries besides the attention reads them before: TensorRT-RTX 1.7 fuses the multiplication into
+    attention and cannot build the graph when the product has a second reader.
+    """
+    node = query.producer()
+    if node is not None and node.op_type == "Mul":
+        for value, factor in (node.inputs, reversed(node.inputs)):
+            assert value is not None and factor is not None
+            if ir.convenience.get_const_tensor(factor) is not None and not (factor.shape or ()):
+                return value, factor
+    return query, None
 
 
 def seam_before(model: ir.Model, layers: list[Layer], index: int) -> ir.Value:

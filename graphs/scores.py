@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from vlmtrim.graphs.anatomy import Layer, unrotated
+from vlmtrim.graphs.anatomy import Layer, before_scaling, unrotated
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.select import Counts
@@ -47,7 +47,7 @@ def last_row(step: Step) -> ir.Value:
     matrix product is K q^T so that only the single query row is ever transposed.
     """
     ops, layer = step.ops, _layer(step)
-    query, factor = _before_scaling(layer.query)
+    query, factor = before_scaling(layer.query)
     row = _last_query(step, layer, query, factor)
     window = ops.dim(layer.key, 2)
     limit_shape = ops.concat(step.sizes.batch, ops.const([1]), ops.const([1]), window)
@@ -66,7 +66,7 @@ def no_rope(step: Step) -> ir.Value:
     """
     ops, layer = step.ops, _layer(step)
     query, key = unrotated(layer)
-    _, factor = _before_scaling(layer.query)
+    _, factor = before_scaling(layer.query)
     row = _last_query(step, layer, query, factor)
     token = ops("Range", ops.const(0), ops("Squeeze", step.sizes.tokens, ops.const([0])), ops.const(1))
     seen = ops("LessOrEqual", token, _row_index(step))  # [B, 1, 1, S]
@@ -150,21 +150,6 @@ def _at_stride(step: Step, count: ir.Value, score: float) -> ir.Value:
     zeros = ops("Expand", ops.const(0.0, np.float32), ops("Shape", step.visual_positions))
     updates = ops("Expand", ops.const(score, np.float32), ops("Shape", chosen))
     return ops("ScatterElements", zeros, chosen, updates, axis=1)
-
-
-def _before_scaling(query: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-    """(value, scalar) whose product is the query, where the graph computes it so.
-
-    The row is read before the multiplication: TensorRT-RTX 1.7 fuses it into bfloat16 attention and cannot build
-    the graph when the product has a second reader.
-    """
-    node = query.producer()
-    if node is not None and node.op_type == "Mul":
-        for value, factor in (node.inputs, reversed(node.inputs)):
-            assert value is not None and factor is not None
-            if ir.convenience.get_const_tensor(factor) is not None and not (factor.shape or ()):
-                return value, factor
-    return query, None
 
 
 def _head_counts(layer: Layer) -> tuple[int, int, int]:

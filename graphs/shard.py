@@ -48,8 +48,9 @@ def cut(model: ir.Model, starts: Sequence[int]) -> list[ir.Model]:
     """The decoder as a chain of graphs; shard i begins with layer ``starts[i - 1]``, the first with layer 0.
 
     What crosses a cut are the hidden states [B, S or Sk, D] (``hidden_states.<layer>``) and, behind a selection,
-    vectors as long as the sequence, such as the positions that survived. Masks, rotary tables and shapes are computed
-    again in every shard. Weights stay references to the same files. The model itself is left as it is.
+    vectors as long as the sequence, such as the positions that survived, or the numbers of the kept image features.
+    Masks, rotary tables and shapes are computed again in every shard, and kept image features gathered again. Weights
+    stay references to the same files. The model itself is left as it is.
 
     Raises:
         GraphError: a shard would need something else of an earlier one; the message names the value.
@@ -62,12 +63,13 @@ def cut(model: ir.Model, starts: Sequence[int]) -> list[ir.Model]:
     for start, seam in zip(starts, seams, strict=True):
         seam.name = f"{HIDDEN}.{start}"
     edges = [0, *starts, len(layers)]
-    needs = [_Needs(model, seam) for seam in seams]
+    behind = [_behind(seam, layers[start:]) for start, seam in zip(starts, seams, strict=True)]
+    needs = [_Needs(model, seam, nodes) for seam, nodes in zip(seams, behind, strict=True)]
     crossing = list(dict.fromkeys(value for need in needs for value in need.small))
     shards = []
     for index in range(len(edges) - 1):
         first, last = edges[index], edges[index + 1]
-        inside = _produced(model, seams, index)
+        inside = [set(model.graph), *behind, set()][index] - [*behind, set()][index]
         outputs = seams[index : index + 1]
         outputs += [v for v in model.graph.outputs if v.producer() in inside]
         outputs += [v for v in crossing if v.producer() in inside and v not in outputs]
@@ -87,14 +89,14 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 class _Needs:
-    """What the part of a decoder behind a seam reads of the part before it."""
+    """What the part of a decoder behind a seam (the nodes ``behind``) reads of the part before it."""
 
-    def __init__(self, model: ir.Model, seam: ir.Value):
+    def __init__(self, model: ir.Model, seam: ir.Value, behind: set[ir.Node]):
         self.seam = seam
         self.small: list[ir.Value] = []
         self.shapes: list[ir.Node] = []
         contents = _contents(model, seam)
-        region = downstream(seam) & contents
+        region = behind & contents
         seen: set[ir.Value] = {seam}
         stack = [v for node in model.graph if node in region for v in node.inputs if v is not None]
         while stack:
@@ -140,10 +142,18 @@ def _contents(model: ir.Model, seam: ir.Value) -> set[ir.Node]:
     return found
 
 
-def _produced(model: ir.Model, seams: list[ir.Value], index: int) -> set[ir.Node]:
-    """Nodes of shard ``index``: behind its seam and not behind the next one."""
-    behind = [set(model.graph), *(downstream(seam) for seam in seams), set()]
-    return behind[index] - behind[index + 1]
+def _behind(seam: ir.Value, layers: Sequence[Layer]) -> set[ir.Node]:
+    """What depends on a seam, and the keys and values of image features that only ``layers``, behind it, read."""
+    found = downstream(seam)
+    stack = [value for layer in layers for value in (layer.key, layer.value)]
+    while stack:
+        node = stack.pop().producer()
+        if node is None or node in found:
+            continue
+        if all(user in found for value in node.outputs for user, _ in value.uses()):
+            found.add(node)
+            stack.extend(value for value in node.inputs if value is not None)
+    return found
 
 
 def _extract(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vlmtrim.graphs.contract import Contract, TensorSpec
+from vlmtrim.graphs.contract import IMAGES, Contract, TensorSpec
 from vlmtrim.runtime.errors import RuntimeRefusal
 
 # The text around the pictures that kernels are tuned for; any length within the limits runs.
@@ -59,6 +59,9 @@ def decoder_profiles(contract: Contract) -> dict[str, Profile]:
     if "Sk" in dims:  # enters the pieces of a chain that lie behind a selection
         survivors = contract.groups[-1].length(tokens, visual)
         prefill["Sk"], decode["Sk"] = Range(1, survivors, dims["Sk"][1]), Range(1, 1, 2)
+    if "Nk" in dims:  # the same of image features
+        kept = max(group.length(0, visual) for group in contract.groups if group.source == IMAGES)
+        prefill["Nk"], decode["Nk"] = Range(0, kept, dims["Nk"][1]), Range(0, 0, 0)
     for index, group in enumerate(contract.groups):
         window = Range(1, min(group.length(tokens, visual), group.capacity), group.capacity)
         prefill[f"W{index}"] = decode[f"W{index}"] = window

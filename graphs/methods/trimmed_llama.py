@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from vlmtrim.graphs.anatomy import Layer, find_layers, graph_input, seam_before
+from vlmtrim.graphs.anatomy import Layer, before_scaling, find_layers, graph_input, seam_before
 from vlmtrim.graphs.contract import IMAGES, NO_ENTRY, CacheGroup, most_features
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
@@ -236,7 +236,10 @@ class _Trim:
         """Sum over the tokens that see a picture of the first layer's attention to each new feature: [B, H, N]."""
         ops, first = self.ops, self.first
         size = int(first.key_cache.shape[3])  # type: ignore[index, arg-type]
-        rows = ops("Reshape", first.query, ops.const([0, self.kv_heads, -1, size]))
+        query, factor = before_scaling(first.query)
+        rows = ops("Reshape", query, ops.const([0, self.kv_heads, -1, size]))
+        if factor is not None:
+            rows = ops("Mul", rows, factor)
         key = first.attention.inputs[1]
         logits = ops("MatMul", rows, ops("Transpose", key, perm=[0, 1, 3, 2]))
         tokens, width = ops.dim(self.seen, 1), ops("Add", self.held_count, self.count)
@@ -272,7 +275,7 @@ class _Trim:
             value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(shape)
         features.type = self.features.type
         features.shape = ir.Shape(("B", "Nk", *list(self.features.shape or ())[2:]))
-        indices.name, counts.name = "kept_features", "kept_counts"
+        indices.name, counts.name, entries.name = "kept_features", "kept_counts", "kept_images"
         return _Kept(indices, counts, features, entries)
 
     def write_kept(self, kept: _Kept) -> None:

@@ -158,10 +158,33 @@ def test_an_unproven_combination_is_refused(model, method, tmp_path, capsys):
     assert f"{method} is not proven for the family" in capsys.readouterr().err
 
 
-def test_a_cut_through_cross_attention_is_refused(tmp_path, capsys):
-    argv = ["--model", "tiny:mllama", "--method", "none", "--engine", "tensorrt-rtx", "--engine-shards", "2"]
-    assert cli.main([*argv, "--output", str(tmp_path / "b")]) == 2
-    assert "built in one piece" in capsys.readouterr().err and not (tmp_path / "b").exists()
+@pytest.mark.parametrize(("method", "shards"), [("none", 5), ("trimmed-llama", 5), ("trimmed-llama", 2)])
+def test_a_chain_runs_like_the_whole(method, shards, export_tiny):
+    """Float32 engines of every layer, or of three and two: kept features are gathered again in every piece."""
+    cut = open_bundle(
+        export_tiny(
+            f"cut{shards}", family="mllama", method=method, images=2, engine="tensorrt-rtx", engine_shards=shards
+        )
+    )
+    assert len(cut.contract.chain("decoder")) == shards
+    recorded = []
+    for chained in (False, True):
+        backend = make_backend("ort-cpu")
+        backend.chained = chained
+        session = Session(cut, backend)
+        talk = [[256, *TEXT[:3], IMAGE, *TEXT[3:9]], TEXT[9:12], [*TEXT[12:14], IMAGE, *TEXT[14:20]]]
+        images = [(picture(0, (100, 50)),), (), (picture(1),)]
+        for ids, brought in zip(talk, images, strict=True):
+            prefill = session.prefill([ids], session.processor(brought) if brought else None)
+            recorded.append([prefill.logits, prefill.kept_features, [session.decode(np.array([65])) for _ in range(3)]])
+        recorded.append([session.cache_contents(0)])
+    np.testing.assert_equal(recorded[:4], recorded[4:])
+
+
+def test_bfloat16_engines_build(export_tiny):
+    """The published models' dtype."""
+    folder = export_tiny("bf", family="mllama", method="trimmed-llama", dtype="bfloat16", engine="tensorrt-rtx")
+    assert {"vision.engine", "embed.engine", "decoder.engine"} <= {path.name for path in folder.iterdir()}
 
 
 # meta-llama/Llama-3.2-11B-Vision-Instruct: 40 layers, 8 of them cross-attention, 8 key/value heads of 128; a picture
