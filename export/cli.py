@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Example: export-vlm --model demo --k 2 --r 0.5",
     )
     p.add_argument("--list", action=_List, help="print families, presets, methods and what is proven, and exit")
-    p.add_argument("--model", required=True, help="demo, llava-7b, llava-13b, tiny:<family>, folder or hub id")
+    p.add_argument("--model", required=True, help="demo, a preset (--list), tiny:<family>, folder or hub id")
     _add_method_arguments(p)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights; auto keeps the checkpoint's")
     p.add_argument(
@@ -79,25 +79,21 @@ def _add_method_arguments(p: argparse.ArgumentParser) -> None:
         "--method",
         default="fastv",
         choices=(*method_names(), "none"),
-        help="what selects visual tokens (default fastv); arguments of other methods are ignored",
+        help="what selects visual tokens (default fastv); takes its own arguments alone",
     )
-    p.add_argument("--k", type=int, default=2, help="fastv: decoder layers that run on all tokens (default 2)")
-    p.add_argument("--r", type=float, default=0.5, help="fastv: share of visual tokens REMOVED, 0 <= r < 1 (0.5)")
+    p.add_argument("--k", type=int, help="fastv: decoder layers that run on all tokens (default 2)")
+    p.add_argument("--r", type=float, help="fastv: share of visual tokens REMOVED, 0 <= r < 1 (0.5)")
     p.add_argument(
         "--score",
-        default="last-row",
         choices=SCORES,
         help="fastv: what ranks visual tokens: attention of the prompt's last token (last-row, default), the same "
         "without rotary embedding (no-rope) or shared with a uniform stride (coverage); stride and random as baselines",
     )
-    p.add_argument("--seed", type=int, default=0, help="fastv: of --score random, and phase of --score stride")
-    p.add_argument(
-        "--ratio", type=float, default=0.25, help="trimmed-llama: share of image features a head keeps (0.25)"
-    )
+    p.add_argument("--seed", type=int, help="fastv: of --score random, and phase of --score stride")
+    p.add_argument("--ratio", type=float, help="trimmed-llama: share of image features a head keeps (0.25)")
     p.add_argument(
         "--bound",
         type=float,
-        default=None,
         help="trimmed-llama: share of image features that the caches hold at most (default 3.5 times --ratio)",
     )
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from vlmtrim.export.checkpoint import DEMO, PRESETS, family_names, load_family
-from vlmtrim.graphs.methods import load_method, method_names
+from vlmtrim.export.checkpoint import PRESETS, family_names, load_family
+from vlmtrim.graphs.methods import method_names, parameters
 
 
 def combinations() -> dict[tuple[str, str], bool]:
@@ -17,11 +15,10 @@ def combinations() -> dict[tuple[str, str], bool]:
 def text() -> str:
     """All of it for people."""
     lines = ["presets"]
-    lines += [f"    {name:22} {where}" for name, where in {"demo": f"in the package ({DEMO.name})", **PRESETS}.items()]
+    lines += [f"    {name:22} {where}" for name, where in {"demo": "in the package", **PRESETS}.items()]
     lines += ["methods"]
     for name in method_names():
-        method = load_method(name)
-        flags = " ".join(f"--{field.name}" for field in dataclasses.fields(method))
+        flags = " ".join(f"--{parameter}" for parameter in parameters(name))
         lines.append(f"    {name:22} {flags}")
     lines.append(f"    {'none':22} the unpruned model")
     proven = combinations()

@@ -26,7 +26,7 @@ from vlmtrim.graphs import shard
 from vlmtrim.graphs.bundle import check_target, seal, staging
 from vlmtrim.graphs.contract import IMAGES, CacheGroup, Contract, TensorSpec, decoder_spec
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
-from vlmtrim.graphs.methods import load_method, method_names
+from vlmtrim.graphs.methods import load_method, method_names, parameters
 from vlmtrim.runtime.engines import build_engines, import_library
 
 # Files of a checkpoint that a bundle keeps: the runtime reads them, and the bundle stays a loadable checkpoint.
@@ -185,7 +185,7 @@ def pruning_method(job: Job) -> Any:
         raise Refusal(f"method {job.method!r} is not supported; supported: {', '.join(method_names())}, none")
     method = load_method(job.method)
     try:
-        return method(**{field.name: getattr(job, field.name) for field in dataclasses.fields(method)})
+        return method(**{name: getattr(job, name) for name in parameters(job.method)})
     except ValueError as error:
         raise Refusal(str(error)) from error
 
@@ -270,7 +270,10 @@ def _check_method(job: Job, family: Any) -> None:
     proven = (*family.METHODS, "none")
     if job.method not in proven:
         name = family.__name__.rpartition(".")[2]
-        raise Refusal(f"method {job.method} is not proven for the family {name}; give --method {' or '.join(proven)}")
+        raise Refusal(
+            f"method {job.method} is not proven for the family {name}: no oracle and no test holds the two together "
+            f"(export-vlm --list); give --method {' or '.join(proven)}"
+        )
 
 
 def _check_limits(job: Job, shape: Any, config: Any, family: Any) -> None:

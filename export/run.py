@@ -14,6 +14,7 @@ from vlmtrim.export import pipeline, weights
 from vlmtrim.export.cli import default_output
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.graphs.lint import node_counts
+from vlmtrim.graphs.methods import method_names, parameters
 
 DEFAULT_SEQ_LEN = 2048
 _LENGTH_OF_THE_MODEL = 0  # stands in a job until the model's config is read
@@ -21,7 +22,9 @@ _LENGTH_OF_THE_MODEL = 0  # stands in a job until the model's config is read
 
 def make_job(args: argparse.Namespace) -> Job:
     """argv -> Job; what was left out is filled in from the method and, for the length, from the model."""
-    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
+    _check_arguments(args)
+    fields = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Job)}
+    fields = {name: value for name, value in fields.items() if value is not None}  # the others have defaults in Job
     if args.max_seq_len is None:
         fields["max_seq_len"] = _LENGTH_OF_THE_MODEL
     elif args.max_seq_len < 1:
@@ -29,6 +32,17 @@ def make_job(args: argparse.Namespace) -> Job:
     method = pipeline.pruning_method(Job(**{**fields, "output": ""}))
     fields["output"] = args.output or default_output(args.model, method.label if method else "dense")
     return Job(**fields)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what belongs to another method than the one that was asked for."""
+    for owner in method_names():
+        for name in parameters(owner):
+            if getattr(args, name) is not None and name not in parameters(args.method):
+                raise Refusal(
+                    f"--{name} belongs to --method {owner}, the method is {args.method}; leave it out, or give "
+                    f"--method {owner}"
+                )
 
 
 def _with_length(job: Job, family: Any, config: Any) -> Job:
@@ -61,7 +75,8 @@ def dry_run(job: Job) -> str:
         report: dict[str, Any] = {"stages": {}}
         nodes = {name: node_counts(graph) for name, graph in pipeline.graphs(prepared, report)}
     lines = ["job"]
-    lines += [f"    {key:13} {value}" for key, value in dataclasses.asdict(job).items()]
+    others = {name for method in method_names() for name in parameters(method)} - set(parameters(job.method))
+    lines += [f"    {key:13} {value}" for key, value in dataclasses.asdict(job).items() if key not in others]
     for graph in prepared.contract.graphs.values():
         lines += [f"{graph.file}: inputs", pipeline.boundary_table(graph.inputs)]
         lines += [f"{graph.file}: outputs", pipeline.boundary_table(graph.outputs)]

@@ -6,6 +6,7 @@ visual_tokens)`` and ``__call__(model, visual_tokens)``; its module names it MET
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ def method_names() -> list[str]:
     """Names of the methods, from the files there are; nothing is imported."""
     files = Path(__file__).parent.glob("*.py")
     return sorted(path.stem.replace("_", "-") for path in files if path.stem != "__init__")
+
+
+def parameters(name: str) -> list[str]:
+    """Names of a method's flags; none for ``none``, the unpruned model."""
+    return [] if name == "none" else [field.name for field in dataclasses.fields(load_method(name))]
 
 
 def load_method(name: str) -> Any:

@@ -187,6 +187,15 @@ def test_bfloat16_engines_build(export_tiny):
     assert {"vision.engine", "embed.engine", "decoder.engine"} <= {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("method", "flag"), [("trimmed-llama", "--k"), ("trimmed-llama", "--score"), ("none", "--r"), ("fastv", "--bound")]
+)
+def test_an_argument_of_another_method_is_refused(method, flag, tmp_path, capsys):
+    value = "no-rope" if flag == "--score" else "1"
+    assert cli.main(["--model", "demo", "--method", method, flag, value, "--output", str(tmp_path / "b")]) == 2
+    assert f"{flag} belongs to --method" in capsys.readouterr().err
+
+
 # meta-llama/Llama-3.2-11B-Vision-Instruct: 40 layers, 8 of them cross-attention, 8 key/value heads of 128; a picture
 # is 4 tiles of 40 x 40 patches and a class token, 6,404 features.
 TEXT_11B = {"cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38], "max_position_embeddings": 131072}
