@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +60,9 @@ class Job:
     max_memory: float | None = None
     force: bool = False
 
-    def to_json(self) -> str:
-        """Serialise for ``job.json``."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
     def fields(self) -> dict[str, Any]:
-        """Name -> value, for printing."""
-        return dataclasses.asdict(self)
+        """Name -> value, for ``job.json`` and for printing; without the parameters of other methods."""
+        from vlmtrim.graphs.methods import method_names, parameters
+
+        others = {name for method in method_names() for name in parameters(method)} - set(parameters(self.method))
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}

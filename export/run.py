@@ -75,8 +75,7 @@ def dry_run(job: Job) -> str:
         report: dict[str, Any] = {"stages": {}}
         nodes = {name: node_counts(graph) for name, graph in pipeline.graphs(prepared, report)}
     lines = ["job"]
-    others = {name for method in method_names() for name in parameters(method)} - set(parameters(job.method))
-    lines += [f"    {key:13} {value}" for key, value in dataclasses.asdict(job).items() if key not in others]
+    lines += [f"    {key:13} {value}" for key, value in job.fields().items()]
     for graph in prepared.contract.graphs.values():
         lines += [f"{graph.file}: inputs", pipeline.boundary_table(graph.inputs)]
         lines += [f"{graph.file}: outputs", pipeline.boundary_table(graph.outputs)]
