@@ -101,7 +101,7 @@ class Subject:
         self._work = work
         self._pictures = self.session.processor(work.images) if work.images else None
         tokens = () if self._pictures is None else self._pictures.tokens
-        self.visual = sum(tokens)
+        self.visual = self.kept = 0  # visual tokens, or image features, as the last prefill had them
         asked = Conversation(self.session.prompter).ask(work.prompt, len(work.images))
         self.ids = fill(self.session.prompter.expand_images(asked, tokens), work.prompt_tokens, self.contract)
         needed = len(self.ids) + work.new_tokens
@@ -114,8 +114,8 @@ class Subject:
 
     @property
     def pruned(self) -> bool:
-        """Whether visual tokens are removed."""
-        return self.contract.removed > 0
+        """Whether visual tokens, or image features, are removed."""
+        return self.contract.removed > 0 or (self.contract.crosses and self.contract.selection is not None)
 
     def run(self) -> Sample:
         """One conversation."""
@@ -123,8 +123,10 @@ class Subject:
         session.reset()
         self._spans.clear()
         start = time.perf_counter()
-        token = session.prefill([self.ids], self._pictures).logits.argmax(axis=1)
+        prefill = session.prefill([self.ids], self._pictures)
+        token = prefill.logits.argmax(axis=1)
         first = time.perf_counter()
+        self.visual, self.kept = prefill.visual, prefill.kept
         opening, entries = len(self._spans), []
         for _ in range(self._work.new_tokens - 1):
             token = session.decode(token).argmax(axis=1)
@@ -218,7 +220,7 @@ def record(subject: Subject, dense: Subject | None, peak: Peak) -> dict[str, Any
         "selection": None if contract.selection is None else dict(contract.selection),
         "tokens": tokens,
         "visual": subject.visual,
-        "kept": contract.groups[-1].length(subject.visual, subject.visual),
+        "kept": subject.kept,
         "metrics": metrics,
         "tokens_per_second": 1 / metrics["tpot"]["median"],
         "prefill_macs": macs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ class Prompter:
         value = self._settings.get(name) or ""
         return value.get("content", "") if isinstance(value, dict) else value
 
-    def render(self, messages: list[Message]) -> str:
-        """Text of a conversation that the assistant is about to answer."""
+    def render(self, messages: list[Message], now: datetime | None = None) -> str:
+        """Text of a conversation that the assistant is about to answer; ``now`` is for templates that write a date."""
         try:
             return self._template.render(
                 messages=messages,
@@ -54,6 +55,7 @@ class Prompter:
                 image_token=self.image_token,
                 bos_token=self.special("bos_token"),
                 eos_token=self.special("eos_token"),
+                strftime_now=(now or datetime.now()).strftime,
             )
         except RuntimeRefusal:
             raise
@@ -93,6 +95,7 @@ class Conversation:
         self._prompter = prompter
         self._messages: list[Message] = []
         self._consumed = ""
+        self._began = datetime.now()  # another date in a later turn would rewrite the first one
 
     def ask(self, prompt: str, images: int, videos: Collection[int] = ()) -> list[int]:
         """Token ids that continue the caches with a question; image tokens are not repeated yet.
@@ -111,7 +114,7 @@ class Conversation:
         content.append({"type": "text", "text": prompt})
         opening = not self._messages
         self._messages.append({"role": "user", "content": content})
-        text = self._prompter.render(self._messages)
+        text = self._prompter.render(self._messages, self._began)
         fresh = text if opening else self._continuation(text)
         self._consumed = text
         return self._prompter.encode(fresh, opening)

@@ -209,9 +209,9 @@ class Session:
             needed = int(entries.max()) + group.length(tokens, visual)
             if needed > group.capacity and group.source == IMAGES:
                 raise RuntimeRefusal(
-                    f"{visual} image features do not fit: the caches of the cross-attention layers hold "
-                    f"{int(entries.max())} of at most {group.capacity}; reset the conversation, or export with more "
-                    "--images"
+                    f"{visual} image features, of which up to {group.length(tokens, visual)} are kept, do not fit: the "
+                    f"caches of the cross-attention layers hold {int(entries.max())} of at most {group.capacity}; "
+                    "reset the conversation, or export with more --images"
                 )
             if needed > group.capacity:
                 full = int(entries.max())

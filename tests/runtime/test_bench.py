@@ -128,6 +128,18 @@ def test_dense_and_pruned_side_by_side(dense_bundle, fastv_bundle, tmp_path, cap
     assert "73.1%" in text
 
 
+def test_image_features_count_as_what_is_kept(export_tiny, tmp_path, capsys):
+    """Cross-attention: features instead of image tokens; what FLOPs predict is not known there."""
+    folders = [export_tiny(f"bench-{method}", family="mllama", method=method) for method in ("none", "trimmed-llama")]
+    out = tmp_path / "bench.json"
+    argv = [*map(str, folders), "--new-tokens", "3", "--repeat", "1", "--warmup", "0", "--json", str(out)]
+    assert bench_cli.main(argv) == 0
+    dense, pruned = json.loads(out.read_text())["bundles"]
+    assert dense["visual"] == dense["kept"] == pruned["visual"] == 68 and 17 <= pruned["kept"] < 68
+    assert pruned["against"]["prefill"]["median"] > 0 and pruned["against"]["prefill_by_flops"] is None
+    assert f"{pruned['kept']} of 68" in capsys.readouterr().out
+
+
 def test_shares_of_a_peak_that_the_user_names(fastv_bundle, tmp_path, capsys):
     out = tmp_path / "bench.json"
     argv = [str(fastv_bundle), "--new-tokens", "2", "--repeat", "1", "--warmup", "0", "--json", str(out)]

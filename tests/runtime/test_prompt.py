@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 
 import pytest
 from jinja2 import Template
 from tokenizers import Tokenizer
 
 from vlmtrim.export.tiny import CHAT_TEMPLATE, SPECIAL_IDS, write_tokenizer
+from vlmtrim.runtime import prompt
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.prompt import Conversation, Prompter
 
@@ -19,6 +21,8 @@ GENERATION = (
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}A: {% endif %}"
 )
+# As Llama-3.2's: the date where nothing is pictured.
+DATED = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %H') }}{% else %}long ago{% endif %} " + GENERATION
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def user(text: str, images: int = 0) -> dict:
     return {"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, GENERATION, "{{ bos_token }}" + CHAT_TEMPLATE])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, GENERATION, DATED, "{{ bos_token }}" + CHAT_TEMPLATE])
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("prompt", ["What is this?", "  spaces  ", "zwölf Äpfel 🍎\nnew line", "{{ 7 * 7 }}"])
 def test_the_first_turn_has_the_ids_of_transformers(make, tmp_path, template, images, prompt):
@@ -95,6 +99,22 @@ def test_the_turns_together_are_the_whole_conversation(make, tmp_path, template,
             conversation.answer(spoken)
             text = {"type": "text", "text": said}
             messages.append({"role": "assistant", "content": [text]})
+
+
+def test_midnight_does_not_rewrite_history(make, monkeypatch):
+    class Clock:
+        day = 1
+
+        @staticmethod
+        def now():
+            return datetime(2026, 1, Clock.day)
+
+    monkeypatch.setattr(prompt, "datetime", Clock)
+    talk = Conversation(make(DATED))
+    assert make().tokenizer.decode(talk.ask("Hi?", 0)).startswith("01 Jan 2026")
+    talk.answer("Hello.")
+    Clock.day = 2
+    assert make().tokenizer.decode(talk.ask("And now?", 0)).strip().startswith("U: And now?")
 
 
 def test_a_template_that_rewrites_history_is_refused_on_the_second_turn(make):
