@@ -34,6 +34,12 @@ def chained_bundle(export_tiny):
     return export_tiny("chained", k=2, r=0.5, engine="tensorrt-rtx", engine_shards=2, max_batch=2)
 
 
+@pytest.fixture(scope="module")
+def crossing_chain(export_tiny):
+    fields = {"family": "mllama", "method": "trimmed-llama", "max_batch": 2, "images": 2}
+    return export_tiny("crossing-chain", engine="tensorrt-rtx", engine_shards=3, **fields)
+
+
 def conversation(backend, folder, picture, batch=1):
     """Two turns with pictures and one without, rows of different length; then all that was computed."""
     chat = runtime.Chat(runtime.Session(open_bundle(folder), backend, batch))
@@ -95,6 +101,13 @@ def test_a_conversation_of_every_family_equals_ort_cpu_to_the_bit(
     assert_equal(found, conversation(ort_cpu(), folder, picture, batch=2))
     assert machine.cuda.count["replays"] > 20
     proves(family, method, "TensorRT on a fake GPU")
+
+
+def test_a_chain_with_cross_attention_equals_ort_cpu_to_the_bit(crossing_chain, machine, tmp_path, picture):
+    """Numbers of the kept features go from engine to engine on the device, the features to each of them."""
+    folder = machine.with_engines(crossing_chain, tmp_path / "bundle")
+    found = conversation(tensorrt.TrtBackend("tensorrt"), folder, picture, batch=2)
+    assert_equal(found, conversation(ort_cpu(), crossing_chain, picture, batch=2))
 
 
 def test_longer_live_windows_change_nothing(fastv_bundle, picture):
