@@ -7,24 +7,26 @@ from typing import Any
 from vlmtrim.graphs.contract import Macs, kept_count
 
 # Fields of text configs whose layers are not all alike, or do not use all their weights for a token.
-_UNEVEN = ("cross_attention_layers", "num_experts", "num_local_experts")
+_UNEVEN = ("num_experts", "num_local_experts")
 
 
 def decoder_macs(text: Any) -> Macs | None:
     """What the decoder of a transformers text config computes; None where its layers are not all alike.
 
-    A layer: projections of queries, keys, values and output, attention, and the three matrices of a gated MLP. FastV's
-    paper counts two MLP matrices (METHODS 1.3), so its ratios differ a little.
+    A layer: projections of queries, keys, values and output, attention, and the three matrices of a gated MLP; a
+    cross-attention layer of Llama-3.2-Vision has the same. FastV's paper counts two MLP matrices (METHODS 1.3), so its
+    ratios differ a little.
     """
     if any(getattr(text, name, None) for name in _UNEVEN):
         return None
     heads, width = text.num_attention_heads, text.hidden_size
     size = getattr(text, "head_dim", None) or width // heads
-    projections = 2 * width * size * (heads + text.num_key_value_heads)
+    queries, keys = 2 * width * size * heads, 2 * width * size * text.num_key_value_heads
     return Macs(
-        token=projections + 3 * width * text.intermediate_size,
+        token=queries + keys + 3 * width * text.intermediate_size,
         pair=2 * heads * size,
         logits=width * text.vocab_size,
+        feature=keys if getattr(text, "cross_attention_layers", None) else 0,
     )
 
 

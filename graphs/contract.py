@@ -147,11 +147,13 @@ class Macs:
         token: of one layer's matrices, per token; one for each of their weights.
         pair: of one layer's attention, per query and key.
         logits: of the logits of one token.
+        feature: the part of ``token`` that cross-attention layers spend per image feature instead: keys and values.
     """
 
     token: int
     pair: int
     logits: int
+    feature: int = 0
 
     def prefill(self, layers: Iterable[tuple[int, int]]) -> int:
         """Of a prefill from empty caches as it is executed: the whole S x S attention, the logits of one token.
@@ -160,6 +162,10 @@ class Macs:
             layers: (number of layers, tokens that they run on).
         """
         return self.logits + sum(n * (self.token * tokens + self.pair * tokens * tokens) for n, tokens in layers)
+
+    def crossing(self, tokens: int, features: int) -> int:
+        """Of one cross-attention layer in a prefill: every token attends to every feature of the step."""
+        return (self.token - self.feature) * tokens + (self.feature + self.pair * tokens) * features
 
 
 @dataclass(frozen=True)
@@ -227,10 +233,22 @@ class Contract:
         return self.dims["N"][1] // self.image_tokens
 
     def prefill_macs(self, tokens: int, visual: int) -> int | None:
-        """Multiply-adds of a prefill from empty caches, ``visual`` of the ``tokens`` visual; None where not known."""
+        """Multiply-adds of a prefill from empty caches; None where not known.
+
+        Args:
+            tokens: of the prompt; visual tokens are among them where the decoder has no cross-attention.
+            visual: visual tokens, or image features: all in the first cross-attention layer, in the others what the
+                caches take at most.
+        """
         if self.macs is None:
             return None
-        return self.macs.prefill((len(group.layers), group.length(tokens, visual)) for group in self.groups)
+        own = [(len(group.layers), group.length(tokens, visual)) for group in self.groups if group.source == TOKENS]
+        total = self.macs.prefill(own)
+        for group in self.groups:
+            if group.source == IMAGES:
+                later = (len(group.layers) - 1) * self.macs.crossing(tokens, group.length(tokens, visual))
+                total += self.macs.crossing(tokens, visual) + later
+        return total
 
     def step_bytes(self, entries: Sequence[int]) -> int | None:
         """Bytes that a decode step of one row must read: the decoder's matrices once, the filled part of its caches.
@@ -240,8 +258,10 @@ class Contract:
         """
         if self.macs is None:
             return None
-        layers = sum(len(group.layers) for group in self.groups)
-        matrices = (layers * self.macs.token + self.macs.logits) * DTYPE_BYTES[self.dtype]
+        weights = self.macs.logits
+        for group in self.groups:  # a step without pictures computes no keys of theirs
+            weights += len(group.layers) * (self.macs.token - (self.macs.feature if group.source == IMAGES else 0))
+        matrices = weights * DTYPE_BYTES[self.dtype]
         return matrices + sum(
             dataclasses.replace(group, capacity=length).nbytes(1, self.dtype)
             for group, length in zip(self.groups, entries, strict=True)
