@@ -79,7 +79,8 @@ class Crossing:
         everything = np.arange(self._numbers.shape[1])
         kept = [everything] * len(self._numbers)
         if self._selects and everything.size:
-            found, counts = (backend.to_host(outputs[name]) for name in ("kept_features", "kept_counts"))
+            returned = [outputs[name] for name in ("kept_features", "kept_counts")]  # a chain has read them already
+            found, counts = (v if isinstance(v, np.ndarray) else backend.to_host(v) for v in returned)
             kept = [row[:count] for row, count in zip(found, counts, strict=True)]
         for index in self._groups:
             for row, (features, start) in enumerate(zip(kept, entries[index], strict=True)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,18 @@ class Graph(ABC):
 
 
 class Chain:
-    """Several graphs that do one's work one after the other; to the outside it is a :class:`Graph`."""
+    """Several graphs that do one's work one after the other; to the outside it is a :class:`Graph`.
 
-    def __init__(self, graphs: Sequence[Graph]):
-        self._graphs = graphs
+    Behind a selection of image features whose number depends on the data, a chain does what one graph cannot: it reads
+    the number, and the later graphs run on so many features instead of the bound.
+
+    Args:
+        graphs: in order.
+        to_host: the backend's.
+    """
+
+    def __init__(self, graphs: Sequence[Graph], to_host: Callable[[Tensor], np.ndarray]):
+        self._graphs, self._to_host = graphs, to_host
         self._caches: frozenset[str] = frozenset()
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,7 +98,11 @@ class Chain:
         known = dict(feeds)
         for graph in self._graphs:
             wanted = (tensor.name for tensor in graph.spec.inputs)
-            known |= graph.run({name: known[name] for name in wanted if name not in self._caches and name in known})
+            found = graph.run({name: known[name] for name in wanted if name not in self._caches and name in known})
+            if "kept_counts" in found and known["image_numbers"].shape[1]:
+                found["kept_counts"] = counts = self._to_host(found["kept_counts"])
+                found["kept_features"] = self._to_host(found["kept_features"])[:, : counts.max()].copy()
+            known |= found
         return {name: value for name, value in known.items() if name not in feeds}
 
     def bind_caches(self, caches: Mapping[str, Tensor]) -> None:
@@ -114,7 +126,7 @@ class Backend(ABC):
         """Open a graph of a bundle by its name in the contract."""
         names = contract.chain(graph) if self.chained else (graph,)
         graphs = [self._open(folder, contract.graphs[name], contract.dims) for name in names]
-        return graphs[0] if len(graphs) == 1 else Chain(graphs)
+        return graphs[0] if len(graphs) == 1 else Chain(graphs, self.to_host)
 
     def window(self, length: int, capacity: int) -> int:
         """Live window to give a decoder whose caches hold ``length`` entries after the step: ``length`` at least,

@@ -160,7 +160,8 @@ def test_an_unproven_combination_is_refused(model, method, tmp_path, capsys):
 
 @pytest.mark.parametrize(("method", "shards"), [("none", 5), ("trimmed-llama", 5), ("trimmed-llama", 2)])
 def test_a_chain_runs_like_the_whole(method, shards, export_tiny):
-    """Float32 engines of every layer, or of three and two: kept features are gathered again in every piece."""
+    """Float32 engines of every layer, or of three and two: kept features are gathered again in every piece, as many as
+    the heads named instead of the bound."""
     cut = open_bundle(
         export_tiny(
             f"cut{shards}", family="mllama", method=method, images=2, engine="tensorrt-rtx", engine_shards=shards
