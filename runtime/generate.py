@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ class Chat:
 
     def reset(self) -> None:
         """Start new conversations."""
+        self._running: Generator[Step, None, None] | None = None
         self.session.reset()
         self._rows = [Conversation(self.session.prompter) for _ in range(self.session.batch)]
         # The last token of an answer that was cut short is said but not yet in the caches; -1 where there is none.
@@ -86,8 +87,11 @@ class Chat:
             )
         if max_new_tokens < 1:
             raise RuntimeRefusal(f"max_new_tokens is {max_new_tokens}; give 1 or more")
+        if self._running is not None:
+            self._running.close()  # an answer that the caller did not hear to its end
         prefill = self._prefill(questions, pictures)
-        return self._answer(prefill, max_new_tokens, Sampler(sampling or Sampling()))
+        self._running = self._answer(prefill, max_new_tokens, Sampler(sampling or Sampling()))
+        return self._running
 
     def _prefill(self, questions: list[str], pictures: list[list[Picture]]) -> Prefill:
         session = self.session
@@ -104,43 +108,62 @@ class Chat:
                 f"{max(map(len, brought))} images of {max(map(sum, brought))} visual tokens for one prompt; a "
                 f"conversation of {session.contract.max_seq_len} tokens holds at most {most} of them"
             )
-        asked = zip(self._rows, questions, pictures, videos, strict=True)
-        fresh = [row.ask(question, len(brings), films) for row, question, brings, films in asked]
-        expanded = [session.prompter.expand_images(i, t) for i, t in zip(fresh, brought, strict=True)]
+        asked: list[Conversation] = []
+        try:
+            fresh = []
+            for row, question, brings, films in zip(self._rows, questions, pictures, videos, strict=True):
+                fresh.append(row.ask(question, len(brings), films))
+                asked.append(row)
+            expanded = [session.prompter.expand_images(i, t) for i, t in zip(fresh, brought, strict=True)]
+            self._feed_cut_short()
+            return session.prefill(expanded, processed)
+        except BaseException:
+            for row in asked:
+                row.take_back()
+            raise
+
+    def _feed_cut_short(self) -> None:
+        """Bring the last tokens of answers that were cut short into the caches."""
+        session = self.session
         cut_short = self._pending >= 0
         if cut_short.any() and session.room() > 0:
             # Fed on its own: were it the image token, the prefill would take it for a visual token.
             session.decode(np.maximum(self._pending, 0), cut_short)
         self._pending[:] = -1
-        return session.prefill(expanded, processed)
 
-    def _answer(self, prefill: Prefill, limit: int, sample: Sampler) -> Iterator[Step]:
+    def _answer(self, prefill: Prefill, limit: int, sample: Sampler) -> Generator[Step, None, None]:
         session, eos = self.session, set(self.session.contract.eos_token_ids)
         tokenizer = session.prompter.tokenizer
         streams = [session.prompter.decode_stream() for _ in range(session.batch)]
         said = ["" for _ in range(session.batch)]
         live = np.ones(session.batch, dtype=bool)
         logits = prefill.logits
-        for index in range(limit):
-            tokens = sample(logits)
-            was_live, room = live.copy(), session.room()
-            texts = [""] * session.batch
-            ended: list[str | None] = [None] * session.batch
-            for row in np.flatnonzero(was_live):
-                token = int(tokens[row])
-                reason = self._end_reason(token, index, limit, room, eos)
-                if token not in eos:
-                    texts[row] = streams[row].step(tokenizer, token) or ""
-                    said[row] += texts[row]
-                if reason is not None:
-                    ended[row], live[row] = reason, False
-                    self._pending[row] = -1 if reason == "eos" else token
-                    self._rows[row].answer(said[row])
-            ids = tuple(int(t) if was_live[row] else None for row, t in enumerate(tokens))
-            yield Step(index, ids, tuple(texts), tuple(ended), prefill)
-            if not live.any():
-                return
-            logits = session.decode(tokens, live)
+        tokens = self._pending.copy()
+        try:
+            for index in range(limit):
+                tokens = sample(logits)
+                was_live, room = live.copy(), session.room()
+                texts = [""] * session.batch
+                ended: list[str | None] = [None] * session.batch
+                for row in np.flatnonzero(was_live):
+                    token = int(tokens[row])
+                    reason = self._end_reason(token, index, limit, room, eos)
+                    if token not in eos:
+                        texts[row] = streams[row].step(tokenizer, token) or ""
+                        said[row] += texts[row]
+                    if reason is not None:
+                        ended[row], live[row] = reason, False
+                        self._pending[row] = -1 if reason == "eos" else token
+                        self._rows[row].answer(said[row])
+                ids = tuple(int(t) if was_live[row] else None for row, t in enumerate(tokens))
+                yield Step(index, ids, tuple(texts), tuple(ended), prefill)
+                if not live.any():
+                    return
+                logits = session.decode(tokens, live)
+        finally:
+            for row in np.flatnonzero(live):  # the caller stopped early: the last token was said, and not decoded
+                self._pending[row] = tokens[row]
+                self._rows[row].answer(said[row])
 
     @staticmethod
     def _end_reason(token: int, index: int, limit: int, room: int, eos: set[int]) -> str | None:

@@ -95,6 +95,7 @@ class Conversation:
         self._prompter = prompter
         self._messages: list[Message] = []
         self._consumed = ""
+        self._before: tuple[list[Message], str] = ([], "")
         self._began = datetime.now()  # another date in a later turn would rewrite the first one
 
     def ask(self, prompt: str, images: int, videos: Collection[int] = ()) -> list[int]:
@@ -112,20 +113,27 @@ class Conversation:
             )
         content: list[Message] = [] if marks else [{"type": "video" if i in videos else "image"} for i in range(images)]
         content.append({"type": "text", "text": prompt})
+        if self._messages and self._messages[-1]["role"] == "user":
+            self.answer("")  # nobody waited for it
         opening = not self._messages
-        self._messages.append({"role": "user", "content": content})
-        text = self._prompter.render(self._messages, self._began)
+        messages = [*self._messages, {"role": "user", "content": content}]
+        text = self._prompter.render(messages, self._began)
         fresh = text if opening else self._continuation(text)
-        self._consumed = text
+        self._before = self._messages, self._consumed
+        self._messages, self._consumed = messages, text
         return self._prompter.encode(fresh, opening)
+
+    def take_back(self) -> None:
+        """Forget the question that was just asked: the caches did not take it."""
+        self._messages, self._consumed = self._before
 
     def answer(self, text: str) -> None:
         """Record what the assistant said."""
-        self._messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
+        self._messages = [*self._messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
 
     def _continuation(self, text: str) -> str:
         """What follows the last answer in the newly rendered conversation."""
-        said = self._messages[-2]["content"][0]["text"]
+        said = self._messages[-1]["content"][0]["text"]
         fresh = text[len(self._consumed) :]
         if said not in fresh:  # templates may trim what was said
             said = said.strip()

@@ -119,6 +119,56 @@ def test_what_does_not_fit_is_refused_before_the_first_step(chat, picture, promp
         chat.generate(prompt, [picture] * images)
 
 
+@pytest.mark.parametrize("family", ["llava", "mllama"])
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_refused_turn_leaves_the_conversation_as_it_was(export_tiny, fastv_bundle, picture, family, turns):
+    """Refused for its pictures or its text, as the first turn or the second: the next one answers as without it."""
+    crossing = family == "mllama"
+    folder = export_tiny("refusing", family=family, method="trimmed-llama") if crossing else fastv_bundle
+    found = []
+    for refused in ([], [("Those?", [picture] * 40)], [("x" * 600, [])]):
+        chat = runtime.open(folder)
+        ids = [answer(chat, "What is it?", [picture], max_new_tokens=4) for _ in range(turns)]
+        for prompt, images in refused:
+            with pytest.raises(RuntimeRefusal):
+                chat.generate(prompt, images)
+        found.append([*ids, answer(chat, "And why?", max_new_tokens=4)])
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_refused_turn_of_a_batch_leaves_both_rows_as_they_were(fastv_bundle, picture):
+    found = []
+    for refused in (False, True):
+        pair = runtime.open(fastv_bundle, batch=2)
+        list(pair.generate(["What is it?", "And that?"], [[picture], [picture]], max_new_tokens=3))
+        if refused:
+            with pytest.raises(RuntimeRefusal, match="same number of images"):
+                pair.generate(["a", "b"], [[picture], []])
+        steps = pair.generate(["Why?", "Is it?"], [[], []], max_new_tokens=4)
+        found.append([step.token_ids for step in steps])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_stopping_early_is_an_answer_that_was_cut_short(fastv_bundle, picture, close):
+    chat = runtime.open(fastv_bundle)
+    said = answer(chat, "What is it?", [picture], max_new_tokens=3)
+    expected = said, answer(chat, "And why?", max_new_tokens=4)
+    chat.reset()
+    steps = chat.generate("What is it?", [picture], max_new_tokens=9)
+    heard = [next(steps).token_ids[0] for _ in range(3)]
+    if close:
+        steps.close()
+    assert (heard, answer(chat, "And why?", max_new_tokens=4)) == expected
+
+
+def test_an_answer_that_nobody_heard_is_an_empty_one(chat, picture):
+    chat.generate("What is it?", [picture])
+    before = chat.session.lengths.entries[0].copy()
+    assert answer(chat, "And why?", max_new_tokens=2)
+    assert chat.session.lengths.entries[0] > before
+
+
 def test_rows_with_different_numbers_of_images_are_refused(fastv_bundle, picture):
     with pytest.raises(RuntimeRefusal, match="same number of images"):
         runtime.open(fastv_bundle, batch=2).generate(["a", "b"], [[picture], []])
