@@ -205,6 +205,12 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         except ValueError as error:
             raise Refusal(str(error)) from error
     crosses = any(group.source == IMAGES for group in dense)
+    least = min((group.length(0, shape.image_tokens) for group in groups if group.source == IMAGES), default=1)
+    if least < 1:
+        raise Refusal(
+            f"the bound keeps none of a picture's {shape.image_tokens} features; give a larger --ratio, or a --bound "
+            f"above 1 / {shape.image_tokens}"
+        )
     most_images = job.images if crosses else max(1, capacity // shape.image_tokens)
     dims = {
         "B": (1, job.max_batch),

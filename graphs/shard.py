@@ -92,7 +92,6 @@ class _Needs:
     """What the part of a decoder behind a seam (the nodes ``behind``) reads of the part before it."""
 
     def __init__(self, model: ir.Model, seam: ir.Value, behind: set[ir.Node]):
-        self.seam = seam
         self.small: list[ir.Value] = []
         self.shapes: list[ir.Node] = []
         contents = _contents(model, seam)

@@ -65,6 +65,12 @@ def _caches(bundle: Mapping[str, Any]) -> str:
     return f"{held / 1e6:.1f} MB {verdict}"
 
 
+def _groups(bundle: Mapping[str, Any]) -> str:
+    """Bytes of the caches of each group, as the contract has them."""
+    groups = bundle["memory"]["groups"]
+    return "" if len(groups) < 2 else " + ".join(f"{group['bytes'] / 1e6:.1f}" for group in groups)
+
+
 ROWS: tuple[tuple[str, Any], ...] = (
     ("", lambda bundle: bundle["name"]),
     ("visual tokens kept", lambda bundle: f"{bundle['kept']} of {bundle['visual']}"),
@@ -79,6 +85,7 @@ ROWS: tuple[tuple[str, Any], ...] = (
     ("  share of peak", _percent("share_of_bandwidth")),
     ("prefill, share of peak", _percent("share_of_flops")),
     ("caches", _caches),
+    ("  by group, MB", _groups),
     ("prefill speed-up", _speedup("prefill", "prefill_by_flops")),
     ("TTFT speed-up", _speedup("ttft", None)),
     ("decode speed-up", _speedup("decode", "decode_by_bytes")),

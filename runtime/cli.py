@@ -98,8 +98,9 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     print()
     rate = times.steps / times.decode if times.decode else 0.0
+    what = "image features" if chat.session.contract.crosses else "visual tokens"
     print(
-        f"{prefill.visual} visual tokens, {prefill.kept} kept, {prefill.visual - prefill.kept} removed; "
+        f"{prefill.visual} {what}, {prefill.kept} kept, {prefill.visual - prefill.kept} removed; "
         f"vision {times.vision:.3f} s, prefill {times.prefill:.3f} s, decode {rate:.1f} tokens/s "
         f"({chat.session.backend.name})",
         file=sys.stderr,

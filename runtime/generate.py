@@ -97,7 +97,7 @@ class Chat:
         session = self.session
         videos = [[i for i, picture in enumerate(row) if isinstance(picture, Video)] for row in pictures]
         if any(videos) and session.contract.video_token_id is None:
-            raise RuntimeRefusal(f"a {session.contract.family} bundle takes no videos; give its frames as pictures")
+            raise RuntimeRefusal(f"bundles of {session.contract.family} take no videos; give the frames as pictures")
         loaded: list[Any] = [load_picture(picture) for row in pictures for picture in row]
         processed = session.processor(loaded) if loaded else None
         counts = iter(() if processed is None else processed.tokens)

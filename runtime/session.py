@@ -198,9 +198,9 @@ class Session:
         is_visual = (ids == self.contract.image_token_id) & real
         per_row = is_visual.sum(axis=1)
         if (per_row != per_row[0]).any():
+            what = "images" if self.contract.crosses else "visual tokens"
             raise RuntimeRefusal(
-                f"the rows of a batch hold {per_row.tolist()} visual tokens; rows that run together must bring "
-                "the same number of images"
+                f"the rows of a batch hold {per_row.tolist()} {what}; rows that run together must bring as many"
             )
         return ids, counts, np.nonzero(is_visual)[1].reshape(self.batch, -1).astype(np.int64)
 
@@ -208,10 +208,11 @@ class Session:
         for group, entries in zip(self.contract.groups, self.lengths.entries, strict=True):
             needed = int(entries.max()) + group.length(tokens, visual)
             if needed > group.capacity and group.source == IMAGES:
+                held, each, brings = int(entries.max()), self.contract.image_tokens, group.length(tokens, visual)
                 raise RuntimeRefusal(
-                    f"{visual} image features, of which up to {group.length(tokens, visual)} are kept, do not fit: the "
-                    f"caches of the cross-attention layers hold {int(entries.max())} of at most {group.capacity}; "
-                    "reset the conversation, or export with more --images"
+                    f"{visual // each} picture(s) of {each} features bring up to {brings} entries, "
+                    f"the caches of the cross-attention layers hold {held} of at most {group.capacity}: give fewer "
+                    f"pictures, {'reset the conversation, ' if held else ''}or export with more --images"
                 )
             if needed > group.capacity:
                 full = int(entries.max())

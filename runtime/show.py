@@ -26,8 +26,8 @@ def check_target(path: str | Path, contract: Contract, pictures: int) -> None:
     target = Path(path)
     if contract.image_grid is None:
         raise RuntimeRefusal(
-            f"--show-kept needs visual tokens that lie on a grid; the {contract.image_tokens} tokens of this "
-            f"{contract.family} bundle do not"
+            f"--show-kept draws pictures of a fixed grid of tokens (llava, llava_next), not those of {contract.family} "
+            "bundles; leave it out, --json tells how many were kept"
         )
     if not pictures:
         raise RuntimeRefusal("--show-kept draws the prompt's pictures; give at least one --image")

@@ -23,6 +23,7 @@ from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.contract import most_features
 from vlmtrim.graphs.methods.trimmed_llama import TrimmedLlama
+from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture
 
 QUESTIONS = (
@@ -80,12 +81,17 @@ def main() -> None:
     parser.add_argument("--model", default="tiny:mllama", help="as export-vlm takes it")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15, 0.25, 0.5])
     parser.add_argument("--prefills", type=int, default=64)
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", default="auto", help="one that ONNX Runtime's CPU provider runs: not bfloat16")
     parser.add_argument("--json", type=Path, help="write the records there as well")
     args = parser.parse_args()
+    if args.prefills < 1:
+        parser.error(f"--prefills is {args.prefills}; give 1 or more")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with tempfile.TemporaryDirectory() as folder:
-        records = measure(args.model, args.ratios, args.prefills, args.dtype, Path(folder))
+        try:
+            records = measure(args.model, args.ratios, args.prefills, args.dtype, Path(folder))
+        except RuntimeRefusal as refusal:
+            parser.exit(1, f"{parser.prog}: {refusal}\n")
     print(f"{args.model}, {records[0]['features']} features a picture, {args.prefills} prefills a ratio")
     for record in records:
         union = "  ".join(f"{name} {record[name]:6.1%}" for name in ("mean", "least", "most"))

@@ -144,6 +144,11 @@ class Union:
         alive = ops("GreaterOrEqual", numbers, ops.const([0]))
         scores = ops("Where", ops("Unsqueeze", alive, ops.const([1])), scores, ops.const(-1.0, np.float32))
         table = [0, *(max(1, round(self.ratio * n)) for n in range(1, self.most_count + 1))]
+        if table[-1] * self.heads >= _NEVER:
+            raise GraphError(
+                f"{self.heads} heads that choose {table[-1]} features each have more places than float32 counts "
+                f"exactly ({int(_NEVER)}); give a smaller ratio, or fewer pictures"
+            )
         per_head = ops.const(table)
         most_chosen = ops("Gather", per_head, ops.dim(numbers, 1))  # K, where every feature is alive
         chosen_count = ops("Gather", per_head, ops("ReduceSum", ops("Cast", alive, to=7), ops.const([1]), keepdims=1))

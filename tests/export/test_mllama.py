@@ -188,6 +188,12 @@ def test_bfloat16_engines_build(export_tiny):
     assert {"vision.engine", "embed.engine", "decoder.engine"} <= {path.name for path in folder.iterdir()}
 
 
+def test_a_bound_that_keeps_nothing_is_refused(tmp_path, capsys):
+    argv = ["--model", "tiny:mllama", "--method", "trimmed-llama", "--output", str(tmp_path / "b")]
+    assert cli.main([*argv, "--ratio", "0.004"]) == 2
+    assert "keeps none of a picture's 68 features" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("method", "flag"), [("trimmed-llama", "--k"), ("trimmed-llama", "--score"), ("none", "--r"), ("fastv", "--bound")]
 )

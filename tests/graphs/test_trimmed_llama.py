@@ -109,6 +109,12 @@ def test_parameters_out_of_range_are_refused(fields):
         TrimmedLlama(**fields)
 
 
+def test_more_places_than_float32_counts_are_refused():
+    ops, numbers = Ops("trim"), ir.val("n", dtype=ir.DataType.INT64, shape=("B", "N"))
+    with pytest.raises(GraphError, match="more places"):
+        Union(ops, 64, 1.0, 1.0, 2**18).keep(ir.val("s", dtype=ir.DataType.FLOAT, shape=("B", 64, "N")), numbers)
+
+
 def test_a_decoder_without_cross_attention_is_refused():
     with pytest.raises(GraphError, match="0 cross-attention layers"):
         TrimmedLlama()(build(weights(0, 3, 2, 2), 16))

@@ -142,7 +142,7 @@ def test_a_refused_turn_of_a_batch_leaves_both_rows_as_they_were(fastv_bundle, p
         pair = runtime.open(fastv_bundle, batch=2)
         list(pair.generate(["What is it?", "And that?"], [[picture], [picture]], max_new_tokens=3))
         if refused:
-            with pytest.raises(RuntimeRefusal, match="same number of images"):
+            with pytest.raises(RuntimeRefusal, match="must bring as many"):
                 pair.generate(["a", "b"], [[picture], []])
         steps = pair.generate(["Why?", "Is it?"], [[], []], max_new_tokens=4)
         found.append([step.token_ids for step in steps])
@@ -170,7 +170,7 @@ def test_an_answer_that_nobody_heard_is_an_empty_one(chat, picture):
 
 
 def test_rows_with_different_numbers_of_images_are_refused(fastv_bundle, picture):
-    with pytest.raises(RuntimeRefusal, match="same number of images"):
+    with pytest.raises(RuntimeRefusal, match="must bring as many"):
         runtime.open(fastv_bundle, batch=2).generate(["a", "b"], [[picture], []])
 
 
