@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ class Chat:
 
     def reset(self) -> None:
         """Start new conversations."""
-        self._running: Generator[Step, None, None] | None = None
+        self._running: Callable[[], Generator[Step, None, None] | None] = lambda: None
         self.session.reset()
         self._rows = [Conversation(self.session.prompter) for _ in range(self.session.batch)]
         # The last token of an answer that was cut short is said but not yet in the caches; -1 where there is none.
@@ -87,11 +88,12 @@ class Chat:
             )
         if max_new_tokens < 1:
             raise RuntimeRefusal(f"max_new_tokens is {max_new_tokens}; give 1 or more")
-        if self._running is not None:
-            self._running.close()  # an answer that the caller did not hear to its end
+        if (running := self._running()) is not None:
+            running.close()  # an answer that the caller did not hear to its end, and still holds
         prefill = self._prefill(questions, pictures)
-        self._running = self._answer(prefill, max_new_tokens, Sampler(sampling or Sampling()))
-        return self._running
+        answer = self._answer(prefill, max_new_tokens, Sampler(sampling or Sampling()))
+        self._running = weakref.ref(answer)
+        return answer
 
     def _prefill(self, questions: list[str], pictures: list[list[Picture]]) -> Prefill:
         session = self.session

@@ -1,4 +1,7 @@
-"""README's table of what is proven, written from the tests that passed: pytest --proven write, or --proven check."""
+"""README's table of what is proven, from the tests that passed: pytest --proven write, or --proven check.
+
+With a GPU, ``-m gpu --proven write`` writes its columns.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,21 @@ from pathlib import Path
 PROPERTY = "proves"
 BEGIN, END = "<!-- proven: written by scripts/test.sh --proven write -->", "<!-- /proven -->"
 README = Path(__file__).parents[1] / "README.md"
-BACKENDS = ("ONNX Runtime CPU", "TensorRT-RTX engines", "TensorRT on a fake GPU")
-ON_GPU = ("ONNX Runtime CUDA", "TensorRT", "TensorRT-RTX")
+BACKENDS = (
+    "ONNX Runtime CPU",
+    "TensorRT-RTX engines",
+    "TensorRT on a fake GPU",
+    "ONNX Runtime CUDA",
+    "TensorRT",
+    "TensorRT-RTX",
+)
 
 
 def table(proven: set[tuple[str, str, str]]) -> str:
     """The table in Markdown; a combination that no test proves is not listed."""
-    backends = (*BACKENDS, *ON_GPU)
-    lines = [f"| family | method | {' | '.join(backends)} |", f"|---|---|{'---|' * len(backends)}"]
+    lines = [f"| family | method | {' | '.join(BACKENDS)} |", f"|---|---|{'---|' * len(BACKENDS)}"]
     for family, method in sorted({row[:2] for row in proven}):
-        cells = ["proven" if (family, method, backend) in proven else "-" for backend in backends]
+        cells = ["proven" if (family, method, backend) in proven else "-" for backend in BACKENDS]
         lines.append(f"| {family} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -43,6 +51,10 @@ def pytest_addoption(parser):
     parser.addoption("--proven", choices=("check", "write"), help="README's table of what is proven, from this run")
 
 
+def _whole(config) -> bool:
+    return config.args_source is config.ArgsSource.TESTPATHS
+
+
 def pytest_sessionfinish(session):
     """On the process that all reports reach."""
     how = session.config.getoption("--proven")
@@ -52,9 +64,12 @@ def pytest_sessionfinish(session):
     passed = reporter.stats.get("passed", [])
     proven = {tuple(value) for report in passed for name, value in report.user_properties if name == PROPERTY}
     text = README.read_text()
-    if not any(backend in ON_GPU for _, _, backend in proven):  # without a GPU its columns stay what they were
-        proven |= {row for row in listed(text) if row[2] in ON_GPU}
-    if how == "write":
+    ran = {backend for _, _, backend in proven}  # the columns of others (those of GPUs, mostly) stay what they were
+    proven |= {row for row in listed(text) if row[2] not in ran}
+    if how == "write" and (session.exitstatus or session.config.option.keyword or not _whole(session.config)):
+        reporter.write_line("README's table is written from a whole run that passes", red=True)
+        session.exitstatus = 1
+    elif how == "write":
         README.write_text(with_table(text, proven))
     elif with_table(text, proven) != text:
         reporter.write_line(f"README's table differs from what this run proves:\n{table(proven)}", red=True)

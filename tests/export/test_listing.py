@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import proven
 import pytest
 
 from vlmtrim.export import cli, listing
@@ -22,8 +23,8 @@ def test_the_list_names_all_there_is(capsys):
         assert name in printed
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
     order = rows["families"]
-    for (family, method), proven in listing.combinations().items():
-        assert (rows[family][order.index(method)] == "proven") == proven
+    for (family, method), is_proven in listing.combinations().items():
+        assert (rows[family][order.index(method)] == "proven") == is_proven
 
 
 @pytest.mark.parametrize("family", family_names())
@@ -33,3 +34,13 @@ def test_what_is_called_proven_is_held_by_an_oracle_and_goldens(family):
     assert methods and set(methods) <= set(method_names())
     assert set(methods) <= set(load_reference(family).METHODS)
     assert all((GOLDEN / f"{name}.txt").is_file() for method in methods for name in GOLDENS[method])
+
+
+def test_readmes_table_lists_every_combination_and_reads_back():
+    rows = {("a_b", "c", proven.BACKENDS[0]), ("a_b", "none", proven.BACKENDS[-1])}
+    text = proven.with_table(f"before{proven.BEGIN}\nold\n{proven.END}after", rows)
+    assert text.startswith("before") and text.endswith("after") and "old" not in text
+    assert proven.listed(text) == rows
+    listed = {(family, method) for family, method, _ in proven.listed(proven.README.read_text())}
+    known = {pair for pair, is_proven in listing.combinations().items() if is_proven}
+    assert listed == known | {(family, "none") for family in family_names()}

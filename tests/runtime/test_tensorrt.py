@@ -44,7 +44,8 @@ def conversation(backend, folder, picture, batch=1):
     """Two turns with pictures and one without, rows of different length; then all that was computed."""
     chat = runtime.Chat(runtime.Session(open_bundle(folder), backend, batch))
     long, short = "How many things are there in this picture, and which of them is the largest?", "What is it?"
-    steps = []
+    steps, decoded, decode = [], [], chat.session.decode
+    chat.session.decode = lambda *args: decoded.append(decode(*args)) or decoded[-1]
 
     def ask(questions, images, tokens):
         if batch == 1:
@@ -58,11 +59,12 @@ def conversation(backend, folder, picture, batch=1):
         ([short, short], [], 3),
     ):
         steps += ask(questions, images, tokens)
+    del chat.session.decode  # a cycle would keep the graphs alive
     caches = [array for row in range(batch) for pair in chat.session.cache_contents(row) for array in pair]
     prefills = [step.prefill for step in steps if step.index == 0]
-    kept = [row for prefill in prefills for row in prefill.kept_indices or []]
+    kept = [row for prefill in prefills for row in prefill.kept_indices or prefill.kept_features or []]
     numbers = [array for prefill in prefills for array in (prefill.logits, prefill.visual_scores) if array is not None]
-    return [step.token_ids for step in steps], kept, [*numbers, *caches]
+    return [step.token_ids for step in steps], kept, [*numbers, *decoded, *caches]
 
 
 def assert_equal(found, expected, tolerance=0.0):
