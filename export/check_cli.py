@@ -14,7 +14,7 @@ import numpy as np
 
 from vlmtrim.export.requirements import missing_extra
 from vlmtrim.graphs.bundle import Bundle, BundleError, open_bundle
-from vlmtrim.runtime.check import Parity, Row, Turn, compare, record
+from vlmtrim.runtime.check import Parity, Row, Turn, compare, diverged, record
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture, load_image
 from vlmtrim.runtime.prompt import Conversation
@@ -87,10 +87,11 @@ def _against_backend(args: argparse.Namespace, bundle: Bundle, replayer: Replaye
     recorder = Recorder(bundle, choose_backend(args.against, bundle))
     recorded = [recorder.record(turn, args.tokens) for turn in turns]
     groups, dtype = [group.layers for group in bundle.contract.groups], bundle.contract.dtype
-    whole = [
-        compare(turn.name, record(replayer.session, turn, tokens)[0], expected, groups, dtype)
-        for turn, (expected, tokens, _) in zip(turns, recorded, strict=True)
-    ]
+    whole, differed = [], False
+    for turn, (expected, tokens, _) in zip(turns, recorded, strict=True):
+        found = record(replayer.session, turn, tokens)[0]
+        whole.append(compare(turn.name, found, expected, groups, dtype, differed and not turn.opens))
+        differed = diverged(turn, found, expected, differed)
     rows: list[Row] = []
     for turn, (expected, tokens, tape), plain in zip(turns, recorded, whole, strict=True):
         rows += [*replayer.compare(turn, expected, tokens, tape), *plain]
@@ -108,9 +109,12 @@ def _against_pytorch(
     reference = load_reference(bundle.contract.family)(family.MODEL_CLASS, source, selection)
     rows = _compare_inputs(bundle, session, args.prompt, image)
     groups = [group.layers for group in bundle.contract.groups]
+    differed = False
     for turn in turns:
         expected, tokens = reference.record(turn, args.tokens)
-        rows += compare(turn.name, record(session, turn, tokens)[0], expected, groups, bundle.contract.dtype)
+        found = record(session, turn, tokens)[0]
+        rows += compare(turn.name, found, expected, groups, bundle.contract.dtype, differed and not turn.opens)
+        differed = diverged(turn, found, expected, differed)
     return rows
 
 

@@ -59,13 +59,15 @@ class Reference:
         if turn.images:
             pictures = dict(self._processor([list(turn.images)], return_tensors="pt"))
             self._tiles += pictures.pop("num_tiles")[0]
+        self._margins: Tensor | None = None
         logits, kept = self._forward(turn.ids, pictures)
+        margins = None if self._margins is None else self._margins.numpy()
         caches = [self._contents(index) for index in range(len(self._text.layers))]
         all_logits, tokens = [logits], []
         for _ in range(steps):
             tokens.append(int(all_logits[-1].argmax()))
             all_logits.append(self._forward([tokens[-1]], {})[0])
-        return Recording(kept, caches, torch.stack(all_logits).numpy()), tokens
+        return Recording(kept, caches, torch.stack(all_logits).numpy(), margins=margins), tokens
 
     def _contents(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         layer: Any = self._cache.layers[index] if index < len(self._cache.layers) else None
@@ -135,7 +137,8 @@ class Reference:
                 hidden = torch.where(blind[None, :, None] | (len(columns) == 0), hidden, output)
                 if is_first and len(new):
                     alive = torch.tensor(self._alive())[new]
-                    kept = self._choose(attention[0, :, rows[0, 0, :, 0] > 0, -len(new) :].sum(1), alive)
+                    paid = attention[0, :, rows[0, 0, :, 0] > 0, -len(new) :].sum(1)
+                    kept, self._margins = self._choose(paid, alive)
                     cached: Any = self._cache.layers[index]
                     entries = torch.cat([torch.arange(len(self._held)), len(self._held) + kept])
                     cached.keys, cached.values = cached.keys[:, :, entries], cached.values[:, :, entries]
@@ -164,8 +167,12 @@ class Reference:
         most = self._processor.max_image_tiles
         return [tile < filled for filled in self._tiles for tile in range(most) for _ in range(self._features)]
 
-    def _choose(self, scores: Tensor, alive: Tensor) -> Tensor:
-        """Ascending features that stay; ``scores`` [H, N]."""
+    def _choose(self, scores: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+        """Ascending features that stay, and the margin of every one [N]; ``scores`` [H, N].
+
+        The margin is by how much of its threshold a head's score would have to change for the feature to change sides:
+        to leave, in every head that chose it; to enter, in any. Infinite for filling, and where the bound cut.
+        """
         assert self._selection is not None
         count = max(1, round(self._selection["ratio"] * int(alive.sum())))
         scores = scores.masked_fill(~alive, -1.0)
@@ -175,7 +182,16 @@ class Reference:
         for feature in ranked.T.flatten().tolist():  # best rank first, then head
             if len(union) < limit:
                 union.setdefault(feature)
-        return torch.tensor(sorted(union), dtype=torch.int64)
+        kept = torch.tensor(sorted(union), dtype=torch.int64)
+        chosen = torch.zeros(scores.shape, dtype=torch.bool).scatter(1, ranked, True)
+        infinite = torch.tensor(torch.inf)
+        worst = torch.where(chosen, scores, infinite).amin(1, keepdim=True)
+        best_left = torch.where(chosen | ~alive, -infinite, scores).amax(1, keepdim=True)
+        leaving = torch.where(chosen, (scores - best_left) / worst, -infinite).amax(0)
+        entering = ((worst - scores) / worst).amin(0)
+        margins = torch.where(chosen.any(0), leaving, entering)
+        uncut = len(kept) == int(chosen.any(0).sum())
+        return kept, torch.where(alive & uncut, margins, infinite)
 
 
 def _causal(tokens: int, past: int) -> Tensor:

@@ -34,7 +34,8 @@ class Recording:
 
     kept: indices of the turn's tokens, or image features, that survive, or None; caches: (keys, values) [KV, length,
     Dh] per layer after the prefill; logits [1 + steps, V]: prefill, then each greedy token fed back; visual, scores:
-    indices of the turn's visual tokens and what they were ranked by, [N] each, where that side tells.
+    indices of the turn's visual tokens and what they were ranked by, [N] each, where that side tells; margins [N]: of a
+    choice that has no single score, how far each image feature is from the other side, relative to its threshold.
     """
 
     kept: np.ndarray | None
@@ -42,6 +43,7 @@ class Recording:
     logits: np.ndarray
     visual: np.ndarray | None = None
     scores: np.ndarray | None = None
+    margins: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,39 @@ def record(session: Session, turn: Turn, tokens: int | Sequence[int], row: int =
     return Recording(kept, caches, np.stack(logits).astype(np.float32), prefill.visual_positions[row], scores), fed
 
 
-def compare(turn: str, found: Recording, expected: Recording, groups: Sequence[Sequence[int]], dtype: str) -> list[Row]:
-    """Rows for one turn. ``groups`` lists the layers of each cache group; ``dtype`` chooses the tolerances."""
+def diverged(turn: Turn, found: Recording, expected: Recording, before: bool) -> bool:
+    """Whether the two sides hold other tokens after a turn; ``before``: whether they did before it."""
+    if found.kept is None or expected.kept is None:
+        return False
+    return (before and not turn.opens) or not np.array_equal(found.kept, expected.kept)
+
+
+def compare(
+    turn: str,
+    found: Recording,
+    expected: Recording,
+    groups: Sequence[Sequence[int]],
+    dtype: str,
+    differed: bool = False,
+) -> list[Row]:
+    """Rows for one turn.
+
+    Args:
+        turn: its name.
+        found, expected: the two sides.
+        groups: the layers of each cache group.
+        dtype: chooses the tolerances.
+        differed: whether earlier turns of the conversation kept other tokens (:func:`diverged`), so that what follows
+            the selection cannot be compared.
+    """
     tolerance = TOLERANCE[dtype]
     rows: list[Row] = []
     same_tokens = True
     if found.kept is not None and expected.kept is not None:
+        same_tokens = np.array_equal(found.kept, expected.kept) and not differed
         rows.append(_compare_kept(turn, found, expected, tolerance))
-        same_tokens = np.array_equal(found.kept, expected.kept)
+        if differed and not rows[-1].passed and expected.margins is not None:  # chosen among other features
+            rows[-1] = Row(turn, rows[-1].what, 0.0, tolerance, True, "not comparable: other features are held")
     for index, layers in enumerate(groups):
         selected = index > 0 or (len(groups) > 1 and max(layers) > min(groups[1]))  # holds what follows a selection
         if selected and not same_tokens:
@@ -153,15 +180,19 @@ def _compare_kept(turn: str, found: Recording, expected: Recording, tolerance: f
     """Other tokens may be kept only where their scores tie with the threshold (:func:`tie_gaps`)."""
     assert found.kept is not None and expected.kept is not None
     what = "kept tokens"
-    if len(found.kept) != len(expected.kept):
+    margins = expected.margins if expected.margins is not None else found.margins
+    if len(found.kept) != len(expected.kept) and margins is None:
         return Row(turn, what, 1.0, 0.0, False, f"kept {len(found.kept)}, expected {len(expected.kept)}")
     common = f"{len(np.intersect1d(found.kept, expected.kept))} of {len(expected.kept)} equal"
     if np.array_equal(found.kept, expected.kept):
         return _row(turn, what, 0.0, tolerance, common)
     one, other = (expected, found) if expected.scores is not None else (found, expected)
-    if one.scores is None:
+    if margins is not None:
+        gaps = margins[np.setxor1d(found.kept, expected.kept)]
+    elif one.scores is None:
         return Row(turn, what, 1.0, tolerance, False, f"{common}; neither side tells the scores")
-    gaps = tie_gaps(one, other)
+    else:
+        gaps = tie_gaps(one, other)
     ties = int((gaps <= tolerance).sum())
     note = f"{common}; {ties} of the {len(gaps)} others within {tolerance:.0e} of the threshold score (ties)"
     return _row(turn, what, float(gaps.max()), tolerance, note)

@@ -3,6 +3,7 @@
 import measure_union
 import numpy as np
 import pytest
+import torch
 from transformers import AutoProcessor
 
 from vlmtrim.export import check_cli, cli, pipeline
@@ -11,7 +12,7 @@ from vlmtrim.export.job import Job
 from vlmtrim.export.reference_mllama import Reference
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime import Chat, profiles
-from vlmtrim.runtime.check import Parity, Recording, Turn, compare, record
+from vlmtrim.runtime.check import Parity, Recording, Turn, compare, diverged, record
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
@@ -112,6 +113,39 @@ def test_the_oracle_that_keeps_everything_is_the_plain_forward(export_tiny):
     looped, same = Reference(mllama.MODEL_CLASS, folder, {"ratio": 1.0, "bound": 1.0}).record(turn, 4)
     assert tokens == same and len(looped.kept) == 68
     np.testing.assert_allclose(looped.logits, plain.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_margins_say_how_much_changes_a_choice(seed):
+    """Scores that move by less than half a feature's margin leave it on its side; beyond its margin it can be moved."""
+    oracle = Reference.__new__(Reference)
+    oracle._selection = {"ratio": 0.2, "bound": 1.0}
+    random = np.random.default_rng(seed)
+    scores, alive = torch.from_numpy(random.random((3, 25)) + 0.1), torch.from_numpy(random.random(25) < 0.8)
+    kept, margins = oracle._choose(scores, alive)
+    count = max(1, round(0.2 * int(alive.sum())))
+    worst = torch.where(alive, scores, -1.0).sort(1, descending=True).values[:, count - 1 : count]
+    assert torch.isinf(margins[~alive]).all() and (margins[alive] > 0).all()
+    for feature in torch.nonzero(alive).flatten().tolist():
+        noise = torch.from_numpy(random.uniform(-0.49, 0.49, scores.shape)) * worst * margins[feature]
+        assert (feature in oracle._choose(scores + noise, alive)[0]) == (feature in kept)
+        moved = scores.clone()
+        push = 1.001 * worst[:, 0] * margins[feature]
+        moved[:, feature] += -push if feature in kept else push
+        assert (feature in oracle._choose(moved, alive)[0]) != (feature in kept)
+
+
+def test_a_tie_of_heads_passes_and_what_is_no_tie_fails():
+    logits, margins = np.zeros((2, 4), np.float32), np.array([0.5, 0.001, 0.3, np.inf])
+    expected = Recording(np.array([0, 1]), [], logits, margins=margins)
+    for kept, passes in (([0], True), ([1], False), ([0, 1, 2], False), ([0, 1, 3], False)):
+        found = Recording(np.array(kept), [], logits + 9)
+        rows = compare("t", found, expected, [], "float16")
+        assert bool(Parity(tuple(rows))) == passes and ("not comparable" in rows[-1].note) == passes
+    later = Turn("u", [1], opens=False)
+    assert diverged(later, expected, expected, True) and not diverged(later, expected, expected, False)
+    assert not diverged(Turn("u", [1]), expected, expected, True)
+    assert Parity(tuple(compare("u", Recording(np.array([0, 1]), [], logits + 9), expected, [], "float16", True)))
 
 
 def test_pictures_reach_the_answer(bundle):
