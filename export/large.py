@@ -29,6 +29,7 @@ TEXT: dict[str, dict[str, Any]] = {
         "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
     },
 }
+LLAVA = tuple(name for name, text in TEXT.items() if "cross_attention_layers" not in text)
 VISION = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,

@@ -46,6 +46,7 @@ class Work:
         prompt_tokens: fill the prompt up to this length with its own words; None leaves it as it is.
         new_tokens: to generate, the first one included.
         rounds, warmup: rounds that count, and rounds before them that do not.
+        cuda_graphs: how TensorRT's decode steps are replayed.
     """
 
     prompt: str
@@ -54,6 +55,7 @@ class Work:
     new_tokens: int
     rounds: int
     warmup: int
+    cuda_graphs: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Subject:
         self.bundle = open_bundle(folder)
         self.contract: Contract = self.bundle.contract
         self.name = Path(folder).resolve().name
-        self.backend = choose_backend(backend, self.bundle)
+        self.backend = choose_backend(backend, self.bundle, cuda_graphs=work.cuda_graphs)
         self._spans: list[tuple[str, Any, Any]] = []
         self.session = Session(self.bundle, watch(self.backend, self._clock))
         self._work = work
@@ -188,6 +190,7 @@ def measure(folders: Sequence[str | Path], backend: str, work: Work, peak: Peak 
     dense = next((subject for subject in subjects if not subject.pruned), None)
     return {
         "date": time.strftime("%Y-%m-%d"),
+        "cuda_graphs": work.cuda_graphs,
         "backend": "/".join(dict.fromkeys(subject.backend.name for subject in subjects)),
         "device": machine.cpu() if gpu is None else gpu.name,
         "driver": None if gpu is None else gpu.driver,

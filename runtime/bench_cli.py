@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vlmtrim.graphs.bundle import BundleError
 from vlmtrim.runtime import bench
+from vlmtrim.runtime.backends.tensorrt import CUDA_GRAPHS
 from vlmtrim.runtime.bench_table import table
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture, load_image
@@ -36,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--new-tokens", type=int, default=32, help="greedy tokens a conversation (default 32)")
     p.add_argument("--repeat", type=int, default=5, help="rounds that count (default 5)")
     p.add_argument("--warmup", type=int, default=1, help="rounds before them (default 1)")
+    p.add_argument(
+        "--cuda-graphs", default="auto", choices=CUDA_GRAPHS, help="how TensorRT's decode steps are replayed (auto)"
+    )
     p.add_argument("--peak-bandwidth", type=float, default=None, metavar="GB/S", help="of the device's memory, at best")
     p.add_argument("--peak-flops", type=float, default=None, metavar="TFLOP/S", help="of the device, at best")
     p.add_argument("--json", metavar="OUT", default=None, help="also write every sample, versions and digests here")
@@ -66,7 +70,9 @@ def _run(args: argparse.Namespace) -> dict:
     if args.images < 0:
         raise RuntimeRefusal(f"--images is {args.images}; give 0 or more")
     images = tuple(map(load_image, args.image)) or tuple(map(generated_picture, range(args.images)))
-    work = bench.Work(args.prompt, images, args.prompt_tokens, args.new_tokens, args.repeat, args.warmup)
+    work = bench.Work(
+        args.prompt, images, args.prompt_tokens, args.new_tokens, args.repeat, args.warmup, args.cuda_graphs
+    )
     scaled = (value and value * unit for value, unit in ((args.peak_bandwidth, 1e9), (args.peak_flops, 1e12)))
     return bench.measure(args.bundle, args.backend, work, Peak(*scaled))
 

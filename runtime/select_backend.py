@@ -13,35 +13,39 @@ BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu")  # in the order i
 AUTO = "auto"
 
 
-def make_backend(name: str, threads: int = 0) -> Backend:
+def make_backend(name: str, threads: int = 0, cuda_graphs: str = "auto") -> Backend:
     """Create a backend. Raises RuntimeRefusal naming what is missing.
 
     Args:
+        name: one of BACKENDS.
         threads: CPU threads of ONNX Runtime; 0 for its default, one per core.
+        cuda_graphs: how TensorRT's decode steps are replayed: ``auto``, ``capture`` or ``off``.
     """
     if name not in BACKENDS:
         raise RuntimeRefusal(f"backend {name!r} is not supported; supported: {', '.join((AUTO, *BACKENDS))}")
     if name.startswith("tensorrt"):
         from vlmtrim.runtime.backends.tensorrt import TrtBackend
 
-        return TrtBackend(name)
+        return TrtBackend(name, cuda_graphs)
+    if cuda_graphs != "auto":
+        raise RuntimeRefusal(f"--cuda-graphs is of the TensorRT backends, not of {name}; leave it out")
     from vlmtrim.runtime.backends.ort import OrtBackend
 
     return OrtBackend(name, threads)
 
 
-def choose_backend(name: str, bundle: Bundle, threads: int = 0) -> Backend:
+def choose_backend(name: str, bundle: Bundle, threads: int = 0, cuda_graphs: str = "auto") -> Backend:
     """Create a backend for a bundle; for ``auto`` the first that can run it, which one and why on stderr.
 
     Raises:
         RuntimeRefusal: the backend that was asked for cannot start here, or none can run the bundle; says why.
     """
     if name != AUTO:
-        return make_backend(name, threads)
+        return make_backend(name, threads, cuda_graphs)
     passed_over = []
     for candidate in BACKENDS:
         try:
-            backend = make_backend(candidate, threads)
+            backend = make_backend(candidate, threads, cuda_graphs)
             backend.check(bundle.folder, bundle.contract)
         except RuntimeRefusal as refusal:
             passed_over.append(f"{candidate}: {_short(refusal, bundle.folder)}")

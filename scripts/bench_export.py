@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from vlmtrim.export.large import TEXT, config_of, write_config, write_weights
+from vlmtrim.export.large import LLAVA, config_of, write_config, write_weights
 from vlmtrim.export.pipeline import progress
 
 SHARD_BYTES = 5_000_000_000
@@ -117,7 +117,7 @@ def ordinary(checkpoint: Path, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--like", default="llava-7b", choices=TEXT)
+    parser.add_argument("--like", default="llava-7b", choices=LLAVA)
     parser.add_argument("--work", type=Path, default=Path("build/export"), help="where checkpoints and bundles go")
     parser.add_argument("--k", type=int, default=2)
     parser.add_argument("--r", type=float, default=0.5)

@@ -130,6 +130,9 @@ def bench_bundles(args: argparse.Namespace) -> None:
             reason = next(filter(None, (ensure_engines(bundle, backend) for bundle in pair)), None)
             if reason is None:
                 reason = bench_pair(args, backend, pair, out)
+                if reason is None and backend.startswith("tensorrt") and r == args.ratios[1]:
+                    plain = out.with_name(f"bench-{backend}-{label(r)}-plain.json")
+                    reason = bench_pair(args, backend, pair[1:], plain, "--cuda-graphs", "off")
             if reason is not None:
                 out.write_text(json.dumps({"backend": backend, "failed": reason}))
             say("bench", f"{backend} {label(r)}: {reason or out.name}")
@@ -142,10 +145,10 @@ def bench_bundles(args: argparse.Namespace) -> None:
                     drop_engines(pair[1])
 
 
-def bench_pair(args: argparse.Namespace, backend: str, pair: list[Path], out: Path) -> str | None:
+def bench_pair(args: argparse.Namespace, backend: str, pair: list[Path], out: Path, *more: str) -> str | None:
     command = [sys.executable, "-m", "vlmtrim.runtime.bench_cli", *map(str, pair), "--backend", backend]
     command += ["--images", str(args.images), "--prompt", PROMPT, "--prompt-tokens", str(args.tokens)]
-    command += ["--new-tokens", str(args.new_tokens), "--repeat", str(args.rounds), "--json", str(out)]
+    command += ["--new-tokens", str(args.new_tokens), "--repeat", str(args.rounds), "--json", str(out), *more]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
     except subprocess.TimeoutExpired:
@@ -295,7 +298,7 @@ def rows(
         if "failed" in report:
             continue
         for bundle in report["bundles"]:
-            name = f"{report['backend']} {bundle['name']}"
+            name = f"{report['backend']} {bundle['name']}" + (" plain" if report.get("cuda_graphs") == "off" else "")
             if any(row["name"] == name for row in out):
                 continue
             found, against = bundle["metrics"], bundle.get("against")
@@ -392,7 +395,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--work", type=Path, default=Path("build/gpu"), help="where everything is kept")
-    parser.add_argument("--like", choices=("tiny", *large.TEXT), default="llava-7b")
+    parser.add_argument("--like", choices=("tiny", *large.LLAVA), default="llava-7b")
     parser.add_argument(
         "--backend", action="append", help="repeat; default tensorrt-rtx, then ort-cuda; ort-cpu for tiny"
     )

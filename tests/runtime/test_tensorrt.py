@@ -11,7 +11,7 @@ from fake_machine import Machine
 from vlmtrim import runtime
 from vlmtrim.export.checkpoint import family_names, load_family
 from vlmtrim.graphs.bundle import open_bundle, seal
-from vlmtrim.runtime import fingerprint, profiles
+from vlmtrim.runtime import bench_cli, fingerprint, profiles
 from vlmtrim.runtime.backends import tensorrt
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import make_backend
@@ -110,6 +110,17 @@ def test_a_chain_with_cross_attention_equals_ort_cpu_to_the_bit(crossing_chain, 
     folder = machine.with_engines(crossing_chain, tmp_path / "bundle")
     found = conversation(tensorrt.TrtBackend("tensorrt"), folder, picture, batch=2)
     assert_equal(found, conversation(ort_cpu(), crossing_chain, picture, batch=2))
+
+
+@pytest.mark.parametrize("how", ["auto", "off"])
+def test_bench_vlm_measures_with_and_without_cuda_graphs(machine, dense_bundle, tmp_path, capsys, how):
+    folder, out = machine.with_engines(dense_bundle, tmp_path / "bundle"), tmp_path / "out.json"
+    argv = [str(folder), "--backend", "tensorrt", "--cuda-graphs", how, "--new-tokens", "8", "--repeat", "1"]
+    assert bench_cli.main([*argv, "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["cuda_graphs"] == how
+    assert (machine.cuda.count["replays"] > 0) == (how == "auto")
+    assert bench_cli.main([str(folder), "--backend", "ort-cpu", "--cuda-graphs", "off"]) == 2
+    assert "of the TensorRT backends, not of ort-cpu" in capsys.readouterr().err
 
 
 def test_longer_live_windows_change_nothing(fastv_bundle, picture):
