@@ -152,7 +152,7 @@ def test_a_chat_takes_videos_beside_pictures(bundle, session):
 
 
 def test_a_family_without_videos_refuses_them(fastv_bundle):
-    with pytest.raises(runtime.RuntimeRefusal, match="takes no videos"):
+    with pytest.raises(runtime.RuntimeRefusal, match="take no videos"):
         runtime.open(fastv_bundle).generate("?", [Video([Image.new("RGB", (9, 9))])])
 
 
