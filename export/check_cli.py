@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 
 from vlmtrim.export.requirements import missing_extra
 from vlmtrim.graphs.bundle import Bundle, BundleError, open_bundle
-from vlmtrim.runtime.check import Parity, Row, Turn, compare, diverged, record
+from vlmtrim.runtime.check import Parity, Recording, Row, Turn, compare_turns, record
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture, load_image
 from vlmtrim.runtime.prompt import Conversation
@@ -87,11 +88,11 @@ def _against_backend(args: argparse.Namespace, bundle: Bundle, replayer: Replaye
     recorder = Recorder(bundle, choose_backend(args.against, bundle))
     recorded = [recorder.record(turn, args.tokens) for turn in turns]
     groups, dtype = [group.layers for group in bundle.contract.groups], bundle.contract.dtype
-    whole, differed = [], False
-    for turn, (expected, tokens, _) in zip(turns, recorded, strict=True):
-        found = record(replayer.session, turn, tokens)[0]
-        whole.append(compare(turn.name, found, expected, groups, dtype, differed and not turn.opens))
-        differed = diverged(turn, found, expected, differed)
+    pairs = (
+        (record(replayer.session, turn, tokens)[0], expected)
+        for turn, (expected, tokens, _) in zip(turns, recorded, strict=True)
+    )
+    whole = compare_turns(turns, pairs, groups, dtype)
     rows: list[Row] = []
     for turn, (expected, tokens, tape), plain in zip(turns, recorded, whole, strict=True):
         rows += [*replayer.compare(turn, expected, tokens, tape), *plain]
@@ -109,13 +110,13 @@ def _against_pytorch(
     reference = load_reference(bundle.contract.family)(family.MODEL_CLASS, source, selection)
     rows = _compare_inputs(bundle, session, args.prompt, image)
     groups = [group.layers for group in bundle.contract.groups]
-    differed = False
-    for turn in turns:
+
+    def both(turn: Turn) -> tuple[Recording, Recording]:
         expected, tokens = reference.record(turn, args.tokens)
-        found = record(session, turn, tokens)[0]
-        rows += compare(turn.name, found, expected, groups, bundle.contract.dtype, differed and not turn.opens)
-        differed = diverged(turn, found, expected, differed)
-    return rows
+        return record(session, turn, tokens)[0], expected
+
+    compared = compare_turns(turns, map(both, turns), groups, bundle.contract.dtype)
+    return [*rows, *itertools.chain.from_iterable(compared)]
 
 
 def _compare_inputs(bundle: Bundle, session: Session, prompt: str, image: Any) -> list[Row]:

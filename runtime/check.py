@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -108,11 +108,17 @@ def record(session: Session, turn: Turn, tokens: int | Sequence[int], row: int =
     return Recording(kept, caches, np.stack(logits).astype(np.float32), prefill.visual_positions[row], scores), fed
 
 
-def diverged(turn: Turn, found: Recording, expected: Recording, before: bool) -> bool:
-    """Whether the two sides hold other tokens after a turn; ``before``: whether they did before it."""
-    if found.kept is None or expected.kept is None:
-        return False
-    return (before and not turn.opens) or not np.array_equal(found.kept, expected.kept)
+def compare_turns(
+    turns: Sequence[Turn], pairs: Iterable[tuple[Recording, Recording]], groups: Sequence[Sequence[int]], dtype: str
+) -> list[list[Row]]:
+    """Rows of every turn; ``pairs`` are (found, expected), in the order of the turns."""
+    rows, differed = [], False
+    for turn, (found, expected) in zip(turns, pairs, strict=True):
+        differed = differed and not turn.opens
+        rows.append(compare(turn.name, found, expected, groups, dtype, differed))
+        if found.kept is not None and expected.kept is not None:
+            differed = differed or not np.array_equal(found.kept, expected.kept)
+    return rows
 
 
 def compare(
@@ -130,8 +136,8 @@ def compare(
         found, expected: the two sides.
         groups: the layers of each cache group.
         dtype: chooses the tolerances.
-        differed: whether earlier turns of the conversation kept other tokens (:func:`diverged`), so that what follows
-            the selection cannot be compared.
+        differed: whether earlier turns of the conversation kept other tokens, so that what follows the selection
+            cannot be compared.
     """
     tolerance = TOLERANCE[dtype]
     rows: list[Row] = []

@@ -12,7 +12,7 @@ from vlmtrim.export.job import Job
 from vlmtrim.export.reference_mllama import Reference
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime import Chat, profiles
-from vlmtrim.runtime.check import Parity, Recording, Turn, compare, diverged, record
+from vlmtrim.runtime.check import Parity, Recording, Turn, compare, compare_turns, record
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
@@ -142,10 +142,11 @@ def test_a_tie_of_heads_passes_and_what_is_no_tie_fails():
         found = Recording(np.array(kept), [], logits + 9)
         rows = compare("t", found, expected, [], "float16")
         assert bool(Parity(tuple(rows))) == passes and ("not comparable" in rows[-1].note) == passes
-    later = Turn("u", [1], opens=False)
-    assert diverged(later, expected, expected, True) and not diverged(later, expected, expected, False)
-    assert not diverged(Turn("u", [1]), expected, expected, True)
-    assert Parity(tuple(compare("u", Recording(np.array([0, 1]), [], logits + 9), expected, [], "float16", True)))
+    other, same = Recording(np.array([0]), [], logits), Recording(np.array([0, 1]), [], logits + 9)
+    turns = [Turn("tied", [1]), Turn("after it", [1], opens=False), Turn("anew", [1])]
+    rows = compare_turns(turns, [(other, expected), (same, expected), (same, expected)], [], "float16")
+    assert [bool(Parity(tuple(turn))) for turn in rows] == [True, True, False]
+    assert not Parity(tuple(compare("u", same, expected, [], "float16")))
 
 
 def test_pictures_reach_the_answer(bundle):
