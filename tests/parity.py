@@ -1,9 +1,12 @@
-"""What check-vlm must say of a bundle."""
+"""What is held for every family with every method that it names, and what check-vlm must say of a bundle."""
 
 import json
 
 from vlmtrim.export import check_cli
+from vlmtrim.export.checkpoint import family_names, load_family
 from vlmtrim.graphs.bundle import open_bundle
+
+COMBINATIONS = [(family, method) for family in family_names() for method in (*load_family(family).METHODS, "none")]
 
 
 def assert_parity(folder, capsys, *arguments):

@@ -3,12 +3,10 @@
 import json
 
 import pytest
-from parity import assert_parity
+from parity import COMBINATIONS, assert_parity
 
-from vlmtrim.export.checkpoint import family_names, load_family
 from vlmtrim.runtime import fingerprint
 
-COMBINATIONS = [(family, method) for family in family_names() for method in (*load_family(family).METHODS, "none")]
 IMAGES = {"mllama": {"images": 3}}  # that caches of cross-attention hold
 
 

@@ -29,7 +29,7 @@ def test_the_list_names_all_there_is(capsys):
 
 @pytest.mark.parametrize("family", family_names())
 def test_what_is_called_proven_is_held_by_an_oracle_and_goldens(family):
-    """The parity test runs every family with the METHODS it names (test_families.COMBINATIONS)."""
+    """The parity test runs every family with the METHODS it names (parity.COMBINATIONS)."""
     methods = load_family(family).METHODS
     assert methods and set(methods) <= set(method_names())
     assert set(methods) <= set(load_reference(family).METHODS)

@@ -8,18 +8,16 @@ import gc
 
 import numpy as np
 import pytest
+from parity import COMBINATIONS
 
 from vlmtrim import runtime
 from vlmtrim.export import check_cli
-from vlmtrim.export.checkpoint import family_names, load_family
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime import engines, profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import BACKENDS, make_backend
 
 pytestmark = pytest.mark.gpu
-
-COMBINATIONS = [(family, method) for family in family_names() for method in (*load_family(family).METHODS, "none")]
 
 
 def started(name, *args):

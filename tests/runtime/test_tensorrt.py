@@ -7,16 +7,14 @@ import shutil
 import numpy as np
 import pytest
 from fake_machine import Machine
+from parity import COMBINATIONS
 
 from vlmtrim import runtime
-from vlmtrim.export.checkpoint import family_names, load_family
 from vlmtrim.graphs.bundle import open_bundle, seal
 from vlmtrim.runtime import bench_cli, fingerprint, profiles
 from vlmtrim.runtime.backends import tensorrt
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import make_backend
-
-COMBINATIONS = [(family, method) for family in family_names() for method in (*load_family(family).METHODS, "none")]
 
 
 @pytest.fixture
