@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gpu_table
 import torch
 
 from vlmtrim.export import large, pipeline, tiny
@@ -289,77 +289,12 @@ def rounds(jobs: Mapping[str, Callable[[], dict]], samples: dict, failed: dict[s
                 samples[name].append(sample)
 
 
-def rows(
-    benches: list[Mapping[str, Any]], pytorch: Mapping[str, Any], contract: Any, peak: Any
-) -> list[dict[str, Any]]:
-    """A row for everything measured; the dense bundle once, as it ran beside the first ratio."""
-    out: list[dict[str, Any]] = []
-    for report in benches:
-        if "failed" in report:
-            continue
-        for bundle in report["bundles"]:
-            name = f"{report['backend']} {bundle['name']}" + (" plain" if report.get("cuda_graphs") == "off" else "")
-            if any(row["name"] == name for row in out):
-                continue
-            found, against = bundle["metrics"], bundle.get("against")
-            out.append(
-                {
-                    "name": name,
-                    "ttft": found["ttft"]["median"],
-                    "prefill": found["prefill"]["median"],
-                    "tpot": found["tpot"]["median"],
-                    "bandwidth": found["bandwidth"] and found["bandwidth"]["median"],
-                    "share": bundle["share_of_bandwidth"],
-                    "speedup": against and against["prefill"]["median"],
-                    "predicted": against and against["prefill_by_flops"],
-                    "caches": bundle["memory"]["backend"].get("caches"),
-                    "contract": bundle["memory"]["caches_by_contract"],
-                }
-            )
-    for name, samples in pytorch.get("samples", {}).items():
-        if samples:
-            out.append(torch_row(name, samples, pytorch["samples"], contract, peak))
-    return out
-
-
-def torch_row(name: str, samples: list, everything: Mapping[str, list], contract: Any, peak: Any) -> dict[str, Any]:
-    """PyTorch's bandwidth is by the host clock; its speed-up is of the time to the first token."""
-    middle = {key: statistics.median(sample[key] for sample in samples) for key in ("ttft", "tpot")}
-    entries, size = samples[0]["entries"], None
-    if entries and contract.macs is not None:
-        layer = {2 * g.kv_heads * g.head_size for g in contract.groups}.pop() * contract_bytes(contract)
-        size = contract.step_bytes([0] * len(contract.groups)) + layer * sum(entries)
-    attention, _, what = name.partition(" ")
-    dense = everything.get(f"{attention} dense")
-    speedup = None
-    if what != "dense" and dense:
-        speedup = statistics.median(a["ttft"] / b["ttft"] for a, b in zip(dense, samples, strict=False))
-    bandwidth = size and size / middle["tpot"]
-    return {
-        "name": f"PyTorch {name}",
-        **middle,
-        "prefill": None,
-        "bandwidth": bandwidth,
-        "share": bench.share(bandwidth, peak.bandwidth),
-        "speedup": speedup,
-        "predicted": None,
-        "caches": samples[0]["caches"],
-        "contract": None,
-    }
-
-
-def contract_bytes(contract: Any) -> int:
-    from vlmtrim.graphs.contract import DTYPE_BYTES
-
-    return DTYPE_BYTES[contract.dtype]
-
-
 def table(args: argparse.Namespace) -> None:
     benches = [json.loads(path.read_text()) for path in sorted(args.work.glob("bench-*.json"))]
     path = args.work / "pytorch.json"
     side = json.loads(path.read_text()) if path.is_file() else {}
     contract, gpu = open_bundle(args.work / label(0)).contract, machine.gpu() if torch.cuda.is_available() else None
-    found = rows(benches, side, contract, bench.known_peak(None, gpu, contract.dtype))
+    found = gpu_table.rows(benches, side, contract, bench.known_peak(None, gpu, contract.dtype))
     device = next((r["device"] for r in (*benches, side) if "device" in r), "nothing was measured")
     print(f"\n{args.like}, k={args.k}, {args.tokens} prompt tokens, {args.images} pictures, {contract.dtype}; {device}")
     print(
@@ -367,7 +302,7 @@ def table(args: argparse.Namespace) -> None:
         f"{'by FLOPs':>9}  caches (contract) MB"
     )
     for row in found:
-        print(line(row))
+        print(gpu_table.line(row))
     reasons = {report["backend"]: report["failed"] for report in benches if "failed" in report}
     reasons |= {f"PyTorch {name}": reason for name, reason in side.get("failed", {}).items()}
     for name, reason in reasons.items():
@@ -376,19 +311,6 @@ def table(args: argparse.Namespace) -> None:
         json.dumps({"rows": found, "failed": reasons, "benches": benches, "pytorch": side}, indent=2)
     )
     say("table", str(args.work / "report.json"))
-
-
-def line(row: Mapping[str, Any]) -> str:
-    cell = lambda value, form, width, unit=1.0: f"{'-' if value is None else format(value * unit, form):>{width}}"  # noqa: E731
-    caches = cell(row["caches"], ".3f", 10, 1e-6)
-    if row["contract"] is not None:
-        exact = "=" if row["caches"] == row["contract"] else "!="
-        caches += f" ({exact} {row['contract'] / 1e6:.3f})"
-    return (
-        f"{row['name']:26}{cell(row['ttft'], '.2f', 9, 1e3)}{cell(row['prefill'], '.2f', 9, 1e3)}"
-        f"{cell(row['tpot'], '.2f', 9, 1e3)}{cell(1 / row['tpot'], '.1f', 9)}{cell(row['bandwidth'], '.1f', 8, 1e-9)}"
-        f"{cell(row['share'], '.1%', 8)}{cell(row['speedup'], '.2f', 9)}{cell(row['predicted'], '.2f', 9)}  {caches}"
-    )
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import json
 
 import gpu_report
+import gpu_table
 import numpy as np
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_the_table_adds_up():
         "eager dense": [torch_sample(4.0, 1.0), torch_sample(6.0, 1.0)],
         "eager r0.5": [torch_sample(2.0, 0.5)] * 2,
     }
-    row = gpu_report.torch_row("eager r0.5", samples["eager r0.5"], samples, Contract(), Peak(1e5, None))
+    row = gpu_table.torch_row("eager r0.5", samples["eager r0.5"], samples, Contract(), Peak(1e5, None))
     assert row["bandwidth"] == 17240 / 0.5 and row["share"] == pytest.approx(0.3448)
     assert row["speedup"] == 2.5 and row["ttft"] == 2.0
     metrics = {name: {"median": value} for name, value in (("ttft", 0.3), ("prefill", 0.2), ("tpot", 0.02))}
@@ -100,8 +101,8 @@ def test_the_table_adds_up():
         "memory": {"backend": {"caches": 4_000_000}, "caches_by_contract": 4_000_000},
     }
     reports = [{"backend": "b", "bundles": [bundle]}, {"backend": "c", "failed": "no GPU"}]
-    (found,) = gpu_report.rows(reports, {}, Contract(), Peak(None, None))
-    cells = gpu_report.line(found).split()
+    (found,) = gpu_table.rows(reports, {}, Contract(), Peak(None, None))
+    cells = gpu_table.line(found).split()
     assert cells == [
         "b",
         "r0.5",
