@@ -13,6 +13,7 @@ from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export import pipeline, weights
 from vlmtrim.export.cli import default_output
 from vlmtrim.export.job import Job, Refusal
+from vlmtrim.export.job_contract import pruning_method
 from vlmtrim.graphs.lint import node_counts
 from vlmtrim.graphs.methods import method_names, parameters
 
@@ -29,7 +30,7 @@ def make_job(args: argparse.Namespace) -> Job:
         fields["max_seq_len"] = _LENGTH_OF_THE_MODEL
     elif args.max_seq_len < 1:
         raise Refusal(f"--max-seq-len is {args.max_seq_len}; give 2 or more")
-    method = pipeline.pruning_method(Job(**{**fields, "output": ""}))
+    method = pruning_method(Job(**{**fields, "output": ""}))
     fields["output"] = args.output or default_output(args.model, method.label if method else "dense")
     return Job(**fields)
 

@@ -26,7 +26,7 @@ class Shape:
     """The numbers of a checkpoint that the contract needs, read from its config alone.
 
     ``any_size``: pictures keep their proportions, and ``image_tokens`` is the most that the model takes of one.
-    ``position_axes``: numbers that a token's position consists of.
+    ``position_axes``: numbers that a token's position consists of. ``cross_layers``: layers that attend to pictures.
     """
 
     hidden: int
@@ -42,6 +42,7 @@ class Shape:
     any_size: bool = False
     video_token_id: int | None = None
     position_axes: int = 1
+    cross_layers: tuple[int, ...] = ()
 
 
 def text_numbers(config: Any, models: Sequence[str] = TEXT_MODELS) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def ordinary(checkpoint: Path, output: Path) -> None:
     from vlmtrim.export import checkpoint as checkpoints
     from vlmtrim.export.attention import IMPLEMENTATION
     from vlmtrim.export.job import Job
-    from vlmtrim.export.pipeline import build_contract
+    from vlmtrim.export.job_contract import build_contract
 
     family, config = checkpoints.read_config(checkpoint)
     model = family.MODEL_CLASS.from_pretrained(checkpoint, dtype="auto", attn_implementation=IMPLEMENTATION).eval()

@@ -44,9 +44,8 @@ TINY_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Shape(text_decoder.Shape):
-    """``cross_layers`` attend to pictures, which ``tiles`` tiles hold each."""
+    """A picture takes ``tiles`` tiles."""
 
-    cross_layers: tuple[int, ...] = ()
     tiles: int = 1
 
 

@@ -15,9 +15,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from vlmtrim.export import pipeline
 from vlmtrim.export.families import llava_next
 from vlmtrim.export.job import Job, Refusal
+from vlmtrim.export.job_contract import build_contract
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.processors.llava_next import Processor
 
@@ -31,7 +31,7 @@ REAL = LlavaNextConfig(
 def make(config: LlavaNextConfig, folder, max_seq_len: int = 1024) -> Processor:
     llava_next.write_tiny_processor(folder, config)
     job = Job(model="", output="", max_seq_len=max_seq_len)
-    return Processor(folder, pipeline.build_contract(job, llava_next, config, torch.float32, folder))
+    return Processor(folder, build_contract(job, llava_next, config, torch.float32, folder))
 
 
 @pytest.fixture(scope="module")
