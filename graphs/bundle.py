@@ -25,13 +25,10 @@ from pathlib import Path
 
 from vlmtrim.graphs.checksums import known_sha256
 from vlmtrim.graphs.contract import Contract
+from vlmtrim.graphs.reading import BundleError, Folder
 
 SUMS = "SHA256SUMS"
 _PARTIAL = ".partial-"
-
-
-class BundleError(ValueError):
-    """A folder that is no bundle, or one that is damaged; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,11 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Path of a file of the bundle."""
         return self.folder / name
+
+    @property
+    def files(self) -> Folder:
+        """The files under a checksum, the only ones that may be read."""
+        return Folder(self.folder, self.sums)
 
     @property
     def digest(self) -> str:
