@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtrim.graphs.checksums import known_sha256, sha256
-from vlmtrim.runtime import profiles as profile_rules
+from vlmtrim.runtime.engines import profiles as profile_rules
 from vlmtrim.runtime.errors import RuntimeRefusal
 
 FILE = "engines.json"
