@@ -35,7 +35,8 @@ LARGEST_SUMS = 1 << 20  # bytes; a bundle of a hundred shards has 10 KB of them
 LARGEST_CONTRACT = 16 << 20  # bytes; a decoder of 100 layers cut into 50 pieces has 0.5 MB of contract
 LARGEST_GRAPH = 2 << 30  # bytes; a protobuf has no more
 _SUM = re.compile(r"([0-9a-f]{64})  ([^\n]+)")  # as sha256sum writes it
-_USED = frozenset({".json", ".jinja", ".onnx", ".safetensors", ".engine"})
+_USED = frozenset({".json", ".jinja", ".onnx", ".safetensors"})
+ENGINES = "engines.json"  # like the engines it lists, outside the checksums while they are being built
 _PARTIAL = ".partial-"
 
 
@@ -80,7 +81,7 @@ def open_bundle(folder: str | Path, verify: bool = False) -> Bundle:
             of the folder, under a checksum that it fits, and the parts of the contract agree.
     """
     folder = Path(folder)
-    sums = _read_sums(folder)
+    sums = read_sums(folder)
     bundle_files = Folder(folder, sums)
     for name, digest in sums.items():
         if not os.path.lexists(folder / name):
@@ -99,8 +100,8 @@ def open_bundle(folder: str | Path, verify: bool = False) -> Bundle:
     return Bundle(folder, contract, sums)
 
 
-def _read_sums(folder: Path) -> dict[str, str]:
-    """SHA256SUMS: name -> digest."""
+def read_sums(folder: Path) -> dict[str, str]:
+    """SHA256SUMS: name -> digest. Raises BundleError."""
     if not (folder / SUMS).is_file():
         found = "no such folder" if not folder.is_dir() else f"it has no {SUMS}"
         raise BundleError(f"{folder} is no bundle: {found}; make one with export-vlm")
@@ -117,7 +118,7 @@ def _refuse_unlisted(folder: Path, sums: Mapping[str, str]) -> None:
     """A file that would be used if it were listed must not lie beside the bundle's own: dropping a line of SHA256SUMS
     would change what runs. Other files, such as a README, are none of the bundle's business."""
     for path in folder.iterdir():
-        if path.suffix in _USED and path.name not in sums:
+        if path.suffix in _USED and path.name not in (*sums, ENGINES):
             raise BundleError(f"{path} is not listed in {SUMS}, so it is no part of the bundle; take it out")
 
 

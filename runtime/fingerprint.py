@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from vlmtrim.graphs.bundle import ENGINES, read_sums
 from vlmtrim.graphs.checksums import known_sha256, sha256
 from vlmtrim.graphs.contract import Size
 from vlmtrim.graphs.reading import Folder, shown
@@ -15,7 +16,7 @@ from vlmtrim.graphs.schema import Range, decode
 from vlmtrim.runtime import profiles as profile_rules
 from vlmtrim.runtime.errors import RuntimeRefusal
 
-FILE = "engines.json"
+FILE = ENGINES
 # Oldest GPUs that an engine runs on when it was built for none in particular (TensorRT-RTX's default).
 _PORTABLE_FROM = (8, 0)
 _Limits = Mapping[str, Mapping[str, tuple[Size, Size, Size]]]  # of profiles, as engines.json holds them
@@ -74,7 +75,7 @@ def find(folder: Path, graph: str, library: str, version: str, capability: tuple
     build = build_command(folder, library)
     prints = read(folder)
     name = f"{graph}.engine"
-    if name not in prints or not (folder / name).is_file():
+    if name not in prints or name not in Folder(folder, read_sums(folder)):
         missing = "no engines" if not prints else f"no {name}"
         raise RuntimeRefusal(f"{folder} has {missing}; build them with: {build}")
     found = prints[name]
@@ -97,8 +98,8 @@ def find(folder: Path, graph: str, library: str, version: str, capability: tuple
 
 
 def read(folder: Path) -> dict[str, Fingerprint]:
-    """All fingerprints of a bundle by file name; none where no engine was built. Raises RuntimeRefusal."""
-    files = Folder(folder)
+    """All fingerprints of a sealed bundle by file name; none where no engine was built. Raises RuntimeRefusal."""
+    files = Folder(folder, read_sums(folder))
     if FILE not in files:
         return {}
     try:
