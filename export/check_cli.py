@@ -15,13 +15,13 @@ import numpy as np
 
 from vlmtrim.export.requirements import missing_extra
 from vlmtrim.graphs.bundle import Bundle, BundleError, open_bundle
-from vlmtrim.runtime.check import Parity, Recording, Row, Turn, compare_turns, record
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture, load_image
+from vlmtrim.runtime.measure.check import Parity, Recording, Row, Turn, compare_turns, record
+from vlmtrim.runtime.measure.stages import Recorder, Replayer
 from vlmtrim.runtime.prompt import Conversation
 from vlmtrim.runtime.select_backend import AUTO, BACKENDS, choose_backend
 from vlmtrim.runtime.session import Session
-from vlmtrim.runtime.stages import Recorder, Replayer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,7 +121,7 @@ def _against_pytorch(
 
 def _compare_inputs(bundle: Bundle, session: Session, prompt: str, image: Any) -> list[Row]:
     """Prompt ids and pixel values against the checkpoint's own Hugging Face processor."""
-    from vlmtrim.export.reference import processed
+    from vlmtrim.export.oracles.reference import processed
 
     picture = load_image(image)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]

@@ -46,8 +46,8 @@ def load_family(name: str) -> ModuleType:
 def load_reference(family: str) -> Any:
     """The class that runs a family's unpatched model: of ``reference_<family>.py``, else of ``reference.py``."""
     own = f"reference_{family}"
-    module = own if (Path(__file__).parent / f"{own}.py").is_file() else "reference"
-    return importlib.import_module(f"vlmtrim.export.{module}").Reference
+    module = own if (Path(__file__).parent / "oracles" / f"{own}.py").is_file() else "reference"
+    return importlib.import_module(f"vlmtrim.export.oracles.{module}").Reference
 
 
 def resolve(model: str, scratch: Path, weights: bool = True) -> Path:
@@ -58,7 +58,7 @@ def resolve(model: str, scratch: Path, weights: bool = True) -> Path:
         weights: False fetches only the small files of a hub checkpoint.
     """
     if model.startswith("tiny:"):
-        from vlmtrim.export.tiny import write_checkpoint
+        from vlmtrim.export.weights.tiny import write_checkpoint
 
         return write_checkpoint(load_family(model.removeprefix("tiny:")), scratch / "checkpoint")
     if model == "demo":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-SCORES = ("last-row", "no-rope", "coverage", "stride", "random")  # of vlmtrim.graphs.scores, known without onnx
+SCORES = ("last-row", "no-rope", "coverage", "stride", "random")  # of vlmtrim.graphs.rules.scores, known without onnx
 ENGINES = ("none", "tensorrt-rtx", "tensorrt")
 
 

@@ -13,8 +13,8 @@ import torch
 
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.graphs.contract import DTYPE_BYTES, TOKENS, Contract
-from vlmtrim.graphs.shard import boundaries
-from vlmtrim.runtime.machine import free_memory
+from vlmtrim.graphs.surgery.shard import boundaries
+from vlmtrim.runtime.measure.machine import free_memory
 
 # Measured with scripts/bench_export.py: the process with torch and transformers and the trace of a 7B or 13B model.
 EXPORT_BYTES = 0.7e9

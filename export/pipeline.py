@@ -18,14 +18,15 @@ import onnx_ir as ir
 import torch
 
 from vlmtrim.export import checkpoint as checkpoints
-from vlmtrim.export import memory, trace, weights
-from vlmtrim.export.attention import IMPLEMENTATION
+from vlmtrim.export import memory, weights
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.job_contract import build_contract, plain_decoder, pruning_method
-from vlmtrim.graphs import shard
+from vlmtrim.export.tracing import trace
+from vlmtrim.export.tracing.attention import IMPLEMENTATION
 from vlmtrim.graphs.bundle import check_target, seal, staging
 from vlmtrim.graphs.contract import IMAGES, Contract, TensorSpec
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
+from vlmtrim.graphs.surgery import shard
 from vlmtrim.runtime.engines import build_engines, import_library
 
 # Files of a checkpoint that a bundle keeps: the runtime reads them, and the bundle stays a loadable checkpoint.

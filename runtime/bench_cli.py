@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmtrim.graphs.bundle import BundleError, open_bundle
-from vlmtrim.runtime import bench
 from vlmtrim.runtime.backends.tensorrt import CUDA_GRAPHS
-from vlmtrim.runtime.bench_table import table
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture, load_image
-from vlmtrim.runtime.machine import Peak
+from vlmtrim.runtime.measure import bench
+from vlmtrim.runtime.measure.bench_table import table
+from vlmtrim.runtime.measure.machine import Peak
 from vlmtrim.runtime.select_backend import AUTO, BACKENDS
 
 

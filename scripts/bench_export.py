@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from vlmtrim.export.large import LLAVA, config_of, write_config, write_weights
 from vlmtrim.export.pipeline import progress
+from vlmtrim.export.weights.large import LLAVA, config_of, write_config, write_weights
 
 SHARD_BYTES = 5_000_000_000
 
@@ -92,9 +92,9 @@ def written(bundle: Path) -> int:
 def ordinary(checkpoint: Path, output: Path) -> None:
     """The usual export: every weight in memory, every weight written again."""
     from vlmtrim.export import checkpoint as checkpoints
-    from vlmtrim.export.attention import IMPLEMENTATION
     from vlmtrim.export.job import Job
     from vlmtrim.export.job_contract import build_contract
+    from vlmtrim.export.tracing.attention import IMPLEMENTATION
 
     family, config = checkpoints.read_config(checkpoint)
     model = family.MODEL_CLASS.from_pretrained(checkpoint, dtype="auto", attn_implementation=IMPLEMENTATION).eval()

@@ -25,11 +25,12 @@ import onnxruntime as ort
 import torch
 from transformers import Qwen2Config
 
-from vlmtrim.export import trace, weights
-from vlmtrim.export.attention import IMPLEMENTATION
+from vlmtrim.export import weights
 from vlmtrim.export.families import llava
 from vlmtrim.export.flops import prefill_macs
-from vlmtrim.export.text_decoder import Shape
+from vlmtrim.export.tracing import trace
+from vlmtrim.export.tracing.attention import IMPLEMENTATION
+from vlmtrim.export.tracing.text_decoder import Shape
 from vlmtrim.graphs import FastV
 from vlmtrim.graphs.contract import CacheGroup, GraphSpec, decoder_spec, kept_count
 from vlmtrim.runtime.backends.ort import OrtBackend

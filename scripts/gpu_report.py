@@ -22,12 +22,14 @@ from typing import Any
 import gpu_table
 import torch
 
-from vlmtrim.export import large, pipeline, tiny
+from vlmtrim.export import pipeline
 from vlmtrim.export.checkpoint import load_family
 from vlmtrim.export.job import Job
+from vlmtrim.export.weights import large, tiny
 from vlmtrim.graphs.bundle import open_bundle, seal
-from vlmtrim.runtime import bench, fingerprint, machine
+from vlmtrim.runtime.engines import fingerprint
 from vlmtrim.runtime.image import generated_picture
+from vlmtrim.runtime.measure import bench, machine
 from vlmtrim.runtime.processors.base import load_processor
 from vlmtrim.runtime.prompt import Conversation, Prompter
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmtrim.graphs.contract import DTYPE_BYTES
-from vlmtrim.runtime import bench
+from vlmtrim.runtime.measure import bench
 
 
 def rows(

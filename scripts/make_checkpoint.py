@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from vlmtrim.export.large import TEXT, config_of, write_config, write_weights
 from vlmtrim.export.pipeline import progress
+from vlmtrim.export.weights.large import TEXT, config_of, write_config, write_weights
 
 
 def main() -> None:

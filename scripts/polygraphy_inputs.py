@@ -21,10 +21,10 @@ from polygraphy.json import save_json
 from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.contract import Contract
-from vlmtrim.runtime import profiles
-from vlmtrim.runtime.check import TOLERANCE
+from vlmtrim.runtime.engines import profiles
 from vlmtrim.runtime.image import generated_picture
-from vlmtrim.runtime.watch import Run, watch
+from vlmtrim.runtime.measure.check import TOLERANCE
+from vlmtrim.runtime.measure.watch import Run, watch
 
 RULES = {
     "vision": profiles.vision_profiles,

@@ -26,8 +26,9 @@ def proves(record_property):
 def export_tiny(tmp_path_factory):
     """Export a tiny random model: export_tiny("name", variant={...}, **job fields) -> bundle folder."""
     from vlmtrim.export import checkpoint as checkpoints
-    from vlmtrim.export import pipeline, tiny
+    from vlmtrim.export import pipeline
     from vlmtrim.export.job import Job
+    from vlmtrim.export.weights import tiny
 
     selection = {
         "method",

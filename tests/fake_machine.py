@@ -7,8 +7,8 @@ import shutil
 import fake_cuda
 import fake_tensorrt
 
-from vlmtrim.runtime import engines
 from vlmtrim.runtime.backends import cuda, tensorrt
+from vlmtrim.runtime.engines import build as engines
 
 
 class Machine:

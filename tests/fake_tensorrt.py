@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 from tensorrt_rtx_bindings import DataType, ExecutionContextAllocationStrategy, ILogger
 
-from vlmtrim.runtime import profiles as profile_rules
+from vlmtrim.runtime.engines import profiles as profile_rules
 
 TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(float16)": np.float16}
 DATA_TYPES = {"tensor(float)": DataType.FLOAT, "tensor(int64)": DataType.INT64, "tensor(float16)": DataType.HALF}

@@ -27,11 +27,11 @@ from torch.export import Dim
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from vlmtrim.export.job import Refusal
-from vlmtrim.export.text_decoder import Shape, text_numbers, text_plans, tiny_text_config
-from vlmtrim.export.text_decoder import embed_spec as embed_spec
-from vlmtrim.export.text_decoder import sliding_window as sliding_window
-from vlmtrim.export.trace import Plan
-from vlmtrim.export.vision_tower import tile_features, tile_tokens, tiny_vision_config
+from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans, tiny_text_config
+from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
+from vlmtrim.export.tracing.text_decoder import sliding_window as sliding_window
+from vlmtrim.export.tracing.trace import Plan
+from vlmtrim.export.tracing.vision_tower import tile_features, tile_tokens, tiny_vision_config
 from vlmtrim.graphs.contract import GraphSpec, TensorSpec
 
 MODEL_CLASS = LlavaNextForConditionalGeneration

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
-from vlmtrim.export import text_decoder
-from vlmtrim.export.attention import StaticCache
 from vlmtrim.export.job import Refusal
-from vlmtrim.export.trace import Plan
+from vlmtrim.export.tracing import text_decoder
+from vlmtrim.export.tracing.attention import StaticCache
+from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.graphs.contract import GraphSpec, TensorSpec
 
 MODEL_CLASS = MllamaForConditionalGeneration

@@ -1,21 +1,21 @@
 """Qwen2.5-VL as transformers defines it: a tower of windowed and full attention, M-RoPE in time, row and column.
 
-Its graphs, and what it shares with Qwen2-VL: :mod:`vlmtrim.export.qwen_vl`.
+Its graphs, and what it shares with Qwen2-VL: :mod:`vlmtrim.export.tracing.qwen_vl`.
 """
 
 from __future__ import annotations
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from vlmtrim.export import qwen_vl
-from vlmtrim.export.qwen_vl import adapt_settings as adapt_settings
-from vlmtrim.export.qwen_vl import plans as plans
-from vlmtrim.export.qwen_vl import read_shape as read_shape
-from vlmtrim.export.qwen_vl import vision_dims as vision_dims
-from vlmtrim.export.qwen_vl import vision_spec as vision_spec
-from vlmtrim.export.qwen_vl import write_tiny_processor as write_tiny_processor
-from vlmtrim.export.text_decoder import embed_spec as embed_spec
-from vlmtrim.export.text_decoder import sliding_window as sliding_window
+from vlmtrim.export.tracing import qwen_vl
+from vlmtrim.export.tracing.qwen_vl import adapt_settings as adapt_settings
+from vlmtrim.export.tracing.qwen_vl import plans as plans
+from vlmtrim.export.tracing.qwen_vl import read_shape as read_shape
+from vlmtrim.export.tracing.qwen_vl import vision_dims as vision_dims
+from vlmtrim.export.tracing.qwen_vl import vision_spec as vision_spec
+from vlmtrim.export.tracing.qwen_vl import write_tiny_processor as write_tiny_processor
+from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
+from vlmtrim.export.tracing.text_decoder import sliding_window as sliding_window
 
 MODEL_CLASS = Qwen2_5_VLForConditionalGeneration
 METHODS = ("fastv",)

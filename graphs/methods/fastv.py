@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from vlmtrim.graphs import scores, select
-from vlmtrim.graphs.anatomy import Layer, find_layers, graph_input, seam_before
 from vlmtrim.graphs.contract import CacheGroup, kept_count
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.surgery import split_at
+from vlmtrim.graphs.rules import scores
+from vlmtrim.graphs.surgery import select
+from vlmtrim.graphs.surgery.anatomy import Layer, find_layers, graph_input, seam_before
+from vlmtrim.graphs.surgery.split import split_at
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class FastV:
 
     Rules:
     1. score = attention probabilities of layer k-1 (counted from 0), last real query row, mean over query heads,
-       at the visual tokens of this step; other rules: :mod:`vlmtrim.graphs.scores`;
+       at the visual tokens of this step; other rules: :mod:`vlmtrim.graphs.rules.scores`;
     2. the ``round(N * (1 - r))`` visual tokens of highest score stay, and every other token; ties: lowest index first;
     3. survivors keep their order and their original position ids;
     4. layers >= k get caches of their own, smaller by what is removed of ``visual_tokens``;

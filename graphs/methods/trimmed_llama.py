@@ -10,13 +10,13 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from vlmtrim.graphs.anatomy import Layer, before_scaling, find_layers, graph_input, seam_before
 from vlmtrim.graphs.contract import IMAGES, NO_ENTRY, CacheGroup, most_features
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.region import SideInputs, downstream, upstream
-from vlmtrim.graphs.select import gather_tokens, kept_first, top
-from vlmtrim.graphs.surgery import rename_dims, shrink_caches
+from vlmtrim.graphs.surgery.anatomy import Layer, before_scaling, find_layers, graph_input, seam_before
+from vlmtrim.graphs.surgery.region import SideInputs, downstream, upstream
+from vlmtrim.graphs.surgery.select import gather_tokens, kept_first, top
+from vlmtrim.graphs.surgery.split import rename_dims, shrink_caches
 
 # The published models keep 2.5 to 3.4 times the ratio on average: 61.5 % at 0.25 (11B), 51 % at 0.15 (90B).
 UNION_OVER_RATIO = 3.5

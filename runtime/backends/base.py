@@ -13,7 +13,7 @@ import numpy as np
 from vlmtrim.graphs.contract import Contract, GraphSpec, TensorSpec, cache_names
 from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.errors import RuntimeRefusal
-from vlmtrim.runtime.machine import free_memory
+from vlmtrim.runtime.measure.machine import free_memory
 
 # A tensor of the backend, on its device; only the backend looks inside.
 Tensor = Any

@@ -19,7 +19,7 @@ from vlmtrim.graphs.contract import Contract, GraphSpec
 from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.backends.base import Backend, Graph, Opened, Tensor, check_boundary
 from vlmtrim.runtime.errors import RuntimeRefusal
-from vlmtrim.runtime.machine import free_memory
+from vlmtrim.runtime.measure.machine import free_memory
 
 FREE_SHARE = 0.9  # of the free memory that a decoder may fill
 _PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}

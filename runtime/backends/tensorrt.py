@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from vlmtrim.graphs.contract import Contract, GraphSpec, TensorSpec, cache_names
-from vlmtrim.runtime import dtypes, fingerprint, user_cache
-from vlmtrim.runtime import profiles as profile_rules
+from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.backends.base import Backend, Graph, Opened, Tensor, check_boundary
 from vlmtrim.runtime.backends.cuda import ALIGNMENT, CapturedGraph, Device, DeviceTensor, Slot
-from vlmtrim.runtime.engines import find_library, import_library, make_logger
+from vlmtrim.runtime.engines import find_library, fingerprint, import_library, make_logger, user_cache
+from vlmtrim.runtime.engines import profiles as profile_rules
 from vlmtrim.runtime.errors import RuntimeRefusal
 
 # How decode steps are replayed: by the library itself where it can (TensorRT-RTX, which knows when the kernels of a

@@ -40,7 +40,7 @@ class _Grid:
 
 
 class Processor(base.Processor):
-    """Inputs as :mod:`vlmtrim.export.qwen_vl` states them; grids are (rows, columns, time of each frame)."""
+    """Inputs as :mod:`vlmtrim.export.tracing.qwen_vl` states them; grids are (rows, columns, time of each frame)."""
 
     def __init__(self, folder: Path, contract: Contract):
         super().__init__(folder, contract)

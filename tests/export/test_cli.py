@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vlmtrim.export import large
 from vlmtrim.export.cli import main
 from vlmtrim.export.families import llava
+from vlmtrim.export.weights import large
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -293,7 +293,7 @@ def test_commands_without_the_extra_name_it(monkeypatch, capsys):
 def test_a_weight_that_overflows_ends_the_export_unless_clipped(run, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from vlmtrim.export import tiny
+    from vlmtrim.export.weights import tiny
 
     folder = tiny.write_checkpoint(llava, tmp_path / "c")
     tensors = load_file(folder / "model.safetensors")

@@ -5,7 +5,7 @@ import json
 import pytest
 from parity import COMBINATIONS, assert_parity
 
-from vlmtrim.runtime import fingerprint
+from vlmtrim.runtime.engines import fingerprint
 
 IMAGES = {"mllama": {"images": 3}}  # that caches of cross-attention hold
 

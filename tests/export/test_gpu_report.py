@@ -10,12 +10,12 @@ import torch
 from torch_fastv import TorchFastV
 
 from vlmtrim.export.families import llava
-from vlmtrim.export.reference import Reference
+from vlmtrim.export.oracles.reference import Reference
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.contract import CacheGroup, Macs
-from vlmtrim.runtime.check import Turn
 from vlmtrim.runtime.image import generated_picture
-from vlmtrim.runtime.machine import Peak
+from vlmtrim.runtime.measure.check import Turn
+from vlmtrim.runtime.measure.machine import Peak
 from vlmtrim.runtime.processors.base import load_processor
 
 

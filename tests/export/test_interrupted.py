@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from vlmtrim.export import pipeline, tiny
+from vlmtrim.export import pipeline
 from vlmtrim.export.families import llava
 from vlmtrim.export.job import Job
+from vlmtrim.export.weights import tiny
 from vlmtrim.graphs import bundle as bundles
 from vlmtrim.graphs.bundle import open_bundle
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from vlmtrim.export import check_cli, large, pipeline
+from vlmtrim.export import check_cli, pipeline
 from vlmtrim.export.job import Job
+from vlmtrim.export.weights import large
 
 SMALL = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 2}
 SMALL_VISION = {

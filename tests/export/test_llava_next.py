@@ -9,12 +9,12 @@ from PIL import Image
 from vlmtrim.export import cli
 from vlmtrim.export.check_cli import generated_picture
 from vlmtrim.export.families import llava_next
-from vlmtrim.export.reference import Reference
+from vlmtrim.export.oracles.reference import Reference
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.contract import kept_count
 from vlmtrim.runtime import cli as run_cli
-from vlmtrim.runtime import profiles
-from vlmtrim.runtime.check import Parity, Recording, Turn, compare, record
+from vlmtrim.runtime.engines import profiles
+from vlmtrim.runtime.measure.check import Parity, Recording, Turn, compare, record
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 from vlmtrim.runtime.show import PANEL

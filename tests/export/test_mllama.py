@@ -9,11 +9,12 @@ from transformers import AutoProcessor
 from vlmtrim.export import check_cli, cli, pipeline
 from vlmtrim.export.families import mllama
 from vlmtrim.export.job import Job
-from vlmtrim.export.reference_mllama import Reference
+from vlmtrim.export.oracles.reference_mllama import Reference
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime import Chat, profiles
-from vlmtrim.runtime.check import Parity, Recording, Turn, compare, compare_turns, record
+from vlmtrim.runtime import Chat
+from vlmtrim.runtime.engines import profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.measure.check import Parity, Recording, Turn, compare, compare_turns, record
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 

@@ -6,10 +6,10 @@ from parity import assert_parity
 
 from vlmtrim.export import check_cli
 from vlmtrim.export.families import llava
-from vlmtrim.export.reference import Reference
+from vlmtrim.export.oracles.reference import Reference
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime.check import Parity, Recording, Row, Turn, compare, record
 from vlmtrim.runtime.image import generated_picture
+from vlmtrim.runtime.measure.check import Parity, Recording, Row, Turn, compare, record
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 

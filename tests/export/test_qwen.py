@@ -6,14 +6,15 @@ import torch
 from PIL import Image
 
 from vlmtrim import runtime
-from vlmtrim.export import check_cli, trace, weights
-from vlmtrim.export.attention import IMPLEMENTATION
+from vlmtrim.export import check_cli, weights
 from vlmtrim.export.check_cli import generated_picture
 from vlmtrim.export.checkpoint import load_family
 from vlmtrim.export.job import Refusal
-from vlmtrim.export.reference import Reference
+from vlmtrim.export.oracles.reference import Reference
+from vlmtrim.export.tracing import trace
+from vlmtrim.export.tracing.attention import IMPLEMENTATION
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime.check import Parity, Recording, Turn, compare, record
+from vlmtrim.runtime.measure.check import Parity, Recording, Turn, compare, record
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 from vlmtrim.runtime.video import Video

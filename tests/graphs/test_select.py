@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from oracles.selection import kept_by_score, kept_by_stride
 
-from vlmtrim.graphs import select
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.scores import RULES, Step
+from vlmtrim.graphs.rules.scores import RULES, Step
+from vlmtrim.graphs.surgery import select
 
 RATIOS = [0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.75, 0.9]
 MOST = 64

@@ -11,7 +11,7 @@ from toy_decoder import build, weights
 from vlmtrim.graphs import FastV, GraphError
 from vlmtrim.graphs.contract import GraphSpec
 from vlmtrim.graphs.lint import boundary, lint_chain
-from vlmtrim.graphs.shard import boundaries, cut, specs
+from vlmtrim.graphs.surgery.shard import boundaries, cut, specs
 
 CAPACITY, LAYERS, HEADS, HIDDEN = 48, 5, (4, 2), 32
 

@@ -13,12 +13,12 @@ from onnx.reference import ReferenceEvaluator
 from oracles.trimmed import kept_by_union
 from toy_decoder import build, weights
 
-from vlmtrim.graphs import select
 from vlmtrim.graphs.contract import IMAGES, CacheGroup, most_features
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.methods.trimmed_llama import TrimmedLlama, Union
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.select import kept_first
+from vlmtrim.graphs.surgery import select
+from vlmtrim.graphs.surgery.select import kept_first
 
 MOST = 40
 GOLDEN = Path(__file__).parent / "golden" / "trimmed-llama.txt"

@@ -14,8 +14,9 @@ from fake_machine import Machine
 
 from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime import dtypes, engines
+from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.backends import cuda, ort, tensorrt
+from vlmtrim.runtime.engines import build as engines
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import BACKENDS, choose_backend, make_backend
 

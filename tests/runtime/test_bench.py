@@ -9,13 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration, MllamaForConditionalGeneration
 
 from vlmtrim.export.checkpoint import load_reference
-from vlmtrim.export.reference import Reference
+from vlmtrim.export.oracles.reference import Reference
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime import bench, bench_cli, machine
-from vlmtrim.runtime.bench_table import table
-from vlmtrim.runtime.check import Turn
+from vlmtrim.runtime import bench_cli
 from vlmtrim.runtime.image import generated_picture
-from vlmtrim.runtime.machine import Peak
+from vlmtrim.runtime.measure import bench, machine
+from vlmtrim.runtime.measure.bench_table import table
+from vlmtrim.runtime.measure.check import Turn
+from vlmtrim.runtime.measure.machine import Peak
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 

@@ -8,8 +8,9 @@ from fake_machine import Machine
 
 from vlmtrim import runtime
 from vlmtrim.graphs.bundle import BundleError, open_bundle, seal
-from vlmtrim.runtime import engines, fingerprint, profiles
 from vlmtrim.runtime.backends import tensorrt
+from vlmtrim.runtime.engines import build as engines
+from vlmtrim.runtime.engines import fingerprint, profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
 
 NAMES = {"vision.engine", "embed.engine", "decoder.engine"}

@@ -12,7 +12,8 @@ from vlmtrim.graphs import FastV, save
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.checksums import sha256
 from vlmtrim.graphs.contract import CacheGroup, Contract, decoder_spec, kept_count
-from vlmtrim.runtime import engines, fingerprint, profiles
+from vlmtrim.runtime.engines import build as engines
+from vlmtrim.runtime.engines import fingerprint, profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import make_backend
 

@@ -13,7 +13,8 @@ from parity import COMBINATIONS
 from vlmtrim import runtime
 from vlmtrim.export import check_cli
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime import engines, profiles
+from vlmtrim.runtime.engines import build as engines
+from vlmtrim.runtime.engines import profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import BACKENDS, make_backend
 

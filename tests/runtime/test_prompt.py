@@ -9,7 +9,7 @@ import pytest
 from jinja2 import Template
 from tokenizers import Tokenizer
 
-from vlmtrim.export.tiny import CHAT_TEMPLATE, SPECIAL_IDS, write_tokenizer
+from vlmtrim.export.weights.tiny import CHAT_TEMPLATE, SPECIAL_IDS, write_tokenizer
 from vlmtrim.runtime import prompt
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.prompt import Conversation, Prompter

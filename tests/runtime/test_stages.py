@@ -10,10 +10,10 @@ from onnxruntime import OrtValue
 
 from vlmtrim.export import check_cli
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime.check import Recording, compare, tie_gaps
+from vlmtrim.runtime.measure.check import Recording, compare, tie_gaps
+from vlmtrim.runtime.measure.watch import watch
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
-from vlmtrim.runtime.watch import watch
 
 STAGES = ("vision", "embed", "decoder")
 

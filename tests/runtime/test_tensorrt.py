@@ -11,8 +11,9 @@ from parity import COMBINATIONS
 
 from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle, seal
-from vlmtrim.runtime import bench_cli, fingerprint, profiles
+from vlmtrim.runtime import bench_cli
 from vlmtrim.runtime.backends import tensorrt
+from vlmtrim.runtime.engines import fingerprint, profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.select_backend import make_backend
 

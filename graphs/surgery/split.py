@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from vlmtrim.graphs.anatomy import Layer, graph_input
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.region import SideInputs, downstream
-from vlmtrim.graphs.select import Survivors, gather_tokens
+from vlmtrim.graphs.surgery.anatomy import Layer, graph_input
+from vlmtrim.graphs.surgery.region import SideInputs, downstream
+from vlmtrim.graphs.surgery.select import Survivors, gather_tokens
 
 
 def split_at(

@@ -22,8 +22,8 @@ from typing import Any
 from vlmtrim.graphs.bundle import SUMS, BundleError, open_bundle, seal
 from vlmtrim.graphs.checksums import sha256
 from vlmtrim.graphs.contract import Contract, GraphSpec
-from vlmtrim.runtime import fingerprint, user_cache
-from vlmtrim.runtime import profiles as profile_rules
+from vlmtrim.runtime.engines import fingerprint, user_cache
+from vlmtrim.runtime.engines import profiles as profile_rules
 from vlmtrim.runtime.errors import RuntimeRefusal
 
 # Library -> (modules that may provide it, extra that installs it).
@@ -62,7 +62,7 @@ def build_engines(folder: Path, contract: Contract, library: str) -> dict[str, A
         library: ``tensorrt-rtx`` or ``tensorrt``.
 
     Returns:
-        What ``engines.json`` holds: per engine its :class:`vlmtrim.runtime.fingerprint.Fingerprint`.
+        What ``engines.json`` holds: per engine its :class:`vlmtrim.runtime.engines.fingerprint.Fingerprint`.
 
     Raises:
         RuntimeRefusal: the library, a GPU it needs, or an operator is missing; the message carries its errors.
@@ -232,7 +232,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"engines: {error.strerror or error} ({error.filename})", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

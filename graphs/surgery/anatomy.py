@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from vlmtrim.graphs.errors import GraphError
-from vlmtrim.graphs.region import cut_values, downstream
+from vlmtrim.graphs.surgery.region import cut_values, downstream
 
 # Nodes that may stand between a cache update and the Attention that reads it.
 _TRANSPARENT = {"Slice", "Identity"}

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from vlmtrim.export import tiny
-from vlmtrim.export.attention import onnx_attention
 from vlmtrim.export.job import Refusal
-from vlmtrim.export.text_decoder import Shape, text_numbers, text_plans
-from vlmtrim.export.trace import Plan
+from vlmtrim.export.tracing.attention import onnx_attention
+from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans
+from vlmtrim.export.tracing.trace import Plan
+from vlmtrim.export.weights import tiny
 from vlmtrim.graphs.contract import Contract, GraphSpec, TensorSpec
 
 # Visual tokens of a picture of 12,845,056 pixels, the limit that the published checkpoints set.

@@ -1,4 +1,4 @@
-"""What :func:`vlmtrim.runtime.bench.measure` found, as text."""
+"""What :func:`vlmtrim.runtime.measure.bench.measure` found, as text."""
 
 from __future__ import annotations
 

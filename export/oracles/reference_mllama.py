@@ -21,7 +21,7 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from vlmtrim.runtime.check import Recording, Turn
+from vlmtrim.runtime.measure.check import Recording, Turn
 
 
 class Reference:

@@ -13,7 +13,7 @@ from vlmtrim.graphs.checksums import known_sha256, sha256
 from vlmtrim.graphs.contract import Size
 from vlmtrim.graphs.reading import Folder, shown
 from vlmtrim.graphs.schema import Range, decode
-from vlmtrim.runtime import profiles as profile_rules
+from vlmtrim.runtime.engines import profiles as profile_rules
 from vlmtrim.runtime.errors import RuntimeRefusal
 
 FILE = ENGINES

@@ -10,9 +10,9 @@ import numpy as np
 from vlmtrim.graphs.bundle import Bundle
 from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.backends.base import Backend, Tensor
-from vlmtrim.runtime.check import Recording, Row, Turn, compare, difference, record
+from vlmtrim.runtime.measure.check import Recording, Row, Turn, compare, difference, record
+from vlmtrim.runtime.measure.watch import Run, watch
 from vlmtrim.runtime.session import Session
-from vlmtrim.runtime.watch import Run, watch
 
 # Graph -> (its output, how a row calls it); the decoder's outputs are compared by check.compare.
 _STAGES = {"vision": ("image_features", "vision: features"), "embed": ("inputs_embeds", "embed: embeddings")}
@@ -34,7 +34,7 @@ class Recorder:
         self._session = Session(bundle, watch(backend, self._note))
 
     def record(self, turn: Turn, tokens: int) -> tuple[Recording, list[int], Tape]:
-        """Like :func:`vlmtrim.runtime.check.record`, with the tape of the turn."""
+        """Like :func:`vlmtrim.runtime.measure.check.record`, with the tape of the turn."""
         self._tape = Tape()
         recording, fed = record(self._session, turn, tokens)
         return recording, fed, self._tape

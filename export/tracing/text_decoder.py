@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from vlmtrim.export.attention import StaticCache
 from vlmtrim.export.job import Refusal
-from vlmtrim.export.trace import Plan
+from vlmtrim.export.tracing.attention import StaticCache
+from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.graphs.contract import GraphSpec, TensorSpec
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
@@ -186,7 +186,7 @@ def text_plans(full: Any, shape: Shape, dtype: torch.dtype, decoder: GraphSpec) 
 
 
 def tiny_text_config(text: str = "llama", heads: int = 4, kv_heads: int = 2, layers: int = 4) -> Any:
-    """Config of a random language model small enough for tests: head size 64, the ids of :mod:`vlmtrim.export.tiny`."""
+    """Config of a random language model small enough for tests: head size 64, ids of ``weights.tiny``."""
     from transformers import AutoConfig
 
     settings: dict[str, Any] = {

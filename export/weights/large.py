@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vlmtrim.export.checkpoint import read_config
-from vlmtrim.export.tiny import write_processor
 from vlmtrim.export.weights import make_header
+from vlmtrim.export.weights.tiny import write_processor
 
 # Language models of LLaVA-1.5 (Liu et al. 2023): Vicuna v1.5 with 64 rows more in the embedding; tower CLIP-L/14-336.
 # Llama-3.2-Vision (Llama Team 2024, arXiv 2407.21783, section 7): Llama 3.1 with a cross-attention layer every fifth.

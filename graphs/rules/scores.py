@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from vlmtrim.graphs.anatomy import Layer, before_scaling, unrotated
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.select import Counts
+from vlmtrim.graphs.surgery.anatomy import Layer, before_scaling, unrotated
+from vlmtrim.graphs.surgery.select import Counts
 
 ABOVE_ANY_PROBABILITY = 2.0
 

@@ -27,14 +27,14 @@ from PIL import Image
 
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.contract import Contract
-from vlmtrim.runtime import machine
 from vlmtrim.runtime.backends.base import Tensor
 from vlmtrim.runtime.errors import RuntimeRefusal
-from vlmtrim.runtime.machine import Peak
+from vlmtrim.runtime.measure import machine
+from vlmtrim.runtime.measure.machine import Peak
+from vlmtrim.runtime.measure.watch import Run, watch
 from vlmtrim.runtime.prompt import Conversation
 from vlmtrim.runtime.select_backend import choose_backend
 from vlmtrim.runtime.session import Session
-from vlmtrim.runtime.watch import Run, watch
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The selection subgraph: scores (:mod:`vlmtrim.graphs.scores`) -> keep -> compact -> gather, in standard operators.
+"""The selection subgraph: scores (:mod:`vlmtrim.graphs.rules`) -> keep -> compact -> gather, in standard operators.
 
 Shapes: B rows, S tokens of this step, N visual tokens, M kept visual tokens, T = S - N + M tokens that survive.
 """

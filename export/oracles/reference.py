@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, DynamicCache
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from vlmtrim.runtime.check import Recording, Turn
+from vlmtrim.runtime.measure.check import Recording, Turn
 
 
 class Reference:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
-from vlmtrim.graphs.anatomy import Layer, find_layers, graph_input, seam_before
 from vlmtrim.graphs.contract import GraphSpec
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.lint import boundary
-from vlmtrim.graphs.region import downstream
+from vlmtrim.graphs.surgery.anatomy import Layer, find_layers, graph_input, seam_before
+from vlmtrim.graphs.surgery.region import downstream
 
 HIDDEN = "hidden_states"
 

@@ -1,0 +1,1 @@
+"""Reading and changing decoder graphs: layers and seams, regions, selections, splits, chains."""

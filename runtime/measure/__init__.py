@@ -1,0 +1,1 @@
+"""What is known of bundles at work: times, memory, parity, and the machine they run on."""
