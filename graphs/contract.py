@@ -58,15 +58,26 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from vlmtrim.graphs.reading import BundleError, json_object, shown
+from vlmtrim.graphs.schema import Among, Range, decode
 
 SCHEMA = 1
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
-Dim = int | str
-
 # What fills the caches of a group, one entry each.
 TOKENS, IMAGES = "tokens", "images"
+
+# What the fields of contract.json may hold. Sizes are of 31 bits, as in every library that runs the graphs.
+Size = Annotated[int, Range(0, 2**31 - 1)]
+Count = Annotated[int, Range(1, 2**31 - 1)]
+Macs64 = Annotated[int, Range(0, 2**63 - 1)]
+Share = Annotated[float, Range(0, 1)]
+Dtype = Annotated[str, Among(tuple(DTYPE_BYTES))]
+FloatDtype = Annotated[str, Among(("float32", "float16", "bfloat16"))]
+Source = Annotated[str, Among((TOKENS, IMAGES))]
+Dim = Size | str
 # In image_numbers and key_images: a feature of no picture (a tile that only fills up), and no feature at all.
 PADDING, NO_ENTRY = -1, -2
 # In seen_images, of a token that sees no picture.
@@ -86,7 +97,7 @@ class TensorSpec:
     """A graph input or output: name, dtype and shape (numbers are fixed, names are symbolic)."""
 
     name: str
-    dtype: str
+    dtype: Dtype
     shape: tuple[Dim, ...]
 
 
@@ -115,13 +126,13 @@ class CacheGroup:
             depends on the data, and the graph returns it.
     """
 
-    layers: tuple[int, ...]
-    capacity: int
-    kv_heads: int
-    head_size: int
-    removed: float = 0.0
-    source: str = TOKENS
-    most: float = 1.0
+    layers: tuple[Size, ...]
+    capacity: Count
+    kv_heads: Count
+    head_size: Count
+    removed: Share = 0.0
+    source: Source = TOKENS
+    most: Share = 1.0
 
     def length(self, tokens: int, visual: int) -> int:
         """Cache entries that a step adds to this group (at most, where it is bounded).
@@ -150,10 +161,10 @@ class Macs:
         feature: the part of ``token`` that cross-attention layers spend per image feature instead: keys and values.
     """
 
-    token: int
-    pair: int
-    logits: int
-    feature: int = 0
+    token: Macs64
+    pair: Macs64
+    logits: Macs64
+    feature: Macs64 = 0
 
     def prefill(self, layers: Iterable[tuple[int, int]]) -> int:
         """Of a prefill from empty caches as it is executed: the whole S x S attention, the logits of one token.
@@ -192,21 +203,21 @@ class Contract:
     """
 
     family: str
-    dtype: str
+    dtype: FloatDtype
     graphs: Mapping[str, GraphSpec]
     groups: tuple[CacheGroup, ...]
-    dims: Mapping[str, tuple[int, int]]
+    dims: Mapping[str, tuple[Size, Size]]
     selection: Mapping[str, Any] | None
-    max_seq_len: int
-    images_assumed: int
-    image_tokens: int
-    image_token_id: int
-    eos_token_ids: tuple[int, ...]
-    image_grid: tuple[int, int] | None = None
-    video_token_id: int | None = None
+    max_seq_len: Count
+    images_assumed: Count
+    image_tokens: Count
+    image_token_id: Size
+    eos_token_ids: tuple[Size, ...]
+    image_grid: tuple[Count, Count] | None = None
+    video_token_id: Size | None = None
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     macs: Macs | None = None
-    schema: int = SCHEMA
+    schema: Size = SCHEMA
     producer: str = field(default="vlmtrim")
 
     def chain(self, graph: str) -> tuple[str, ...]:
@@ -272,30 +283,18 @@ class Contract:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @staticmethod
-    def from_json(text: str) -> Contract:
-        """Parse ``contract.json``. Raises ValueError where the text is not a contract of a known schema."""
-        try:
-            raw = json.loads(text)
-            if raw.get("schema") != SCHEMA:
-                raise ValueError(
-                    f"the contract has schema {raw.get('schema')!r}, this vlmtrim reads schema {SCHEMA}: "
-                    "export the model again, or install the vlmtrim that made the bundle"
-                )
-            raw["graphs"] = {name: _graph_spec(graph) for name, graph in raw["graphs"].items()}
-            raw["groups"] = tuple(CacheGroup(**{**g, "layers": tuple(g["layers"])}) for g in raw["groups"])
-            raw["dims"] = {name: (low, high) for name, (low, high) in raw["dims"].items()}
-            raw["eos_token_ids"] = tuple(raw["eos_token_ids"])
-            raw["chains"] = {name: tuple(chain) for name, chain in raw.get("chains", {}).items()}
-            raw["image_grid"] = tuple(raw["image_grid"]) if raw.get("image_grid") else None
-            raw["macs"] = Macs(**raw["macs"]) if raw.get("macs") else None
-            return Contract(**raw)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a vlmtrim contract: {error!r}") from error
+    def from_json(text: str, where: str = "contract.json") -> Contract:
+        """Parse ``contract.json``; its parts are not held against each other yet (:mod:`vlmtrim.graphs.agreement`).
 
-
-def _graph_spec(raw: Mapping[str, Any]) -> GraphSpec:
-    tensors = lambda key: tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw[key])  # noqa: E731
-    return GraphSpec(raw["file"], tensors("inputs"), tensors("outputs"))
+        Raises BundleError where the text is not a contract of a known schema; ``where`` names it.
+        """
+        raw = json_object(text, where)
+        if raw.get("schema") != SCHEMA:
+            raise BundleError(
+                f"{where} has schema {shown(raw.get('schema'))}, this vlmtrim reads schema {SCHEMA}: "
+                "export the model again, or install the vlmtrim that made the bundle"
+            )
+        return decode(Contract, raw, where)
 
 
 def cache_names(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from vlmtrim.graphs.agreement import chain_problem
 from vlmtrim.graphs.contract import GraphSpec, TensorSpec
 from vlmtrim.graphs.errors import GraphError
 
@@ -57,29 +58,9 @@ def boundary(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec,
 
 
 def lint_chain(chain: Sequence[GraphSpec], whole: GraphSpec) -> None:
-    """Raise GraphError unless a chain of graphs takes and returns what the whole graph does, and nothing else.
-
-    Every input is one of the whole graph's, or an output of an earlier graph with the same dtype and shape.
-    """
-    outside = {tensor.name: tensor for tensor in whole.inputs}
-    produced: dict[str, TensorSpec] = {}
-    used: set[str] = set()
-    for spec in chain:
-        for tensor in spec.inputs:
-            if (produced.get(tensor.name) or outside.get(tensor.name)) != tensor:
-                raise GraphError(f"{spec.file}: no earlier graph and no input of {whole.file} provides {tensor}")
-            used.add(tensor.name)
-        for tensor in spec.outputs:
-            if tensor.name in produced:
-                raise GraphError(f"{spec.file}: {tensor.name} is returned by two graphs of the chain")
-            produced[tensor.name] = tensor
-    for tensor in whole.outputs:
-        if produced.get(tensor.name) != tensor:
-            raise GraphError(f"no graph of the chain returns {tensor}")
-    if left := sorted(set(outside) - used):
-        raise GraphError(f"no graph of the chain reads {left[0]}")
-    if extra := sorted(set(produced) - used - {tensor.name for tensor in whole.outputs}):
-        raise GraphError(f"{extra[0]} is returned by a graph of the chain and read by none")
+    """Raise GraphError unless a chain of graphs takes and returns what the whole graph does, and nothing else."""
+    if (problem := chain_problem(chain, whole)) is not None:
+        raise GraphError(problem)
 
 
 def _same_boundary(file: str, kind: str, found: list[TensorSpec], promised: tuple[TensorSpec, ...]) -> None:

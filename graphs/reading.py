@@ -39,6 +39,11 @@ class Folder:
         self.path = Path(path)
         self._names = None if names is None else frozenset(names)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The files that may be read."""
+        return frozenset(os.listdir(self.path)) if self._names is None else self._names
+
     def __contains__(self, name: object) -> bool:
         """Whether there is a file of that name that belongs to the folder, whatever it is like."""
         if not isinstance(name, str) or not is_plain_name(name):

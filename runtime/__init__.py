@@ -34,10 +34,12 @@ __all__ = [
 ]
 
 
-def open(bundle: str | Path, backend: str = "ort-cpu", batch: int = 1) -> Chat:
+def open(bundle: str | Path, backend: str = "ort-cpu", batch: int = 1, verify: bool = False) -> Chat:
     """Open a bundle on a backend (``auto``: the first that can run it).
+
+    ``verify`` hashes every byte, also of large files that were hashed before and seem unchanged.
 
     Raises BundleError for a damaged bundle, RuntimeRefusal where it cannot run.
     """
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, verify)
     return Chat(Session(opened, choose_backend(backend, opened), batch))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmtrim.graphs.bundle import BundleError
+from vlmtrim.graphs.bundle import BundleError, open_bundle
 from vlmtrim.runtime.backends.tensorrt import CUDA_GRAPHS
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture, load_image
@@ -69,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> dict:
     if args.images < 0:
         raise RuntimeRefusal(f"--images is {args.images}; give 0 or more")
+    if not args.image:
+        most = min(open_bundle(bundle).contract.max_images for bundle in args.bundle)
+        if args.images > max(most, 1):
+            raise RuntimeRefusal(f"--images is {args.images}; a prompt of these bundles holds at most {max(most, 1)}")
     images = tuple(map(load_image, args.image)) or tuple(map(generated_picture, range(args.images)))
     work = bench.Work(
         args.prompt, images, args.prompt_tokens, args.new_tokens, args.repeat, args.warmup, args.cuda_graphs

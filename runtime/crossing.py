@@ -10,6 +10,7 @@ import numpy as np
 
 from vlmtrim.graphs.contract import IMAGES, NO_ENTRY, Contract
 from vlmtrim.runtime.backends.base import Backend, Tensor
+from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.processors import base
 from vlmtrim.runtime.processors.base import Pictures
 
@@ -82,8 +83,18 @@ class Crossing:
             returned = [outputs[name] for name in ("kept_features", "kept_counts")]  # a chain has read them already
             found, counts = (v if isinstance(v, np.ndarray) else backend.to_host(v) for v in returned)
             kept = [row[:count] for row, count in zip(found, counts, strict=True)]
+            if not all(_ascending_below(row, count, everything.size) for row, count in zip(kept, counts, strict=True)):
+                raise RuntimeRefusal("the decoder names kept image features that there are not; export the model again")
         for index in self._groups:
+            ends = [start + len(features) for start, features in zip(entries[index], kept, strict=True)]
+            if max(ends) > self._held[index].shape[1]:
+                raise RuntimeRefusal("the decoder kept more image features than fit its caches; export the model again")
             for row, (features, start) in enumerate(zip(kept, entries[index], strict=True)):
                 self._held[index][row, start : start + len(features)] = self._numbers[row][features]
         growth = np.array([len(features) for features in kept], dtype=np.int64)
         return kept, dict.fromkeys(self._groups, growth)
+
+
+def _ascending_below(indices: np.ndarray, count: int, size: int) -> bool:
+    """Whether ``count`` ascending numbers from 0 up, below ``size``, stand there."""
+    return len(indices) == count and bool((np.diff(indices, prepend=-1) > 0).all() and (indices < size).all())

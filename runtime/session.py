@@ -142,6 +142,7 @@ class Session:
         kept_indices = scores = None
         if self._selects:
             kept = self.backend.to_host(outputs["kept_indices"])
+            self._check_kept(kept.shape[1], ids.shape[1], visual)
             kept_indices = [row[row < count] for row, count in zip(kept, counts, strict=True)]
             scores = self.backend.to_host(outputs["visual_scores"])
         self.times.vision += self.backend.elapsed(start, middle)
@@ -221,6 +222,15 @@ class Session:
                     f"{group.layers[0]}-{group.layers[-1]} would hold {needed}, their capacity is {group.capacity}: "
                     "shorten the prompt, reset the conversation, or export with a larger --max-seq-len"
                 )
+
+    def _check_kept(self, kept: int, tokens: int, visual: int) -> None:
+        """Refuse a graph that keeps another number of tokens than the contract says: the caches' lengths would lie."""
+        promised = self.contract.groups[-1].length(tokens, visual)
+        if kept != promised:
+            raise RuntimeRefusal(
+                f"the decoder kept {kept} of {tokens} tokens ({visual} visual), its contract promises {promised}; "
+                "export the model again"
+            )
 
     def _no_features(self) -> Tensor:
         return dtypes.zeros((self.batch, 0, self._hidden), self.contract.dtype)

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
-from tensorrt_rtx_bindings import ExecutionContextAllocationStrategy, ILogger
+from tensorrt_rtx_bindings import DataType, ExecutionContextAllocationStrategy, ILogger
 
 from vlmtrim.runtime.engines import profiles as profile_rules
 
 TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(float16)": np.float16}
+DATA_TYPES = {"tensor(float)": DataType.FLOAT, "tensor(int64)": DataType.INT64, "tensor(float16)": DataType.HALF}
 MAGIC = b"fake engine "
 
 
@@ -57,6 +58,12 @@ class ICudaEngine:
 
     def get_tensor_location(self, name):
         return self._library.TensorLocation.DEVICE
+
+    def get_tensor_shape(self, name):
+        return tuple(dim if isinstance(dim, int) else -1 for dim in self._tensors[name].shape)
+
+    def get_tensor_dtype(self, name):
+        return DATA_TYPES[self._tensors[name].type]
 
     def create_runtime_config(self):
         return (RtxRuntimeConfig if self._library.rtx else IRuntimeConfig)(self._library)

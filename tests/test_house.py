@@ -56,6 +56,7 @@ def test_runtime_imports_neither_torch_nor_transformers_nor_export():
 
 def test_runtime_takes_only_contract_and_bundle_from_graphs():
     allowed = ("vlmtrim.graphs.contract", "vlmtrim.graphs.bundle", "vlmtrim.graphs.checksums", "vlmtrim.graphs.reading")
+    allowed += ("vlmtrim.graphs.schema",)
     taken = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sorted((ROOT / "runtime").rglob("*.py"))
@@ -73,8 +74,10 @@ def test_graphs_imports_neither_torch_nor_onnxruntime_nor_the_other_folders():
 def test_contract_and_bundle_need_the_standard_library_only():
     import sys
 
-    own = tuple(f"vlmtrim.graphs.{name}" for name in ("contract", "checksums", "reading"))
-    for name in ("contract.py", "bundle.py", "checksums.py", "reading.py"):
+    own = tuple(
+        f"vlmtrim.graphs.{name}" for name in ("contract", "checksums", "reading", "schema", "agreement", "external")
+    )
+    for name in ("contract.py", "bundle.py", "checksums.py", "reading.py", "schema.py", "agreement.py", "external.py"):
         foreign = {n for n in imports(ROOT / "graphs" / name) if n.partition(".")[0] not in sys.stdlib_module_names}
         assert {n for n in foreign if not any(within(n, module) for module in own)} == set()
 

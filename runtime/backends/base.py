@@ -13,9 +13,12 @@ import numpy as np
 from vlmtrim.graphs.contract import Contract, GraphSpec, TensorSpec, cache_names
 from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.measure.machine import free_memory
 
 # A tensor of the backend, on its device; only the backend looks inside.
 Tensor = Any
+# (dtype, dims) of a tensor as a library opened it; a dim is a size, a name, or None where it is open.
+Opened = tuple[str, Sequence[int | str | None]]
 
 
 class Graph(ABC):
@@ -24,6 +27,9 @@ class Graph(ABC):
     ``run`` takes arrays of the host (:mod:`vlmtrim.runtime.dtypes`) or tensors of the same backend and returns tensors
     of the backend, which hold until the graph's next run. Inputs that are bound as caches are not fed, and their
     outputs are not returned: the graph updates them in place.
+
+    What a library says of the graph that it opened is held to the contract before the first run, what a run returns
+    after each: memory is read by these shapes.
     """
 
     def __init__(self, spec: GraphSpec, dims: Mapping[str, tuple[int, int]]):
@@ -40,7 +46,15 @@ class Graph(ABC):
         sizes: dict[str, int] = {}
         for tensor in expected:
             self._check(tensor, feeds[tensor.name], sizes)
-        return self._run(feeds, sizes)
+        outputs = self._run(feeds, sizes)
+        for tensor in self.spec.outputs:
+            if tensor.name in outputs and not self._fits(tensor, self._describe(outputs[tensor.name]), sizes):
+                shape, dtype = self._describe(outputs[tensor.name])
+                raise RuntimeRefusal(
+                    f"{self.spec.file} returned {tensor.name} as {dtype} {list(shape)}, "
+                    f"the contract promises {tensor.dtype} {list(tensor.shape)}; export the model again"
+                )
+        return outputs
 
     def bind_caches(self, caches: Mapping[str, Tensor]) -> None:
         """Bind every cache input, and the output that updates it, to one buffer."""
@@ -49,9 +63,8 @@ class Graph(ABC):
 
     def _check(self, tensor: TensorSpec, fed: Tensor, sizes: dict[str, int]) -> None:
         shape, dtype = self._describe(fed)
-        wrong = dtype != tensor.dtype or len(shape) != len(tensor.shape)
+        wrong = not self._fits(tensor, (shape, dtype), sizes)
         for dim, size in zip(tensor.shape, shape, strict=False):
-            wrong = wrong or size != (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
             low, high = self._dims.get(dim, (0, size)) if isinstance(dim, str) else (size, size)
             if not low <= size <= high:
                 raise RuntimeRefusal(
@@ -63,6 +76,18 @@ class Graph(ABC):
                 f"{self.spec.file}: {tensor.name} is {dtype} {list(shape)}, "
                 f"the contract promises {tensor.dtype} {list(tensor.shape)}"
             )
+
+    @staticmethod
+    def _fits(tensor: TensorSpec, found: tuple[tuple[int, ...], str], sizes: dict[str, int]) -> bool:
+        """Whether a (shape, dtype) is what was promised; sizes of symbolic dims are noted in ``sizes``, the first time
+        that they are seen."""
+        shape, dtype = found
+        if dtype != tensor.dtype or len(shape) != len(tensor.shape):
+            return False
+        return all(
+            size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
+            for dim, size in zip(tensor.shape, shape, strict=True)
+        )
 
     def _describe(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         """(shape, dtype name) of an array of the host or a tensor of the backend."""
@@ -76,6 +101,33 @@ class Graph(ABC):
 
     @abstractmethod
     def _bind_caches(self, caches: Mapping[str, Tensor]) -> None: ...
+
+
+def check_boundary(file: str, promised: Sequence[TensorSpec], opened: Mapping[str, Opened], whole: bool) -> None:
+    """Raise RuntimeRefusal unless what a library opened has the inputs, or outputs, that the contract promises.
+
+    Args:
+        file: of the graph, for the message.
+        promised: by the contract.
+        opened: by name, as the library has them.
+        whole: False where the library may leave out what the graph does not use.
+    """
+    wanted = {tensor.name: tensor for tensor in promised}
+    missing = (wanted.keys() - opened.keys() if whole else set()) | (opened.keys() - wanted.keys())
+    if missing:
+        raise RuntimeRefusal(f"{file}: the graph and the contract differ in {min(missing)}; export the model again")
+    for name, (dtype, dims) in opened.items():
+        tensor = wanted[name]
+        same = dtype == tensor.dtype and len(dims) == len(tensor.shape)
+        if not same or not all(_same_dim(dim, want) for dim, want in zip(dims, tensor.shape, strict=True)):
+            raise RuntimeRefusal(
+                f"{file}: the graph has {name} as {dtype} [{', '.join(map(str, dims))}], the contract promises "
+                f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]; export the model again"
+            )
+
+
+def _same_dim(found: int | str | None, promised: int | str) -> bool:
+    return found == promised or (found is None and isinstance(promised, str))
 
 
 class Chain:
@@ -146,7 +198,13 @@ class Backend(ABC):
         return {}
 
     def make_caches(self, contract: Contract, batch: int) -> dict[str, Tensor]:
-        """Zeroed caches of all groups, by input name."""
+        """Zeroed caches of all groups, by input name. Raises RuntimeRefusal where they do not fit into memory."""
+        needed, free = sum(group.nbytes(batch, contract.dtype) for group in contract.groups), free_memory()
+        if needed > free:
+            raise RuntimeRefusal(
+                f"the caches of {batch} row(s) take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free; "
+                "export with a smaller --max-seq-len or --max-batch"
+            )
         caches = {}
         for group in contract.groups:
             shape = (batch, group.kv_heads, group.capacity, group.head_size)
@@ -168,4 +226,4 @@ class Backend(ABC):
 
     @abstractmethod
     def reshape(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The same data under another shape."""
+        """The same data under another shape. Raises RuntimeRefusal where it has not as many elements."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from vlmtrim.graphs.contract import Contract, GraphSpec
 from vlmtrim.runtime import dtypes
-from vlmtrim.runtime.backends.base import Backend, Graph, Tensor
+from vlmtrim.runtime.backends.base import Backend, Graph, Opened, Tensor, check_boundary
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.measure.machine import free_memory
 
@@ -27,6 +28,8 @@ _OPTIONS = {"ort-cpu": {}, "ort-cuda": {"use_tf32": "0"}}
 # ONNX's numbers of the dtypes, onnx.TensorProto.DataType.
 _ELEMENTS = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 _DTYPES = {number: name for name, number in _ELEMENTS.items()}
+# Its own names of them, where they are not ours.
+_TYPES = {f"tensor({name})": name for name in _ELEMENTS} | {"tensor(float)": "float32"}
 
 
 def _import() -> Any:
@@ -56,6 +59,16 @@ class View:
     def dtype(self) -> str:
         """Dtype name."""
         return dtype_of(self.owner)
+
+
+def _boundary(tensors: Sequence[Any]) -> dict[str, Opened]:
+    """What a session says of its inputs or outputs, as the contract says it."""
+    return {tensor.name: (_TYPES.get(tensor.type, str(tensor.type)), tensor.shape) for tensor in tensors}
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, on one line; ONNX Runtime's messages may go on with whole nodes."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def dtype_of(value: Any) -> str:
@@ -98,7 +111,10 @@ class OrtGraph(Graph):
             self._binding.bind_ortvalue_input(name, value)
         for name in self._free_outputs:  # bound anew: a kept binding would hold the last step's shape
             self._binding.bind_output(name, self._device, 0)
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise RuntimeRefusal(f"{self.spec.file}: ONNX Runtime cannot run it: {_first_line(error)}") from error
         values = dict(zip(self._bound_order(), self._binding.get_outputs(), strict=True))
         return {name: values[name] for name in self._free_outputs}
 
@@ -155,12 +171,14 @@ class OrtBackend(Backend):
                 folder / spec.file, options, providers=[(self._provider, _OPTIONS[self.name])]
             )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise RuntimeRefusal(f"ONNX Runtime refuses {folder / spec.file}: {error}") from error
+            raise RuntimeRefusal(f"ONNX Runtime refuses {folder / spec.file}: {_first_line(error)}") from error
         if session.get_providers()[0] != self._provider:
             raise RuntimeRefusal(
                 f"ONNX Runtime could not start {self._provider} and fell back to {session.get_providers()[0]}; "
                 "check the NVIDIA driver and that CUDA and cuDNN match onnxruntime-gpu"
             )
+        check_boundary(spec.file, spec.inputs, _boundary(session.get_inputs()), whole=True)
+        check_boundary(spec.file, spec.outputs, _boundary(session.get_outputs()), whole=True)
         return OrtGraph(spec, dims, session, self._device)
 
     def _options(self, folder: Path, spec: GraphSpec) -> Any:
@@ -213,5 +231,7 @@ class OrtBackend(Backend):
 
     def reshape(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A view of the same memory."""
-        owner = tensor.owner if isinstance(tensor, View) else tensor
+        owner, had = (tensor.owner, tensor.shape) if isinstance(tensor, View) else (tensor, tuple(tensor.shape()))
+        if math.prod(had) != math.prod(shape):
+            raise RuntimeRefusal(f"{list(had)} cannot be read as {list(shape)}")
         return View(owner, tuple(shape))

@@ -22,7 +22,7 @@ import numpy as np
 
 from vlmtrim.graphs.contract import Contract, GraphSpec, TensorSpec, cache_names
 from vlmtrim.runtime import dtypes
-from vlmtrim.runtime.backends.base import Backend, Graph, Tensor
+from vlmtrim.runtime.backends.base import Backend, Graph, Opened, Tensor, check_boundary
 from vlmtrim.runtime.backends.cuda import ALIGNMENT, CapturedGraph, Device, DeviceTensor, Slot
 from vlmtrim.runtime.engines import find_library, fingerprint, import_library, make_logger, user_cache
 from vlmtrim.runtime.engines import profiles as profile_rules
@@ -31,6 +31,15 @@ from vlmtrim.runtime.errors import RuntimeRefusal
 # How decode steps are replayed: by the library itself where it can (TensorRT-RTX, which knows when the kernels of a
 # shape are compiled), else by capturing the stream; or always by capturing; or not at all.
 CUDA_GRAPHS = ("auto", "capture", "off")
+# TensorRT's names of the dtypes, nvinfer1::DataType.
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BOOL": "bool",
+}
 
 
 class Replay:
@@ -240,12 +249,24 @@ class TrtBackend(Backend):
                 f"{stem}.engine does not match {fingerprint.FILE} ({engine.num_optimization_profiles} profiles, "
                 f"on the host: {on_host}); build it again with: {fingerprint.build_command(folder, self.name)}"
             )
+        opened = {name: self._described(engine, name) for name in names}
+        for promised in (spec.inputs, spec.outputs):
+            own = {tensor.name for tensor in promised}
+            there = {name: found for name, found in opened.items() if name in own}
+            check_boundary(f"{stem}.engine", promised, there, whole=promised is spec.outputs)
+        if strange := names - {tensor.name for tensor in (*spec.inputs, *spec.outputs)}:
+            raise RuntimeRefusal(f"{stem}.engine has {min(strange)}, which the contract does not name")
         kernels = Kernels(fingerprint.kernels_key(folder, stem, self.device.name))
         phases = {name: self._phase(engine, index, name, kernels) for index, name in enumerate(profiles)}
         self._engine_bytes += max(before - self.device.free_bytes(), 0)
         graph = TrtGraph(spec, dims, profiles, phases, names, self.device)
         weakref.finalize(graph, kernels.keep)
         return graph
+
+    @staticmethod
+    def _described(engine: Any, name: str) -> Opened:
+        dtype = str(engine.get_tensor_dtype(name).name)
+        return _DTYPES.get(dtype, dtype), [None if dim < 0 else int(dim) for dim in engine.get_tensor_shape(name)]
 
     def _load(self, path: Path) -> Any:
         self._messages.clear()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from vlmtrim.graphs.bundle import ENGINES, read_sums
 from vlmtrim.graphs.checksums import known_sha256, sha256
+from vlmtrim.graphs.contract import Size
+from vlmtrim.graphs.reading import Folder, shown
+from vlmtrim.graphs.schema import Range, decode
 from vlmtrim.runtime.engines import profiles as profile_rules
 from vlmtrim.runtime.errors import RuntimeRefusal
 
-FILE = "engines.json"
+FILE = ENGINES
 # Oldest GPUs that an engine runs on when it was built for none in particular (TensorRT-RTX's default).
 _PORTABLE_FROM = (8, 0)
+_Limits = Mapping[str, Mapping[str, tuple[Size, Size, Size]]]  # of profiles, as engines.json holds them
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class Fingerprint:
     version: str
     compute_capabilities: tuple[str, ...]
     onnx_sha256: str
-    bytes: int
-    seconds: float
+    bytes: Annotated[int, Range(0, 2**62)]
+    seconds: Annotated[float, Range(0, 1e9)]
     profiles: Mapping[str, profile_rules.Profile]
 
     def to_json(self) -> dict[str, Any]:
@@ -43,12 +48,11 @@ class Fingerprint:
         return {**self.__dict__, "compute_capabilities": listed, "profiles": profile_rules.to_json(self.profiles)}
 
     @staticmethod
-    def from_json(raw: Mapping[str, Any]) -> Fingerprint:
-        """The inverse of :meth:`to_json`. Raises KeyError, TypeError or ValueError where it is no entry."""
-        named = tuple(raw["compute_capabilities"])
-        return Fingerprint(
-            **{**raw, "compute_capabilities": named, "profiles": profile_rules.from_json(raw["profiles"])}
-        )
+    def from_json(raw: Mapping[str, Any], where: str = FILE) -> Fingerprint:
+        """The inverse of :meth:`to_json`. Raises BundleError where it is no entry."""
+        read = decode(Fingerprint, {**raw, "profiles": {}}, where)
+        limits = decode(_Limits, raw.get("profiles"), f"{where}: profiles")
+        return dataclasses.replace(read, profiles=profile_rules.from_json(limits))
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
         """Whether the engine was made for GPUs of a compute capability."""
@@ -71,7 +75,7 @@ def find(folder: Path, graph: str, library: str, version: str, capability: tuple
     build = build_command(folder, library)
     prints = read(folder)
     name = f"{graph}.engine"
-    if name not in prints or not (folder / name).is_file():
+    if name not in prints or name not in Folder(folder, read_sums(folder)):
         missing = "no engines" if not prints else f"no {name}"
         raise RuntimeRefusal(f"{folder} has {missing}; build them with: {build}")
     found = prints[name]
@@ -94,14 +98,15 @@ def find(folder: Path, graph: str, library: str, version: str, capability: tuple
 
 
 def read(folder: Path) -> dict[str, Fingerprint]:
-    """All fingerprints of a bundle by file name; none where no engine was built. Raises RuntimeRefusal."""
-    path = folder / FILE
-    if not path.is_file():
+    """All fingerprints of a sealed bundle by file name; none where no engine was built. Raises RuntimeRefusal."""
+    files = Folder(folder, read_sums(folder))
+    if FILE not in files:
         return {}
     try:
-        return {name: Fingerprint.from_json(entry) for name, entry in json.loads(path.read_text()).items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RuntimeRefusal(f"{path} is damaged ({error!r}); build the engines again") from error
+        entries = decode(Mapping[str, Mapping[str, Any]], files.json(FILE), str(folder / FILE))
+        return {name: Fingerprint.from_json(entry, f"{FILE} of {shown(name)}") for name, entry in entries.items()}
+    except ValueError as error:
+        raise RuntimeRefusal(f"{folder / FILE} is damaged ({error}); build the engines again") from error
 
 
 def library_of(folder: Path) -> str | None:

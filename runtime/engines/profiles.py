@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vlmtrim.graphs.contract import IMAGES, Contract, TensorSpec
@@ -110,6 +110,6 @@ def to_json(profiles: Mapping[str, Profile]) -> dict[str, dict[str, list[int]]]:
     return {name: {dim: [r.min, r.opt, r.max] for dim, r in ranges.items()} for name, ranges in profiles.items()}
 
 
-def from_json(raw: Mapping[str, Mapping[str, list[int]]]) -> dict[str, Profile]:
-    """The inverse of :func:`to_json`. Raises ValueError or TypeError where it holds no ranges."""
+def from_json(raw: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, Profile]:
+    """The inverse of :func:`to_json`. Raises ValueError where limits are out of order."""
     return {name: {dim: Range(*limits) for dim, limits in ranges.items()} for name, ranges in raw.items()}

@@ -20,12 +20,22 @@ from vlmtrim.graphs.contract import (
     decoder_spec,
     kept_count,
 )
+from vlmtrim.graphs.reading import BundleError
 
 GROUPS = (CacheGroup((0, 1), 64, 2, 8), CacheGroup((2, 3, 4), 56, 2, 8, removed=0.5))
 
 
 def make_contract(**changes) -> Contract:
     decoder = decoder_spec(dtype="float16", hidden=32, vocabulary=100, groups=GROUPS, selects=True)
+    embed = GraphSpec(
+        "embed.onnx",
+        (
+            TensorSpec("input_ids", "int64", ("B", "S")),
+            TensorSpec("image_features", "float16", ("B", "N", 32)),
+            TensorSpec("visual_positions", "int64", ("B", "N")),
+        ),
+        (TensorSpec("inputs_embeds", "float16", ("B", "S", 32)),),
+    )
     vision = GraphSpec(
         "vision.onnx",
         (TensorSpec("pixel_values", "float16", ("I", 3, 28, 28)),),
@@ -34,9 +44,9 @@ def make_contract(**changes) -> Contract:
     contract = Contract(
         family="llava",
         dtype="float16",
-        graphs={"vision": vision, "decoder": decoder},
+        graphs={"vision": vision, "embed": embed, "decoder": decoder},
         groups=GROUPS,
-        dims={"B": (1, 2), "S": (1, 64), "N": (0, 48), "W0": (1, 64), "W1": (1, 56)},
+        dims={"I": (1, 6), "B": (1, 2), "S": (1, 64), "N": (0, 48), "W0": (1, 64), "W1": (1, 56)},
         selection={"method": "fastv", "k": 2, "r": 0.5},
         max_seq_len=64,
         images_assumed=1,
@@ -77,9 +87,8 @@ def test_what_is_no_contract_is_refused_with_a_value_error(text):
 def test_a_missing_field_is_refused_as_no_contract(key):
     raw = json.loads(make_contract().to_json())
     del raw[key]
-    with pytest.raises(ValueError, match="not a vlmtrim contract") as caught:
+    with pytest.raises(BundleError, match=f"contract.json has no {key}"):
         Contract.from_json(json.dumps(raw))
-    assert key in str(caught.value)
 
 
 def test_an_unknown_field_is_refused():
@@ -93,8 +102,43 @@ def test_an_unknown_field_is_refused():
 def test_a_field_of_the_wrong_type_is_refused(key):
     raw = json.loads(make_contract().to_json())
     raw[key] = 5
-    with pytest.raises(ValueError, match="not a vlmtrim contract"):
+    with pytest.raises(BundleError, match=f"contract.json: {key} is 5; expected"):
         Contract.from_json(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("groups", 1, "removed"), -5, r"groups\[1\].removed is -5; expected a number from 0 to 1"),
+        (("groups", 1, "removed"), float("nan"), "NaN is no number"),
+        (("groups", 0, "capacity"), 0, r"groups\[0\].capacity is 0; expected an integer from 1"),
+        (("groups", 0, "capacity"), 10**400, "an integer of 1329 bits; expected an integer"),
+        (("groups", 0, "layers"), [1, True], r"layers\[1\] is True; expected an integer"),
+        (("groups", 0, "layers"), "01", "layers is '01'; expected a list"),
+        (("groups", 0, "source"), "air", "source is 'air'; expected one of tokens, images"),
+        (("graphs", "decoder", "inputs", 0, "dtype"), "float8", "dtype is 'float8'; expected one of float32"),
+        (("graphs", "decoder", "inputs", 0, "shape"), ["B", -1], r"shape\[1\] is -1"),
+        (("graphs", "decoder", "inputs", 0, "shape"), ["B", 1.5], r"shape\[1\] is 1.5"),
+        (("graphs", "decoder", "file"), None, "file is None; expected a text"),
+        (("dims", "B"), [1], "dims.B has 1 entries; expected 2"),
+        (("dims", "B"), [1, 2**31], r"dims.B\[1\] is 2147483648; expected an integer from 0 to 2147483647"),
+        (("image_tokens",), 0, "image_tokens is 0; expected an integer from 1"),
+        (("image_grid",), [0, 3], r"image_grid\[0\] is 0"),
+        (("eos_token_ids",), [-1], r"eos_token_ids\[0\] is -1"),
+        (("macs",), {"token": 1}, "macs has no logits"),
+        (("selection",), "fastv", "selection is 'fastv'; expected an object"),
+        (("family",), "x" * 5000, "expected a text of at most 4096"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_with_its_place(path, value, says):
+    raw = json.loads(make_contract().to_json())
+    inner = raw
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(BundleError, match=says) as caught:
+        Contract.from_json(json.dumps(raw))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 # round(tokens * (1 - removed)), halves to even, written out by hand
