@@ -6,16 +6,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from vlmtrim.export.job import DTYPES, ENGINES, SCORES, Refusal
+from vlmtrim.export.job import DTYPES, ENGINES, Refusal
 from vlmtrim.export.requirements import missing_extra
-from vlmtrim.graphs.methods import method_names
+from vlmtrim.graphs.methods import load_method, method_names, parameters
+
+DEFAULT_METHOD = "fastv"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Arguments of export-vlm; their names are the fields of Job."""
+def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
+    """Arguments of export-vlm; their names are the fields of Job and of the method."""
     p = argparse.ArgumentParser(
         prog="export-vlm",
         description="Export a vision-language model to an ONNX bundle that drops visual tokens inside the decoder.",
@@ -23,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--list", action=_List, help="print families, presets, methods and what is proven, and exit")
     p.add_argument("--model", required=True, help="demo, a preset (--list), tiny:<family>, folder or hub id")
-    _add_method_arguments(p)
+    _add_method_arguments(p, method)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights; auto keeps the checkpoint's")
     p.add_argument(
         "--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)"
@@ -74,33 +75,49 @@ class _List(argparse.Action):
         parser.exit()
 
 
-def _add_method_arguments(p: argparse.ArgumentParser) -> None:
+def _add_method_arguments(p: argparse.ArgumentParser, method: str) -> None:
     p.add_argument(
         "--method",
-        default="fastv",
+        default=DEFAULT_METHOD,
         choices=(*method_names(), "none"),
-        help="what selects visual tokens (default fastv); takes its own arguments alone",
+        help=f"what selects visual tokens (default {DEFAULT_METHOD}); takes its own arguments alone: --method M --help "
+        "lists those of M",
     )
-    p.add_argument("--k", type=int, help="fastv: decoder layers that run on all tokens (default 2)")
-    p.add_argument("--r", type=float, help="fastv: share of visual tokens REMOVED, 0 <= r < 1 (0.5)")
-    p.add_argument(
-        "--score",
-        choices=SCORES,
-        help="fastv: what ranks visual tokens: attention of the prompt's last token (last-row, default), the same "
-        "without rotary embedding (no-rope) or shared with a uniform stride (coverage); stride and random as baselines",
-    )
-    p.add_argument("--seed", type=int, help="fastv: of --score random, and phase of --score stride")
-    p.add_argument("--ratio", type=float, help="trimmed-llama: share of image features a head keeps (0.25)")
-    p.add_argument(
-        "--bound",
-        type=float,
-        help="trimmed-llama: share of image features that the caches hold at most (default 3.5 times --ratio)",
-    )
+    if method not in method_names():
+        return
+    group = p.add_argument_group(f"--method {method}", (load_method(method).__doc__ or "").splitlines()[0])
+    for name, settings in parameters(method).items():
+        default = load_method(method).__dataclass_fields__[name].default
+        group.add_argument(f"--{name.replace('_', '-')}", default=default, **settings)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments with those of the method that they name. Raises Refusal for arguments of another method."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--method", default=DEFAULT_METHOD)
+    method = first.parse_known_args(argv)[0].method
+    whole = parser(method)
+    args, unknown = whole.parse_known_args(argv)
+    for given in unknown:
+        name = given.partition("=")[0]
+        for owner in method_names():
+            if name in [f"--{parameter.replace('_', '-')}" for parameter in parameters(owner)]:
+                raise Refusal(
+                    f"{name} belongs to --method {owner}, the method is {method}; leave it out, or give "
+                    f"--method {owner}"
+                )
+    if unknown:
+        whole.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 the work failed, 2 bad arguments."""
-    args = parser().parse_args(argv)
+    try:
+        args = parse(argv)
+    except Refusal as error:
+        print(f"export-vlm: {error}", file=sys.stderr)
+        return 2
     if problem := missing_extra():
         print(f"export-vlm: {problem}", file=sys.stderr)
         return 2
@@ -136,12 +153,6 @@ def _shards(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of 1 or more")
     return int(text)
-
-
-def default_output(model: str, label: str) -> str:
-    """Folder name of a bundle where the user gives none."""
-    stem = Path(model).name if Path(model).is_dir() else model.replace(":", "-").replace("/", "--")
-    return str(Path("bundles") / f"{stem}-{label}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from vlmtrim.graphs.methods.fastv import FastV
+
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-SCORES = ("last-row", "no-rope", "coverage", "stride", "random")  # of vlmtrim.graphs.rules.scores, known without onnx
 ENGINES = ("none", "tensorrt-rtx", "tensorrt")
 
 
@@ -21,9 +22,7 @@ class Job:
 
     Attributes:
         model: preset, ``tiny:<family>``, checkpoint folder or hub id.
-        method: a name in ``vlmtrim.graphs.methods``, or ``none``.
-        k, r, seed, score: parameters of fastv.
-        ratio, bound: parameters of trimmed-llama.
+        method: of ``vlmtrim.graphs.methods``, with its parameters; None for the unpruned model.
         dtype: of weights and activations; ``auto`` keeps the checkpoint's.
         max_seq_len: tokens of a whole conversation before removal.
         max_batch: rows that run at once.
@@ -41,13 +40,7 @@ class Job:
 
     model: str
     output: str
-    method: str = "fastv"
-    k: int = 2
-    r: float = 0.5
-    seed: int = 0
-    score: str = "last-row"
-    ratio: float = 0.25
-    bound: float | None = None
+    method: Any = field(default_factory=FastV)
     dtype: str = "auto"
     max_seq_len: int = 2048
     max_batch: int = 1
@@ -61,8 +54,8 @@ class Job:
     force: bool = False
 
     def fields(self) -> dict[str, Any]:
-        """Name -> value, for ``job.json`` and for printing; without the parameters of other methods."""
-        from vlmtrim.graphs.methods import method_names, parameters
-
-        others = {name for method in method_names() for name in parameters(method)} - set(parameters(self.method))
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
+        """Name -> value, for ``job.json`` and for printing; the method's parameters beside its name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        method = values.pop("method")
+        chosen = {"method": "none"} if method is None else {"method": method.name, **dataclasses.asdict(method)}
+        return {"model": values.pop("model"), "output": values.pop("output"), **chosen, **values}

@@ -13,28 +13,15 @@ import torch
 from vlmtrim.export.flops import decoder_macs
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.graphs.contract import IMAGES, CacheGroup, Contract, decoder_spec
-from vlmtrim.graphs.methods import load_method, method_names, parameters
+from vlmtrim.graphs.methods import load_method, method_names
 
 _DYNAMIC_ROPE = ("dynamic", "longrope")
-
-
-def pruning_method(job: Job) -> Any:
-    """The method a job names. Raises Refusal for an unknown one or for parameters out of range."""
-    if job.method == "none":
-        return None
-    if job.method not in method_names():
-        raise Refusal(f"method {job.method!r} is not supported; supported: {', '.join(method_names())}, none")
-    method = load_method(job.method)
-    try:
-        return method(**{name: getattr(job, name) for name in parameters(job.method)})
-    except ValueError as error:
-        raise Refusal(str(error)) from error
 
 
 def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, source: Path) -> Contract:
     """The contract of a job's bundle, from the config alone. Raises Refusal where the job does not fit the model."""
     shape = _bounded(job, family.read_shape(config))
-    method = pruning_method(job)
+    method = job.method
     _check_method(job, family)
     _check_limits(job, shape, config, family)
     name = str(dtype).removeprefix("torch.")
@@ -113,14 +100,21 @@ def dense_groups(shape: Any, capacity: int, images: int) -> tuple[CacheGroup, ..
     return tokens, CacheGroup(cross, features, shape.kv_heads, shape.head_size, source=IMAGES)
 
 
+def methods_of(family: Any) -> tuple[str, ...]:
+    """Methods that prune what a family has: visual tokens of the sequence, or features of cross-attention."""
+    return tuple(name for name in method_names() if load_method(name).prunes == family.PRUNES)
+
+
 def _check_method(job: Job, family: Any) -> None:
-    proven = (*family.METHODS, "none")
-    if job.method not in proven:
-        name = family.__name__.rpartition(".")[2]
-        raise Refusal(
-            f"method {job.method} is not proven for the family {name}: no oracle and no test holds the two together "
-            f"(export-vlm --list); give --method {' or '.join(proven)}"
-        )
+    if job.method is None or job.method.prunes == family.PRUNES:
+        return
+    name = family.__name__.rpartition(".")[2]
+    tokens, features = "visual tokens of the sequence", "image features that cross-attention layers attend to"
+    removes, has = (features, tokens) if job.method.prunes == IMAGES else (tokens, features)
+    raise Refusal(
+        f"method {job.method.name} removes {removes}, the pictures of the family {name} are {has} (export-vlm --list); "
+        f"give --method {' or '.join((*methods_of(family), 'none'))}"
+    )
 
 
 def _check_limits(job: Job, shape: Any, config: Any, family: Any) -> None:

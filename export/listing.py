@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from vlmtrim.export.checkpoint import PRESETS, family_names, load_family
+from vlmtrim.export.job_contract import methods_of
 from vlmtrim.graphs.methods import method_names, parameters
 
 
 def combinations() -> dict[tuple[str, str], bool]:
     """(family, method) -> whether parity tests and an oracle hold it; other combinations are refused."""
-    families = {name: load_family(name).METHODS for name in family_names()}
+    families = {name: methods_of(load_family(name)) for name in family_names()}
     return {(name, method): method in proven for name, proven in families.items() for method in method_names()}
 
 
@@ -18,7 +19,7 @@ def text() -> str:
     lines += [f"    {name:22} {where}" for name, where in {"demo": "in the package", **PRESETS}.items()]
     lines += ["methods"]
     for name in method_names():
-        flags = " ".join(f"--{parameter}" for parameter in parameters(name))
+        flags = " ".join(f"--{parameter.replace('_', '-')}" for parameter in parameters(name))
         lines.append(f"    {name:22} {flags}")
     lines.append(f"    {'none':22} the unpruned model")
     proven = combinations()

@@ -20,7 +20,7 @@ import torch
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export import memory, weights
 from vlmtrim.export.job import Job, Refusal
-from vlmtrim.export.job_contract import build_contract, plain_decoder, pruning_method
+from vlmtrim.export.job_contract import build_contract, plain_decoder
 from vlmtrim.export.tracing import trace
 from vlmtrim.export.tracing.attention import IMPLEMENTATION
 from vlmtrim.graphs.bundle import check_target, seal, staging
@@ -127,7 +127,7 @@ def prepare(job: Job, source: Path, tensors: dict[str, weights.StoredTensor] | N
     contract = build_contract(job, family, config, dtype, source)
     model = trace.build_without_memory(family.MODEL_CLASS, config, dtype, IMPLEMENTATION)
     plan = memory.make_plan(job, contract, model, None if tensors is None else weights.bytes_by_dtype(tensors))
-    return Prepared(job, source, family, config, tensors, dtype, contract, pruning_method(job), model, plan)
+    return Prepared(job, source, family, config, tensors, dtype, contract, job.method, model, plan)
 
 
 def graphs(

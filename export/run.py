@@ -11,11 +11,9 @@ from typing import Any
 
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export import pipeline, weights
-from vlmtrim.export.cli import default_output
 from vlmtrim.export.job import Job, Refusal
-from vlmtrim.export.job_contract import pruning_method
 from vlmtrim.graphs.lint import node_counts
-from vlmtrim.graphs.methods import method_names, parameters
+from vlmtrim.graphs.methods import make_method, parameters
 
 DEFAULT_SEQ_LEN = 2048
 _LENGTH_OF_THE_MODEL = 0  # stands in a job until the model's config is read
@@ -23,27 +21,24 @@ _LENGTH_OF_THE_MODEL = 0  # stands in a job until the model's config is read
 
 def make_job(args: argparse.Namespace) -> Job:
     """argv -> Job; what was left out is filled in from the method and, for the length, from the model."""
-    _check_arguments(args)
     fields = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Job)}
     fields = {name: value for name, value in fields.items() if value is not None}  # the others have defaults in Job
     if args.max_seq_len is None:
         fields["max_seq_len"] = _LENGTH_OF_THE_MODEL
     elif args.max_seq_len < 1:
         raise Refusal(f"--max-seq-len is {args.max_seq_len}; give 2 or more")
-    method = pruning_method(Job(**{**fields, "output": ""}))
+    try:
+        method = make_method(args.method, **{name: getattr(args, name) for name in parameters(args.method)})
+    except ValueError as error:
+        raise Refusal(str(error)) from error
     fields["output"] = args.output or default_output(args.model, method.label if method else "dense")
-    return Job(**fields)
+    return Job(**{**fields, "method": method})
 
 
-def _check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what belongs to another method than the one that was asked for."""
-    for owner in method_names():
-        for name in parameters(owner):
-            if getattr(args, name) is not None and name not in parameters(args.method):
-                raise Refusal(
-                    f"--{name} belongs to --method {owner}, the method is {args.method}; leave it out, or give "
-                    f"--method {owner}"
-                )
+def default_output(model: str, label: str) -> str:
+    """Folder name of a bundle where the user gives none."""
+    stem = Path(model).name if Path(model).is_dir() else model.replace(":", "-").replace("/", "--")
+    return str(Path("bundles") / f"{stem}-{label}")
 
 
 def _with_length(job: Job, family: Any, config: Any) -> Job:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
+
+from vlmtrim.graphs.later import ir
 
 
 class Ops:

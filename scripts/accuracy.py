@@ -25,9 +25,11 @@ from vlmtrim.export import checkpoint, pipeline
 from vlmtrim.export.demo import task
 from vlmtrim.export.demo.measure import ask, change, wilson
 from vlmtrim.export.flops import prefill_macs
-from vlmtrim.export.job import SCORES, Job
+from vlmtrim.export.job import Job
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.checksums import sha256
+from vlmtrim.graphs.methods import make_method
+from vlmtrim.graphs.rules import rule_names
 
 FIRST = 360  # questions whose answers are told one by one, for the tests
 LENGTH = 256  # tokens of a conversation; a question with its picture takes about 160
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1200, help="test questions, kinds in turn")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--r", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 0.9])
-    parser.add_argument("--score", nargs="+", default=list(SCORES), choices=SCORES)
+    parser.add_argument("--score", nargs="+", default=rule_names(), choices=rule_names())
     parser.add_argument("--seeds", type=int, default=2, help="draws of the random score, averaged")
     parser.add_argument("--batch", type=int, default=16, help="questions that run at once")
     args = parser.parse_args()
@@ -85,7 +87,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 max_seq_len=LENGTH,
                 max_batch=args.batch,
                 force=True,
-                **fields,
+                method=make_method(fields["method"], **{name: fields[name] for name in fields if name != "method"}),
             )
             bundle = open_bundle(pipeline.export(job, source, traces))
             answers = ask(bundle.folder, examples)
@@ -134,7 +136,7 @@ def averaged(report: dict[str, Any]) -> dict[tuple[int, float, str], dict[str, A
     """(k, r, score) -> figures, the mean over seeds; r = 0 stands for every score."""
     groups: dict[tuple[int, float, str], list[dict[str, Any]]] = {}
     for run in report["runs"][1:]:
-        scores = [run["score"]] if run["r"] else SCORES
+        scores = [run["score"]] if run["r"] else rule_names()
         for score in scores:
             groups.setdefault((run["k"], run["r"], score), []).append(run)
     result = {}
@@ -150,7 +152,7 @@ def averaged(report: dict[str, Any]) -> dict[tuple[int, float, str], dict[str, A
 
 def scores_of(report: dict[str, Any]) -> list[str]:
     used = {run["score"] for run in report["runs"][1:] if run["r"]}
-    return [score for score in SCORES if score in used]
+    return [score for score in rule_names() if score in used]
 
 
 def summary(report: dict[str, Any]) -> str:

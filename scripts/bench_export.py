@@ -98,7 +98,7 @@ def ordinary(checkpoint: Path, output: Path) -> None:
 
     family, config = checkpoints.read_config(checkpoint)
     model = family.MODEL_CLASS.from_pretrained(checkpoint, dtype="auto", attn_implementation=IMPLEMENTATION).eval()
-    job = Job(model=str(checkpoint), output="", method="none")
+    job = Job(model=str(checkpoint), output="", method=None)
     contract = build_contract(job, family, config, model.dtype, checkpoint)
     output.mkdir()
     for plan in family.plans(model, family.read_shape(config), model.dtype, contract.graphs["decoder"]):

@@ -26,6 +26,7 @@ from vlmtrim.export import pipeline
 from vlmtrim.export.checkpoint import load_family
 from vlmtrim.export.job import Job
 from vlmtrim.export.weights import large, tiny
+from vlmtrim.graphs import FastV
 from vlmtrim.graphs.bundle import open_bundle, seal
 from vlmtrim.runtime.engines import fingerprint
 from vlmtrim.runtime.image import generated_picture
@@ -72,9 +73,7 @@ def export(args: argparse.Namespace) -> None:
         job = Job(
             model=str(args.work / "checkpoint"),
             output=str(output),
-            method="none" if r == 0 else "fastv",
-            k=args.k,
-            r=r,
+            method=None if r == 0 else FastV(args.k, r),
             images=args.images,
             max_seq_len=args.tokens + args.new_tokens,
         )

@@ -24,31 +24,22 @@ def proves(record_property):
 
 @pytest.fixture(scope="session")
 def export_tiny(tmp_path_factory):
-    """Export a tiny random model: export_tiny("name", variant={...}, **job fields) -> bundle folder."""
+    """Export a tiny random model: export_tiny("name", variant={...}, **fields of job and method) -> bundle folder."""
     from vlmtrim.export import checkpoint as checkpoints
     from vlmtrim.export import pipeline
     from vlmtrim.export.job import Job
     from vlmtrim.export.weights import tiny
+    from vlmtrim.graphs.methods import make_method, parameters
 
-    selection = {
-        "method",
-        "k",
-        "r",
-        "ratio",
-        "bound",
-        "seed",
-        "score",
-        "max_batch",
-        "image_tokens",
-        "engine",
-        "engine_shards",
-    }
+    selection = {"method", "max_batch", "image_tokens", "engine", "engine_shards"}
     done, checkpoints_, traces = {}, {}, {}
     base = tmp_path_factory.getbasetemp()
     common = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "traces"  # of all workers
 
     def export(name, variant=None, family="llava", **fields):
-        fields = {"max_seq_len": 512, **fields}
+        chosen = fields.pop("method", "fastv")
+        given = {parameter: fields.pop(parameter) for parameter in parameters(chosen) if parameter in fields}
+        fields = {"max_seq_len": 512, "method": make_method(chosen, **given), **fields}
         model = (family, repr(variant or {}))
         # Exports that differ in nothing but the selection share a checkpoint and a trace.
         traced = (model, repr(sorted((key, value) for key, value in fields.items() if key not in selection)))

@@ -4,9 +4,10 @@ import json
 
 from vlmtrim.export import check_cli
 from vlmtrim.export.checkpoint import family_names, load_family
+from vlmtrim.export.job_contract import methods_of
 from vlmtrim.graphs.bundle import open_bundle
 
-COMBINATIONS = [(family, method) for family in family_names() for method in (*load_family(family).METHODS, "none")]
+COMBINATIONS = [(family, method) for family in family_names() for method in (*methods_of(load_family(family)), "none")]
 
 
 def assert_parity(folder, capsys, *arguments):

@@ -32,10 +32,10 @@ from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
 from vlmtrim.export.tracing.text_decoder import sliding_window as sliding_window
 from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.export.tracing.vision_tower import tile_features, tile_tokens, tiny_vision_config
-from vlmtrim.graphs.contract import GraphSpec, TensorSpec
+from vlmtrim.graphs.contract import TOKENS, GraphSpec, TensorSpec
 
 MODEL_CLASS = LlavaNextForConditionalGeneration
-METHODS = ("fastv",)
+PRUNES = TOKENS  # what methods remove of its pictures
 
 
 @dataclass(frozen=True, kw_only=True)

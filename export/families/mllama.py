@@ -28,10 +28,10 @@ from vlmtrim.export.job import Refusal
 from vlmtrim.export.tracing import text_decoder
 from vlmtrim.export.tracing.attention import StaticCache
 from vlmtrim.export.tracing.trace import Plan
-from vlmtrim.graphs.contract import GraphSpec, TensorSpec
+from vlmtrim.graphs.contract import IMAGES, GraphSpec, TensorSpec
 
 MODEL_CLASS = MllamaForConditionalGeneration
-METHODS = ("trimmed-llama",)
+PRUNES = IMAGES  # what methods remove of its pictures
 # As the published models' template: the start token, headers, pictures where they stand, no space around a turn.
 TINY_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + ']\\n\\n' }}"

@@ -16,9 +16,10 @@ from vlmtrim.export.tracing.qwen_vl import vision_spec as vision_spec
 from vlmtrim.export.tracing.qwen_vl import write_tiny_processor as write_tiny_processor
 from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
 from vlmtrim.export.tracing.text_decoder import sliding_window as sliding_window
+from vlmtrim.graphs.contract import TOKENS
 
 MODEL_CLASS = Qwen2VLForConditionalGeneration
-METHODS = ("fastv",)
+PRUNES = TOKENS  # what methods remove of its pictures
 
 
 def tiny_config(heads: int = 4, kv_heads: int = 2, layers: int = 4, tied: bool = True) -> Qwen2VLConfig:

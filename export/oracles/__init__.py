@@ -1,1 +1,26 @@
-"""The other side of parity: unpatched models, and every selection written a second time, in PyTorch."""
+"""The other side of parity: unpatched models, and every selection written a second time, in PyTorch.
+
+``<method>.py`` has ``Oracle(selection)``, ``rules/<rule>.py`` has ``rank``; they share no code with ``vlmtrim.graphs``.
+``reference.py`` and ``reference_<family>.py`` run the models.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def load_oracle(selection: Mapping[str, Any]) -> Any:
+    """The oracle of a contract's selection."""
+    module = importlib.import_module(f"{__name__}.{selection['method'].replace('-', '_')}")
+    return module.Oracle(selection)
+
+
+def causal(tokens: int, past: int) -> Tensor:
+    """Additive mask [1, 1, tokens, past + tokens]."""
+    above = torch.full((tokens, past + tokens), torch.finfo(torch.float32).min)
+    return above.triu(diagonal=past + 1)[None, None]

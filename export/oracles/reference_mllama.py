@@ -1,9 +1,8 @@
-"""The oracle of Llama-3.2-Vision: transformers' model as it is, and Trimmed-Llama written a second time.
+"""Llama-3.2-Vision in transformers as it is, with or without a selection that an oracle of this folder makes.
 
 Nothing here shares code with the graphs or the runtime. Pictures and the cross-attention mask of the whole conversation
-come from the checkpoint's own Hugging Face processor; the layers are transformers' own modules with eager attention
-(Trimmed-Llama, arXiv 2504.00557: each head of the first cross-attention layer names the ``round(ratio * n)`` features
-that the text attends to most, the union of them is what the other cross-attention layers and all caches get).
+come from the checkpoint's own Hugging Face processor; the layers are transformers' own modules with eager attention.
+What an oracle chooses in the first cross-attention layer is what the others and all caches get.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
+from vlmtrim.export.oracles import causal, load_oracle
 from vlmtrim.runtime.measure.check import Recording, Turn
 
 
@@ -30,16 +30,14 @@ class Reference:
     Args:
         model_class: transformers class of the checkpoint.
         folder: checkpoint, or a bundle (which is one); its own Hugging Face processor prepares the pictures.
-        selection: the contract's selection (``ratio``, ``bound``), or None for the plain forward.
+        selection: the contract's selection, ``method`` and its parameters, or None for the plain forward.
     """
-
-    METHODS = ("trimmed-llama",)  # that this oracle writes a second time
 
     def __init__(self, model_class: Any, folder: Path, selection: dict[str, Any] | None):
         self.model = model_class.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
         self._text: Any = self.model.model.language_model
         self._processor: Any = AutoProcessor.from_pretrained(folder).image_processor
-        self._selection = selection
+        self._oracle = None if selection is None else load_oracle(selection)
         self._features = self.model.model.vision_model.num_patches
         self.reset()
 
@@ -83,7 +81,7 @@ class Reference:
         self._ids += ids
         tokens = torch.tensor([ids])
         mask = self._mask()[:, -len(ids) :] if self._tiles else None
-        if self._selection is None:
+        if self._oracle is None:
             output = self.model(
                 input_ids=tokens,
                 **pictures,
@@ -112,6 +110,7 @@ class Reference:
         self, hidden: Tensor, positions: Tensor, features: Tensor, tiles: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(hidden states, kept features); ``features`` [1, N, D] of this step, ``tiles`` the mask of its tokens."""
+        assert self._oracle is not None
         kept = torch.zeros(0, dtype=torch.int64)
         cross = sorted(self._text.cross_attention_layers)
         additive = rows = torch.zeros(0)
@@ -124,7 +123,7 @@ class Reference:
                 past = self._cache.get_seq_length(index)
                 hidden = layer(
                     hidden,
-                    attention_mask=_causal(hidden.shape[1], past),
+                    attention_mask=causal(hidden.shape[1], past),
                     position_embeddings=self._text.rotary_emb(hidden, positions),
                     past_key_values=self._cache,
                 )
@@ -138,7 +137,7 @@ class Reference:
                 if is_first and len(new):
                     alive = torch.tensor(self._alive())[new]
                     paid = attention[0, :, rows[0, 0, :, 0] > 0, -len(new) :].sum(1)
-                    kept, self._margins = self._choose(paid, alive)
+                    kept, self._margins = self._oracle.choose(paid, alive)
                     cached: Any = self._cache.layers[index]
                     entries = torch.cat([torch.arange(len(self._held)), len(self._held) + kept])
                     cached.keys, cached.values = cached.keys[:, :, entries], cached.values[:, :, entries]
@@ -166,35 +165,3 @@ class Reference:
         """Whether each feature of the conversation is of a tile that a picture fills."""
         most = self._processor.max_image_tiles
         return [tile < filled for filled in self._tiles for tile in range(most) for _ in range(self._features)]
-
-    def _choose(self, scores: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-        """Ascending features that stay, and the margin of every one [N]; ``scores`` [H, N].
-
-        The margin is by how much of its threshold a head's score would have to change for the feature to change sides:
-        to leave, in every head that chose it; to enter, in any. Infinite for filling, and where the bound cut.
-        """
-        assert self._selection is not None
-        count = max(1, round(self._selection["ratio"] * int(alive.sum())))
-        scores = scores.masked_fill(~alive, -1.0)
-        ranked = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :count]
-        limit = int(self._selection["bound"] * len(alive) + 1e-9)
-        union: dict[int, None] = {}
-        for feature in ranked.T.flatten().tolist():  # best rank first, then head
-            if len(union) < limit:
-                union.setdefault(feature)
-        kept = torch.tensor(sorted(union), dtype=torch.int64)
-        chosen = torch.zeros(scores.shape, dtype=torch.bool).scatter(1, ranked, True)
-        infinite = torch.tensor(torch.inf)
-        worst = torch.where(chosen, scores, infinite).amin(1, keepdim=True)
-        best_left = torch.where(chosen | ~alive, -infinite, scores).amax(1, keepdim=True)
-        leaving = torch.where(chosen, (scores - best_left) / worst, -infinite).amax(0)
-        entering = ((worst - scores) / worst).amin(0)
-        margins = torch.where(chosen.any(0), leaving, entering)
-        uncut = len(kept) == int(chosen.any(0).sum())
-        return kept, torch.where(alive & uncut, margins, infinite)
-
-
-def _causal(tokens: int, past: int) -> Tensor:
-    """Additive mask [1, 1, tokens, past + tokens]."""
-    above = torch.full((tokens, past + tokens), torch.finfo(torch.float32).min)
-    return above.triu(diagonal=past + 1)[None, None]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import onnx_ir as ir
-
-from vlmtrim.graphs.contract import CacheGroup, kept_count
+from vlmtrim.graphs.contract import TOKENS, CacheGroup, kept_count
 from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.later import anatomy, ir, select, split
+from vlmtrim.graphs.methods import flag
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.rules import scores
-from vlmtrim.graphs.surgery import select
-from vlmtrim.graphs.surgery.anatomy import Layer, find_layers, graph_input, seam_before
-from vlmtrim.graphs.surgery.split import split_at
+from vlmtrim.graphs.rules import Step, load_rule, rule_names
+
+if TYPE_CHECKING:
+    from vlmtrim.graphs.surgery.anatomy import Layer
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class FastV:
 
     Rules:
     1. score = attention probabilities of layer k-1 (counted from 0), last real query row, mean over query heads,
-       at the visual tokens of this step; other rules: :mod:`vlmtrim.graphs.rules.scores`;
+       at the visual tokens of this step; other rules: :mod:`vlmtrim.graphs.rules`;
     2. the ``round(N * (1 - r))`` visual tokens of highest score stay, and every other token; ties: lowest index first;
     3. survivors keep their order and their original position ids;
     4. layers >= k get caches of their own, smaller by what is removed of ``visual_tokens``;
@@ -33,18 +33,24 @@ class FastV:
         k: number of decoder layers that run on all tokens, 0 <= k < number of layers.
         r: share of visual tokens that is removed, 0 <= r < 1.
         seed: phase of the stride, or of the random draw.
-        score: the rule that ranks visual tokens, a name in ``scores.RULES``.
+        score: the rule that ranks visual tokens, a module of :mod:`vlmtrim.graphs.rules`.
 
     Raises:
         GraphError: the graph has no such seam, or reads token states outside its layers; the message names the node.
     """
 
-    k: int = 2
-    r: float = 0.5
-    seed: int = 0
-    score: str = "last-row"
+    k: int = flag(2, "decoder layers that run on all tokens (default 2)")
+    r: float = flag(0.5, "share of visual tokens REMOVED, 0 <= r < 1 (0.5)")
+    seed: int = flag(0, "of --score random, and phase of --score stride")
+    score: str = flag(
+        "last-row",
+        "what ranks visual tokens: attention of the prompt's last token (last-row, default), the same without rotary "
+        "embedding (no-rope) or shared with a uniform stride (coverage); stride and random as baselines",
+        choices=rule_names(),
+    )
 
     name: ClassVar[str] = "fastv"
+    prunes: ClassVar[str] = TOKENS
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or self.k < 0:
@@ -53,9 +59,9 @@ class FastV:
             raise ValueError(f"r is {self.r!r}: give the share of visual tokens to remove, 0 <= r < 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}: give 0 or more")
-        if self.score not in scores.RULES:
-            raise ValueError(f"score is {self.score!r}: give one of {', '.join(scores.RULES)}")
-        if self.k == 0 and self.rule in scores.NEED_ATTENTION:
+        if self.score not in rule_names():
+            raise ValueError(f"score is {self.score!r}: give one of {', '.join(rule_names())}")
+        if self.k == 0 and load_rule(self.rule).NEEDS_ATTENTION:
             raise ValueError(f"score {self.score} needs a layer's attention, k is 0: give k of 1 or more, or stride")
 
     @property
@@ -67,7 +73,7 @@ class FastV:
     def label(self) -> str:
         """Short name for folders and plots."""
         score = "" if self.score == "last-row" else f"-{self.score}"
-        seed = f"-seed{self.seed}" if self.seed and self.rule in scores.NEED_SEED else ""
+        seed = f"-seed{self.seed}" if self.seed and load_rule(self.rule).SEEDED else ""
         return f"fastv-k{self.k}-r{self.r:g}{score}{seed}"
 
     def describe(self) -> dict[str, Any]:
@@ -96,7 +102,7 @@ class FastV:
             visual_tokens: visual tokens that a sequence of full length is assumed to hold; the later caches shrink
                 by what is removed of them. 0 leaves every capacity as it is.
         """
-        layers = find_layers(model)
+        layers = anatomy.find_layers(model)
         self._check_depth(len(layers))
         if any(value.name == "visual_positions" for value in model.graph.inputs):
             raise GraphError("the decoder already selects visual tokens; start from the unpruned export")
@@ -105,25 +111,26 @@ class FastV:
         if not 0 <= saved < capacity:
             raise GraphError(f"visual_tokens={visual_tokens} does not fit caches of {capacity} tokens")
 
-        seam = seam_before(model, layers, self.k) if self.k else graph_input(model, "inputs_embeds")
+        embeds = anatomy.graph_input(model, "inputs_embeds")
+        seam = anatomy.seam_before(model, layers, self.k) if self.k else embeds
         visual = ir.val("visual_positions", dtype=ir.DataType.INT64, shape=("B", "N"))
         model.graph.inputs.insert(3, visual)
         ops = Ops("select")
-        last_index = graph_input(model, "last_index")
+        last_index = anatomy.graph_input(model, "last_index")
         # Sizes come from the embeddings: read off the seam, they would tie what follows to what is before it.
-        sizes = select.counts(ops, graph_input(model, "inputs_embeds"), visual, self.r, most_visual=capacity)
-        step = scores.Step(
+        sizes = select.counts(ops, embeds, visual, self.r, most_visual=capacity)
+        step = Step(
             ops=ops,
-            layer=layers[self.k - 1] if self.k else None,
+            before=layers[self.k - 1] if self.k else None,
             last_index=last_index,
             visual_positions=visual,
             sizes=sizes,
             seed=self.seed,
         )
-        ranking = scores.RULES[self.rule](step)
+        ranking = load_rule(self.rule).score(step)
         keep = select.keep_best(ops, ranking, visual, sizes, self.r)
         survivors = select.compact(ops, keep, last_index, sizes)
-        split_at(model, ops, seam, layers, self.k, survivors, capacity - saved)
+        split.split_at(model, ops, seam, layers, self.k, survivors, capacity - saved)
         ranking.name, ranking.type = "visual_scores", ir.TensorType(ir.DataType.FLOAT)
         ranking.shape = ir.Shape(("B", "N"))
         model.graph.outputs.insert(2, ranking)

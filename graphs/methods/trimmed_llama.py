@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from vlmtrim.graphs.contract import IMAGES, NO_ENTRY, CacheGroup, most_features
 from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.later import anatomy, ir, region, select, split
+from vlmtrim.graphs.methods import flag
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.surgery.anatomy import Layer, before_scaling, find_layers, graph_input, seam_before
-from vlmtrim.graphs.surgery.region import SideInputs, downstream, upstream
-from vlmtrim.graphs.surgery.select import gather_tokens, kept_first, top
-from vlmtrim.graphs.surgery.split import rename_dims, shrink_caches
+
+if TYPE_CHECKING:
+    from vlmtrim.graphs.surgery.anatomy import Layer
 
 # The published models keep 2.5 to 3.4 times the ratio on average: 61.5 % at 0.25 (11B), 51 % at 0.15 (90B).
 UNION_OVER_RATIO = 3.5
@@ -47,10 +46,13 @@ class TrimmedLlama:
         GraphError: the decoder has fewer than two cross-attention layers.
     """
 
-    ratio: float = 0.25
-    bound: float | None = None
+    ratio: float = flag(0.25, "share of image features a head keeps (0.25)")
+    bound: float | None = flag(
+        None, "share of image features that the caches hold at most (default 3.5 times --ratio)", type=float
+    )
 
     name: ClassVar[str] = "trimmed-llama"
+    prunes: ClassVar[str] = IMAGES
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
@@ -89,16 +91,16 @@ class TrimmedLlama:
             visual_tokens: image features of a whole conversation, which the dense caches hold; 0 leaves every
                 capacity as it is.
         """
-        layers = [layer for layer in find_layers(model) if layer.crosses]
+        layers = [layer for layer in anatomy.find_layers(model) if layer.crosses]
         if len(layers) < 2:
             raise GraphError(
                 f"the decoder has {len(layers)} cross-attention layers; trimmed-llama shares the choice of the first "
                 "with the others, so it needs two"
             )
         first = layers[0]
-        seam = seam_before(model, find_layers(model), first.index + 1)
-        early = upstream(seam) | {first.key_update, first.value_update}
-        early |= upstream(first.key_update.outputs[0]) | upstream(first.value_update.outputs[0])
+        seam = anatomy.seam_before(model, anatomy.find_layers(model), first.index + 1)
+        early = region.upstream(seam) | {first.key_update, first.value_update}
+        early |= region.upstream(first.key_update.outputs[0]) | region.upstream(first.value_update.outputs[0])
         later = [node for node in model.graph if node not in early]
 
         trim = _Trim(model, first, self)
@@ -106,20 +108,20 @@ class TrimmedLlama:
         kept = trim.choose()
         trim.write_kept(kept)
         roots = {seam: seam, trim.features: kept.features, trim.entries: kept.entries}
-        side = SideInputs(roots, shape_only=None, suffix=".kept")
+        side = region.SideInputs(roots, shape_only=None, suffix=".kept")
         side.rewire(later)
         heavy = next((node for node in side.cloned if node.op_type in ("Attention", "TensorScatter")), None)
         if heavy is not None:
             raise GraphError(f"{heavy.name} feeds later layers and is computed before the selection")
-        for node in downstream(trim.entries) & early:
-            rename_dims(node, {trim.window: f"{trim.window}N"})
+        for node in region.downstream(trim.entries) & early:
+            split.rename_dims(node, {trim.window: f"{trim.window}N"})
         for node in [*later, *side.cloned]:
-            rename_dims(node, {"N": "Nk"})
+            split.rename_dims(node, {"N": "Nk"})
         if visual_tokens:
-            shrink_caches(layers, max(1, most_features(visual_tokens, self.most)))
+            split.shrink_caches(layers, max(1, most_features(visual_tokens, self.most)))
         model.graph.extend([*trim.ops.nodes, *side.cloned])
         model.graph.outputs[1:1] = [kept.indices, kept.counts]
-        RemoveUnusedNodesPass()(model)
+        split.drop_unused(model)
         model.graph.sort()
         return model
 
@@ -152,7 +154,7 @@ class Union:
         per_head = ops.const(table)
         most_chosen = ops("Gather", per_head, ops.dim(numbers, 1))  # K, where every feature is alive
         chosen_count = ops("Gather", per_head, ops("ReduceSum", ops("Cast", alive, to=7), ops.const([1]), keepdims=1))
-        chosen = top(ops, scores, most_chosen, table[-1], largest=True, axis=2)  # [B, H, K]
+        chosen = select.top(ops, scores, most_chosen, table[-1], largest=True, axis=2)  # [B, H, K]
         rank = ops("Range", ops.const(0), ops("Squeeze", most_chosen, ops.const([0])), ops.const(1))
         head = ops.const(np.arange(self.heads)[None, :, None])
         place = ops("Cast", ops("Add", ops("Mul", rank, ops.const([self.heads])), head), to=ir.DataType.FLOAT)
@@ -200,12 +202,12 @@ class _Trim:
     def __init__(self, model: ir.Model, first: Layer, method: TrimmedLlama):
         self.ops = ops = Ops("trim")
         self.first, self.ratio, self.most = first, method.ratio, method.most
-        self.features = graph_input(model, "image_features")
-        self.numbers = graph_input(model, "image_numbers")
-        self.seen = graph_input(model, "seen_images")
-        self.last_index = graph_input(model, "last_index")
+        self.features = anatomy.graph_input(model, "image_features")
+        self.numbers = anatomy.graph_input(model, "image_numbers")
+        self.seen = anatomy.graph_input(model, "seen_images")
+        self.last_index = anatomy.graph_input(model, "last_index")
         window = first.write_indices.name or ""
-        self.held = graph_input(model, window.replace("write_indices", "key_images"))
+        self.held = anatomy.graph_input(model, window.replace("write_indices", "key_images"))
         updates = [node for node, _ in self.held.uses() if node.op_type == "ScatterElements"]
         if len(updates) != 1:
             raise GraphError(f"{self.held.name} is completed by {len(updates)} ScatterElements; expected one")
@@ -241,7 +243,7 @@ class _Trim:
         """Sum over the tokens that see a picture of the first layer's attention to each new feature: [B, H, N]."""
         ops, first = self.ops, self.first
         size = int(first.key_cache.shape[3])  # type: ignore[index, arg-type]
-        query, factor = before_scaling(first.query)
+        query, factor = anatomy.before_scaling(first.query)
         rows = ops("Reshape", query, ops.const([0, self.kv_heads, -1, size]))
         if factor is not None:
             rows = ops("Mul", rows, factor)
@@ -265,7 +267,7 @@ class _Trim:
     def _gather(self, keep: ir.Value, bound: ir.Value) -> _Kept:
         ops = self.ops
         total = ops("ReduceSum", keep, ops.const([1]), keepdims=1)  # [B, 1]
-        order = kept_first(ops, keep, self.count, total)
+        order = select.kept_first(ops, keep, self.count, total)
         indices = ops.slice(order, ops.const([0]), bound, axis=1)
         # A slice of a range: TensorRT cannot allocate as many entries as a table says, since it knows no limit of that.
         place = ops("Range", ops.const(0), ops("Squeeze", self.count, ops.const([0])), ops.const(1))
@@ -274,7 +276,7 @@ class _Trim:
         numbers = ops("Where", ops("Less", slot, total), numbers, ops.const([NO_ENTRY]))
         slots = ops("Add", ops("Unsqueeze", self.first.write_indices, ops.const([1])), slot)
         entries = ops("ScatterElements", self.held, slots, numbers, axis=1)
-        features = gather_tokens(ops, self.features, indices)
+        features = select.gather_tokens(ops, self.features, indices)
         counts = ops("Squeeze", total, ops.const([1]))
         for value, shape in ((indices, ("B", "Nk")), (counts, ("B",)), (entries, ("B", self.window))):
             value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(shape)
@@ -290,7 +292,7 @@ class _Trim:
             new = update.inputs[1]
             assert new is not None
             by_entry = ops("Transpose", new, perm=[0, 2, 1, 3])
-            kept_rows = gather_tokens(ops, by_entry, kept.indices)
+            kept_rows = select.gather_tokens(ops, by_entry, kept.indices)
             update.replace_input_with(1, ops("Transpose", kept_rows, perm=[0, 2, 1, 3]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
@@ -92,3 +93,8 @@ def rename_dims(node: ir.Node, rename: Mapping[str, str | int]) -> None:
             value.shape = None  # an expression such as "S + 1"; the runtime infers it anew
         else:
             value.shape = ir.Shape([rename.get(dim, dim) if isinstance(dim, str) else dim for dim in dims])
+
+
+def drop_unused(model: ir.Model) -> None:
+    """Remove nodes that no output needs."""
+    RemoveUnusedNodesPass()(model)

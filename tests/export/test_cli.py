@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from vlmtrim.export.cli import main
 from vlmtrim.export.families import llava
 from vlmtrim.export.weights import large
+from vlmtrim.graphs import FastV
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -216,7 +219,7 @@ def test_the_plan_of_a_7b_model_tells_the_pruned_cache_bytes(llava_7b, r, kept):
     from vlmtrim.export.job import Job
     from vlmtrim.export.pipeline import prepare
 
-    job = Job(model=llava_7b, output="", k=2, r=r, max_seq_len=2048, max_batch=2)
+    job = Job(model=llava_7b, output="", method=FastV(k=2, r=r), max_seq_len=2048, max_batch=2)
     out = "\n".join(prepare(job, Path(llava_7b), None).plan_lines)
     early = 2 * 2 * 2048 * BYTES_PER_TOKEN_AND_LAYER  # batch, layers, tokens
     late = 2 * 30 * (2048 - 576 + kept) * BYTES_PER_TOKEN_AND_LAYER
@@ -269,6 +272,23 @@ def test_engine_shards_that_cannot_be_are_refused(run, tiny):
     check_refused(run("--model", tiny, "--engine-shards", "2", "--dry-run"), "--engine-shards", "--engine tensorrt-rtx")
     argv = ["--model", tiny, "--engine", "tensorrt-rtx", "--engine-shards", "5", "--dry-run"]
     check_refused(run(*argv), "5", "4 layers")
+
+
+def test_help_lists_the_flags_of_the_method_without_onnx_or_torch():
+    program = (
+        "import sys; from vlmtrim.export.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(sorted({'onnx', 'onnx_ir', 'torch', 'transformers'} & set(sys.modules)))"
+    )
+    for method, own, other in (("fastv", "--k K", "--ratio"), ("trimmed-llama", "--ratio RATIO", "--score")):
+        argv = [sys.executable, "-c", program, "--method", method, "--help"]
+        said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+        assert own in said and other not in said and said.splitlines()[-1] == "[]"
+
+
+def test_an_argument_of_another_method_is_refused_with_its_owner(run):
+    check_refused(run("--model", "demo", "--ratio", "0.5"), "--ratio belongs to --method trimmed-llama", "is fastv")
+    check_refused(run("--model", "demo", "--method", "none", "--r=0.5"), "--r belongs to --method fastv", "is none")
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])

@@ -12,21 +12,23 @@ from vlmtrim.export.demo import task
 from vlmtrim.export.demo.evaluate import CHECKPOINT, Demo
 from vlmtrim.export.demo.measure import Z, ask
 from vlmtrim.export.job import Job
+from vlmtrim.graphs import FastV
 from vlmtrim.graphs.checksums import sha256
 
 REPORT = json.loads((Path(__file__).parent / "accuracy.json").read_text())
 SETTINGS = {
-    "dense": {"method": "none"},
-    "k2-r0.5": {"k": 2, "r": 0.5},
-    "k2-r0.75": {"k": 2, "r": 0.75},
-    "k4-r0.5": {"k": 4, "r": 0.5},
-    "k4-r0.75": {"k": 4, "r": 0.75},
+    "dense": None,
+    "k2-r0.5": FastV(k=2, r=0.5),
+    "k2-r0.75": FastV(k=2, r=0.75),
+    "k4-r0.5": FastV(k=4, r=0.5),
+    "k4-r0.75": FastV(k=4, r=0.75),
 }
 FIXED = 36  # questions that are asked one by one: three of every kind
 
 
 def reported(name):
-    wanted = {"method": "fastv", "score": "last-row", **SETTINGS[name]} if name != "dense" else SETTINGS[name]
+    method = SETTINGS[name]
+    wanted = {"method": "none"} if method is None else method.describe()
     return next(run for run in REPORT["runs"] if all(run.get(field) == value for field, value in wanted.items()))
 
 
@@ -35,8 +37,8 @@ def bundles(tmp_path_factory):
     folder, traces = tmp_path_factory.mktemp("demo"), {}
     common = {"model": "demo", "dtype": "float32", "max_seq_len": 256, "max_batch": 16}
     return {
-        name: pipeline.export(Job(output=str(folder / name), **common, **fields), CHECKPOINT, traces)
-        for name, fields in SETTINGS.items()
+        name: pipeline.export(Job(output=str(folder / name), method=method, **common), CHECKPOINT, traces)
+        for name, method in SETTINGS.items()
     }
 
 

@@ -10,6 +10,7 @@ from transformers import LlavaForConditionalGeneration
 from vlmtrim.export import check_cli, pipeline
 from vlmtrim.export.job import Job
 from vlmtrim.export.weights import large
+from vlmtrim.graphs import FastV
 
 SMALL = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 2}
 SMALL_VISION = {
@@ -54,7 +55,7 @@ def test_transformers_loads_every_tensor(small, tied, old_names, tmp_path):
 
 def test_sharded_checkpoints_under_old_names_equal_pytorch(small, tied, tmp_path):
     folder = write(tmp_path / "c", tied, torch.float32, 2_000_000)
-    job = Job(model=str(folder), output=str(tmp_path / "b"), k=1, r=0.5, max_seq_len=256)
+    job = Job(model=str(folder), output=str(tmp_path / "b"), method=FastV(k=1, r=0.5), max_seq_len=256)
     assert check_cli.main([str(pipeline.export(job, folder)), "--tokens", "8"]) == 0
 
 
@@ -62,6 +63,6 @@ def test_sharded_checkpoints_under_old_names_equal_pytorch(small, tied, tmp_path
 def test_parity_at_full_width(tied, tmp_path):
     """LLaVA-1.5-7B with 4 of its 32 layers: 1.4 billion parameters, float32, in shards."""
     folder = write(tmp_path / "c", tied, torch.float32, 2_000_000_000, layers=4)
-    job = Job(model=str(folder), output=str(tmp_path / "b"), k=2, r=0.5, max_seq_len=2048)
+    job = Job(model=str(folder), output=str(tmp_path / "b"), method=FastV(k=2, r=0.5), max_seq_len=2048)
     assert check_cli.main([str(pipeline.export(job, folder)), "--tokens", "8"]) == 0
     shutil.rmtree(tmp_path)

@@ -5,11 +5,14 @@ from pathlib import Path
 import proven
 import pytest
 
-from vlmtrim.export import cli, listing
-from vlmtrim.export.checkpoint import PRESETS, family_names, load_family, load_reference
+from vlmtrim.export import cli, listing, oracles
+from vlmtrim.export.checkpoint import PRESETS, family_names, load_family
+from vlmtrim.export.job_contract import methods_of
 from vlmtrim.graphs.methods import method_names
+from vlmtrim.graphs.rules import rule_names
 
 GOLDEN = Path(__file__).parents[1] / "graphs" / "golden"
+ORACLES = Path(oracles.__file__).parent
 # What each method's selection must look like, node by node.
 GOLDENS = {"fastv": ("losers", "stride", "winners"), "trimmed-llama": ("trimmed-llama",)}
 
@@ -29,10 +32,10 @@ def test_the_list_names_all_there_is(capsys):
 
 @pytest.mark.parametrize("family", family_names())
 def test_what_is_called_proven_is_held_by_an_oracle_and_goldens(family):
-    """The parity test runs every family with the METHODS it names (parity.COMBINATIONS)."""
-    methods = load_family(family).METHODS
+    """The parity test runs every family with the methods for it (parity.COMBINATIONS)."""
+    methods = methods_of(load_family(family))
     assert methods and set(methods) <= set(method_names())
-    assert set(methods) <= set(load_reference(family).METHODS)
+    assert all((ORACLES / f"{method.replace('-', '_')}.py").is_file() for method in methods)
     assert all((GOLDEN / f"{name}.txt").is_file() for method in methods for name in GOLDENS[method])
 
 
@@ -44,3 +47,9 @@ def test_readmes_table_lists_every_combination_and_reads_back():
     listed = {(family, method) for family, method, _ in proven.listed(proven.README.read_text())}
     known = {pair for pair, is_proven in listing.combinations().items() if is_proven}
     assert listed == known | {(family, "none") for family in family_names()}
+
+
+def test_every_rule_has_an_oracle():
+    assert [rule.replace("-", "_") for rule in rule_names()] == sorted(
+        path.stem for path in (ORACLES / "rules").glob("[!_]*.py")
+    )

@@ -10,7 +10,9 @@ from vlmtrim.export import check_cli, cli, pipeline
 from vlmtrim.export.families import mllama
 from vlmtrim.export.job import Job
 from vlmtrim.export.oracles.reference_mllama import Reference
+from vlmtrim.export.oracles.trimmed_llama import Oracle
 from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.graphs.methods.trimmed_llama import TrimmedLlama
 from vlmtrim.runtime import Chat
 from vlmtrim.runtime.engines import profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
@@ -111,7 +113,9 @@ def test_the_oracle_that_keeps_everything_is_the_plain_forward(export_tiny):
     folder = export_tiny("dense", family="mllama", images=3, max_batch=2, method="none")
     turn = Turn("t", [256, *TEXT[:3], IMAGE, *TEXT[3:9]], (picture(0),))
     plain, tokens = Reference(mllama.MODEL_CLASS, folder, None).record(turn, 4)
-    looped, same = Reference(mllama.MODEL_CLASS, folder, {"ratio": 1.0, "bound": 1.0}).record(turn, 4)
+    looped, same = Reference(
+        mllama.MODEL_CLASS, folder, {"method": "trimmed-llama", "ratio": 1.0, "bound": 1.0}
+    ).record(turn, 4)
     assert tokens == same and len(looped.kept) == 68
     np.testing.assert_allclose(looped.logits, plain.logits, atol=1e-5)
 
@@ -119,21 +123,20 @@ def test_the_oracle_that_keeps_everything_is_the_plain_forward(export_tiny):
 @pytest.mark.parametrize("seed", range(20))
 def test_margins_say_how_much_changes_a_choice(seed):
     """Scores that move by less than half a feature's margin leave it on its side; beyond its margin it can be moved."""
-    oracle = Reference.__new__(Reference)
-    oracle._selection = {"ratio": 0.2, "bound": 1.0}
+    oracle = Oracle({"ratio": 0.2, "bound": 1.0})
     random = np.random.default_rng(seed)
     scores, alive = torch.from_numpy(random.random((3, 25)) + 0.1), torch.from_numpy(random.random(25) < 0.8)
-    kept, margins = oracle._choose(scores, alive)
+    kept, margins = oracle.choose(scores, alive)
     count = max(1, round(0.2 * int(alive.sum())))
     worst = torch.where(alive, scores, -1.0).sort(1, descending=True).values[:, count - 1 : count]
     assert torch.isinf(margins[~alive]).all() and (margins[alive] > 0).all()
     for feature in torch.nonzero(alive).flatten().tolist():
         noise = torch.from_numpy(random.uniform(-0.49, 0.49, scores.shape)) * worst * margins[feature]
-        assert (feature in oracle._choose(scores + noise, alive)[0]) == (feature in kept)
+        assert (feature in oracle.choose(scores + noise, alive)[0]) == (feature in kept)
         moved = scores.clone()
         push = 1.001 * worst[:, 0] * margins[feature]
         moved[:, feature] += -push if feature in kept else push
-        assert (feature in oracle._choose(moved, alive)[0]) != (feature in kept)
+        assert (feature in oracle.choose(moved, alive)[0]) != (feature in kept)
 
 
 def test_a_tie_of_heads_passes_and_what_is_no_tie_fails():
@@ -191,7 +194,7 @@ def test_profiles_of_features(export_tiny):
 @pytest.mark.parametrize(("model", "method"), [("tiny:mllama", "fastv"), ("demo", "trimmed-llama")])
 def test_an_unproven_combination_is_refused(model, method, tmp_path, capsys):
     assert cli.main(["--model", model, "--method", method, "--output", str(tmp_path / "b")]) == 2
-    assert f"{method} is not proven for the family" in capsys.readouterr().err
+    assert f"method {method} removes" in (said := capsys.readouterr().err) and "or none" in said
 
 
 @pytest.mark.parametrize(("method", "shards"), [("none", 5), ("trimmed-llama", 5), ("trimmed-llama", 2)])
@@ -252,8 +255,8 @@ def test_cache_memory_of_11b_from_its_config(ratio, features, tmp_path):
     from transformers import MllamaConfig
 
     MllamaConfig(vision_config=VISION_11B, text_config=TEXT_11B, dtype="bfloat16").save_pretrained(tmp_path)
-    method = {"method": "none"} if ratio is None else {"method": "trimmed-llama", "ratio": ratio}
-    prepared = pipeline.prepare(Job(model="11b", output="", dtype="float16", **method), tmp_path, None)
+    method = None if ratio is None else TrimmedLlama(ratio=ratio)
+    prepared = pipeline.prepare(Job(model="11b", output="", dtype="float16", method=method), tmp_path, None)
     tokens, images = prepared.contract.groups
     assert (len(tokens.layers), len(images.layers), images.capacity) == (32, 8, features)
     printed = "\n".join(prepared.plan_lines)

@@ -76,7 +76,7 @@ def test_the_reference_without_removal_is_the_plain_forward(dense_bundle):
     turn = Turn("t", [256, *[259] * 16, 40, 41], (generated_picture(0),))
     plain, tokens = Reference(llava.MODEL_CLASS, dense_bundle, None).record(turn, 4)
     looped, same = Reference(
-        llava.MODEL_CLASS, dense_bundle, {"k": 2, "r": 0.0, "seed": 0, "score": "last-row"}
+        llava.MODEL_CLASS, dense_bundle, {"method": "fastv", "k": 2, "r": 0.0, "seed": 0, "score": "last-row"}
     ).record(turn, 4)
     assert tokens == same
     np.testing.assert_allclose(looped.logits, plain.logits, atol=1e-5)

@@ -1,0 +1,65 @@
+"""FastV a second time, from the paper's rules (arXiv 2403.06764).
+
+Score = a rule of ``rules/`` on layer k-1; before layer k the ``round(N (1 - r))`` best visual tokens stay, and all
+others, in order, with their original positions. Transformers' own layers are called one after the other, so that hidden
+states can be gathered in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmtrim.export.oracles import causal
+from vlmtrim.export.oracles.rules import Seen, load_rule
+
+
+class Oracle:
+    """``selection``: ``k``, ``r``, ``seed`` and ``score``."""
+
+    def __init__(self, selection: Mapping[str, Any]):
+        self._k, self._r, self._seed = selection["k"], selection["r"], selection["seed"]
+        self._rule = load_rule(selection["score"])
+
+    def layers(self, text: Any, cache: Any, hidden: Tensor, positions: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """(hidden states [1, T, D] of the survivors, their ascending indices); ``hidden`` [1, S, D]."""
+        kept = torch.arange(hidden.shape[1])
+        watched = text.layers[max(self._k - 1, 0)].self_attn
+        seen = Seen(watched.head_dim)
+        handles = [
+            watched.register_forward_hook(lambda _, __, output: setattr(seen, "attention", output[1][0])),
+            watched.q_proj.register_forward_hook(lambda _, __, output: setattr(seen, "query", output[0])),
+            watched.k_proj.register_forward_hook(lambda _, __, output: setattr(seen, "key", output[0])),
+        ]
+        try:
+            for index, layer in enumerate(text.layers):
+                if index == self._k:
+                    kept = self._choose(seen, visual, hidden.shape[1])
+                    hidden, positions = hidden[:, kept], positions[..., kept]
+                output = layer(
+                    hidden,
+                    attention_mask=causal(hidden.shape[1], cache.get_seq_length(index)),
+                    position_ids=positions,
+                    position_embeddings=text.rotary_emb(hidden, positions),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                hidden = output[0] if isinstance(output, tuple) else output
+        finally:
+            for handle in handles:
+                handle.remove()
+        return hidden, kept
+
+    def _choose(self, seen: Seen, visual: Tensor, tokens: int) -> Tensor:
+        """Ascending indices that survive."""
+        count = round(len(visual) * (1 - self._r))
+        first, scores = self._rule.rank(seen, visual, count, self._seed)
+        order = torch.sort(scores, descending=True, stable=True).indices.tolist()
+        ranked = [*first, *(index for index in order if index not in set(first))]
+        winners = visual[sorted(ranked[:count])]
+        is_text = torch.ones(tokens, dtype=torch.bool)
+        is_text[visual] = False
+        return torch.cat([torch.nonzero(is_text)[:, 0], winners]).sort().values

@@ -1,0 +1,55 @@
+"""One row of a layer's attention, computed beside the layer: what scores are made of.
+
+Shapes: B rows, W keys, H query heads, KV key/value heads, G = H / KV, Dh head size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.ops import Ops
+from vlmtrim.graphs.surgery.anatomy import Layer
+
+
+def row_index(ops: Ops, last_index: ir.Value) -> ir.Value:
+    """int64 [B] -> [B, 1, 1, 1]."""
+    return ops("Reshape", last_index, ops.const([-1, 1, 1, 1]))
+
+
+def query_row(
+    ops: Ops, layer: Layer, query: ir.Value, factor: ir.Value | None, index: ir.Value, batch: ir.Value
+) -> ir.Value:
+    """The query at ``index`` (of :func:`row_index`), scaled and grouped by key head: [B, KV, G, Dh]."""
+    heads, kv_heads, size = head_counts(layer)
+    shape = ops.concat(batch, ops.const([heads]), ops.const([1]), ops.const([size]))
+    row = ops("GatherElements", query, ops("Expand", index, shape), axis=2)
+    if factor is not None:
+        row = ops("Mul", row, factor)
+    if layer.scale != 1.0:
+        row = ops("Mul", row, ops("CastLike", ops.const(layer.scale, np.float32), row))
+    return ops("Reshape", row, ops.const([0, kv_heads, heads // kv_heads, size]))
+
+
+def probabilities(ops: Ops, row: ir.Value, key: ir.Value, limit: ir.Value) -> ir.Value:
+    """Softmax over the keys [B, KV, W, Dh] in float32 under the limit [B, 1, 1, W], mean over heads: [B, W].
+
+    The product is K q^T so that only the single query row is ever transposed.
+    """
+    logits = ops("MatMul", key, ops("Transpose", row, perm=[0, 1, 3, 2]))  # [B, KV, W, G]
+    logits = ops("Cast", ops("Transpose", logits, perm=[0, 1, 3, 2]), to=ir.DataType.FLOAT)
+    limited = ops("Add", logits, ops("Cast", limit, to=ir.DataType.FLOAT))
+    return ops("ReduceMean", ops("Softmax", limited, axis=-1), ops.const([1, 2]), keepdims=0)
+
+
+def head_counts(layer: Layer) -> tuple[int, int, int]:
+    """(H, KV, Dh). Raises GraphError where they are not static."""
+    query, cache = layer.query.shape, layer.key_cache.shape
+    if query is None or cache is None or not (isinstance(query[1], int) and isinstance(cache[1], int)):
+        raise GraphError(f"the head counts of layer {layer.index} are not static: query {query}, cache {cache}")
+    heads, kv_heads = query[1], cache[1]
+    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    if heads % kv_heads:
+        raise GraphError(f"layer {layer.index} has {heads} query heads, no multiple of its {kv_heads} key heads")
+    return heads, kv_heads, int(cache[3])  # type: ignore[arg-type]
