@@ -26,7 +26,7 @@ def decoder_macs(text: Any) -> Macs | None:
         token=queries + keys + 3 * width * text.intermediate_size,
         pair=2 * heads * size,
         logits=width * text.vocab_size,
-        feature=keys if getattr(text, "cross_attention_layers", None) else 0,
+        written=keys,
     )
 
 
@@ -36,4 +36,4 @@ def prefill_macs(text: Any, tokens: int, visual: int, k: int, r: float) -> int:
     if macs is None:
         raise ValueError(f"the layers of {type(text).__name__} are not all alike")
     later = tokens - visual + kept_count(visual, r)
-    return macs.prefill([(k, tokens), (text.num_hidden_layers - k, later)])
+    return macs.prefill([(k, tokens), (text.num_hidden_layers - k, later)]) - macs.spared(later, later)

@@ -26,6 +26,7 @@ from vlmtrim.export.tracing.attention import IMPLEMENTATION
 from vlmtrim.graphs.bundle import check_target, seal, staging
 from vlmtrim.graphs.contract import IMAGES, Contract, TensorSpec
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
+from vlmtrim.graphs.passes.last_row import last_row
 from vlmtrim.graphs.surgery import shard
 from vlmtrim.runtime.engines import build_engines, import_library
 
@@ -140,6 +141,8 @@ def graphs(
         name = Path(plan.spec.file).stem
         with _stage(report, f"trace {name}"):
             graph = _traced(plan, traces)
+            if name == "decoder":
+                last_row(graph)
             lint(graph, plan.spec)
         if name == "decoder" and method is not None:
             with _stage(report, f"select ({method.label})"):

@@ -63,7 +63,7 @@ from typing import Annotated, Any
 from vlmtrim.graphs.reading import BundleError, json_object, shown
 from vlmtrim.graphs.schema import Among, Range, decode
 
-SCHEMA = 1
+SCHEMA = 2
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 # What fills the caches of a group, one entry each.
@@ -154,29 +154,36 @@ class CacheGroup:
 class Macs:
     """Multiply-adds of a decoder whose layers are all alike, for predictions and reports; nothing that runs needs them.
 
+    The last layer runs on one token a row, but for the keys and values that later tokens attend to.
+
     Attributes:
         token: of one layer's matrices, per token; one for each of their weights.
         pair: of one layer's attention, per query and key.
         logits: of the logits of one token.
-        feature: the part of ``token`` that cross-attention layers spend per image feature instead: keys and values.
+        written: the part of ``token`` that keys and values take, in cross-attention layers per image feature.
     """
 
     token: Macs64
     pair: Macs64
     logits: Macs64
-    feature: Macs64 = 0
+    written: Macs64 = 0
 
     def prefill(self, layers: Iterable[tuple[int, int]]) -> int:
-        """Of a prefill from empty caches as it is executed: the whole S x S attention, the logits of one token.
+        """Of layers that run on all their tokens in a prefill from empty caches, and the logits of one token; as it is
+        executed, with the whole S x S attention.
 
         Args:
             layers: (number of layers, tokens that they run on).
         """
         return self.logits + sum(n * (self.token * tokens + self.pair * tokens * tokens) for n, tokens in layers)
 
+    def spared(self, tokens: int, keys: int) -> int:
+        """What the last layer leaves out of ``tokens`` that attend to ``keys`` each."""
+        return (tokens - 1) * (self.token - self.written + self.pair * keys)
+
     def crossing(self, tokens: int, features: int) -> int:
         """Of one cross-attention layer in a prefill: every token attends to every feature of the step."""
-        return (self.token - self.feature) * tokens + (self.feature + self.pair * tokens) * features
+        return (self.token - self.written) * tokens + (self.written + self.pair * tokens) * features
 
 
 @dataclass(frozen=True)
@@ -259,7 +266,9 @@ class Contract:
             if group.source == IMAGES:
                 later = (len(group.layers) - 1) * self.macs.crossing(tokens, group.length(tokens, visual))
                 total += self.macs.crossing(tokens, visual) + later
-        return total
+        last = max(self.groups, key=lambda group: max(group.layers))
+        keys = last.length(tokens, visual)
+        return total - self.macs.spared(keys if last.source == TOKENS else tokens, keys)
 
     def step_bytes(self, entries: Sequence[int]) -> int | None:
         """Bytes that a decode step of one row must read: the decoder's matrices once, the filled part of its caches.
@@ -271,7 +280,7 @@ class Contract:
             return None
         weights = self.macs.logits
         for group in self.groups:  # a step without pictures computes no keys of theirs
-            weights += len(group.layers) * (self.macs.token - (self.macs.feature if group.source == IMAGES else 0))
+            weights += len(group.layers) * (self.macs.token - (self.macs.written if group.source == IMAGES else 0))
         matrices = weights * DTYPE_BYTES[self.dtype]
         return matrices + sum(
             dataclasses.replace(group, capacity=length).nbytes(1, self.dtype)

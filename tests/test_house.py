@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("export", "graphs", "runtime")
-TOP = {*FOLDERS, "tests", "scripts", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
+DOCUMENTS = ("README.md", "BENCHMARKS.md", "SECURITY.md", "CHANGELOG.md")
+TOP = {*FOLDERS, "tests", "scripts", "pyproject.toml", "LICENSE", *DOCUMENTS}
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -81,7 +83,7 @@ def shrink_caches(layers: list[Layer], capacity: int) -> None:
                     node.outputs[0].shape = cache.shape
 
 
-def rename_dims(node: ir.Node, rename: dict[str, str]) -> None:
+def rename_dims(node: ir.Node, rename: Mapping[str, str | int]) -> None:
     """Name the dims of a node's outputs anew: a stale name makes ONNX Runtime reuse buffers of the wrong size."""
     for value in node.outputs:
         if value.shape is None:

@@ -185,7 +185,7 @@ class OrtBackend(Backend):
         ort = self._ort
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is said by the refusal
         if self._device == "cpu" and spec.file == "decoder.onnx":
             needed, free = _resident_bytes(folder, spec), free_memory()
             if needed > FREE_SHARE * free:
