@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from vlmtrim.runtime.errors import RuntimeRefusal
@@ -43,6 +45,15 @@ class Video:
         if len(sizes) > 1:
             raise RuntimeRefusal(f"the frames of a video have {len(sizes)} sizes, among them {sorted(sizes)[:2]}")
         return Video(frames, float(self.fps))
+
+
+def as_pictures(images: Any) -> list[Any]:
+    """One picture or video, or a sequence of them, as a list. Raises RuntimeRefusal for what is neither."""
+    if isinstance(images, str | bytes | Path | Image.Image | Video | np.ndarray) or hasattr(images, "read"):
+        return [images]
+    if not isinstance(images, Iterable):
+        raise RuntimeRefusal(f"images are of type {type(images).__name__}; give a picture, or a list of pictures")
+    return list(images)
 
 
 def load_picture(source: Picture | Video) -> Image.Image | Video:
