@@ -37,7 +37,13 @@ __all__ = [
 
 
 def open(
-    bundle: str | Path, backend: str = "ort-cpu", batch: int = 1, *, verify: bool = False, threads: int = 0
+    bundle: str | Path,
+    backend: str = "ort-cpu",
+    batch: int = 1,
+    *,
+    verify: bool = False,
+    threads: int = 0,
+    verbose: bool = False,
 ) -> Chat:
     """Open a bundle on a backend; ``with`` closes it.
 
@@ -47,8 +53,9 @@ def open(
         batch: rows that run together.
         verify: hash every byte, also of large files that were hashed before and seem unchanged.
         threads: CPU threads of ONNX Runtime; 0 for one per core.
+        verbose: say on stderr which backend ``auto`` took, and why not the others.
 
     Raises BundleError for a damaged bundle, RuntimeRefusal where it cannot run.
     """
     opened = open_bundle(bundle, verify)
-    return Chat(Session(opened, choose_backend(backend, opened, threads), batch))
+    return Chat(Session(opened, choose_backend(backend, opened, threads, verbose=verbose), batch))
