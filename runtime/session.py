@@ -83,7 +83,7 @@ class Session:
         backend.check(bundle.folder, self.contract)
         self.batch = batch
         self.prompter = Prompter(bundle.folder, self.contract.image_token_id, self.contract.video_token_id)
-        self.processor = load_processor(bundle.folder, self.contract)
+        self.processor = load_processor(bundle.files, self.contract)
         self._vision = None  # opened with the first image: text-only use should not pay for it
         self._embed = backend.open(bundle.folder, self.contract, "embed")
         self._decoder = backend.open(bundle.folder, self.contract, "decoder")
