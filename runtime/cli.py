@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("bundle", help="bundle folder made by export-vlm")
     p.add_argument("--prompt", required=True, help="question")
-    p.add_argument("--image", action="append", default=[], help="picture file; repeat for several")
+    p.add_argument(
+        "--image", action="append", default=[], help="picture file, - for stdin, or a data: URL; repeat for several"
+    )
     p.add_argument("--video", nargs="+", default=[], metavar="FRAME", help="frames of a video, or their folder")
     p.add_argument("--fps", type=float, default=2.0, help="frames a second of --video (default 2)")
     p.add_argument(
@@ -57,9 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from vlmtrim import runtime
-    from vlmtrim.runtime.image import load_image
-    from vlmtrim.runtime.show import check_target, draw_kept
+    from vlmtrim.runtime.image import load_image, picture_argument
+    from vlmtrim.runtime.show import check_target, draw_kept, save_drawing
 
+    args.image = [picture_argument(text) for text in args.image]
     sampling = runtime.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     start = time.perf_counter()
     chat = runtime.open(args.bundle, backend=args.backend)
@@ -76,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
     prefill, times = steps[-1].prefill, chat.session.times
     if args.show_kept:
         views = chat.session.processor.views([load_image(path) for path in args.image])
-        draw_kept(views, prefill).save(args.show_kept)
+        save_drawing(draw_kept(views, prefill), args.show_kept)
     if args.json:
         answer = {
             "text": "".join(step.text for step in steps),

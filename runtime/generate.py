@@ -14,7 +14,7 @@ from vlmtrim.runtime.prompt import Conversation
 from vlmtrim.runtime.sampling import Sampler, Sampling
 from vlmtrim.runtime.session import Prefill, Session
 from vlmtrim.runtime.video import Picture as Still
-from vlmtrim.runtime.video import Video, load_picture
+from vlmtrim.runtime.video import Video, as_pictures, load_picture
 
 Picture = Still | Video
 
@@ -61,7 +61,7 @@ class Chat:
     def generate(
         self,
         prompts: str | Sequence[str],
-        images: Sequence[Picture] | Sequence[Sequence[Picture]] = (),
+        images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] = (),
         *,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
@@ -70,7 +70,7 @@ class Chat:
 
         Args:
             prompts: one question per row; a plain string for a session of one row.
-            images: the question's pictures (files, Pillow images, videos); for several rows, a sequence per row.
+            images: the question's picture or pictures (see ``as_pictures``); for several rows, a sequence per row.
             max_new_tokens: at most so many tokens per row.
             sampling: greedy when None.
 
@@ -79,7 +79,7 @@ class Chat:
         """
         questions = [prompts] if isinstance(prompts, str) else list(prompts)
         per_row: list[Any] = [images] if isinstance(prompts, str) else list(images)
-        pictures: list[list[Picture]] = [list(row) for row in per_row]
+        pictures: list[list[Picture]] = [as_pictures(row) for row in per_row]
         pictures = pictures or [[] for _ in questions]
         if len(questions) != self.session.batch or len(pictures) != len(questions):
             raise RuntimeRefusal(
