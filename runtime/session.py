@@ -85,7 +85,7 @@ class Session:
         backend.check(bundle.folder, self.contract)
         self.batch = batch
         self.prompter = Prompter(bundle.files, self.contract)
-        self.processor = load_processor(bundle.folder, self.contract)
+        self.processor = load_processor(bundle.files, self.contract)
         # The vision graph is opened with the first image: text-only use should not pay for it.
         self._graphs = {name: backend.open(bundle.folder, self.contract, name) for name in ("embed", "decoder")}
         self._open = True
