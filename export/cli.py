@@ -125,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from vlmtrim.export.run import dry_run, execute, make_job
     from vlmtrim.graphs.errors import GraphError
+    from vlmtrim.graphs.staging import TargetError
     from vlmtrim.runtime.errors import RuntimeRefusal
 
     try:
@@ -134,9 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             folder = execute(job)
             print(folder)
-    except (Refusal, GraphError, FileExistsError, RuntimeRefusal) as error:
+    except (Refusal, GraphError, TargetError, RuntimeRefusal) as error:
         print(f"export-vlm: {error}", file=sys.stderr)
-        return 2 if isinstance(error, Refusal | FileExistsError) else 1
+        return 2 if isinstance(error, Refusal | TargetError) else 1
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"export-vlm: {error.strerror or error}{where}", file=sys.stderr)

@@ -23,10 +23,11 @@ from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.job_contract import build_contract, plain_decoder
 from vlmtrim.export.tracing import trace
 from vlmtrim.export.tracing.attention import IMPLEMENTATION
-from vlmtrim.graphs.bundle import check_target, seal, staging
+from vlmtrim.graphs.bundle import seal
 from vlmtrim.graphs.contract import IMAGES, Contract, TensorSpec
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
 from vlmtrim.graphs.passes.last_row import last_row
+from vlmtrim.graphs.staging import check_target, staging
 from vlmtrim.graphs.surgery import shard
 from vlmtrim.runtime.engines import build_engines, import_library
 
@@ -76,7 +77,7 @@ def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) ->
     ``traces`` serves many exports that differ in nothing but the selection: give every call the same dict, and the
     model is traced by the first call only.
 
-    Raises Refusal, GraphError or FileExistsError; leaves nothing half done.
+    Raises Refusal, GraphError or TargetError; leaves nothing half done.
     """
     target = Path(job.output)
     check_target(target, job.force)

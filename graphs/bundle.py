@@ -1,4 +1,4 @@
-"""The bundle on disk: written whole or not at all, every file under a sha256, refused when one differs.
+"""The bundle on disk: every file under a sha256, refused when one differs (:mod:`vlmtrim.graphs.staging` writes it).
 
 A large file that did not change since it was last hashed is not hashed again (:mod:`vlmtrim.graphs.checksums`).
 
@@ -18,9 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +35,6 @@ LARGEST_GRAPH = 2 << 30  # bytes; a protobuf has no more
 _SUM = re.compile(r"([0-9a-f]{64})  ([^\n]+)")  # as sha256sum writes it
 _USED = frozenset({".json", ".jinja", ".onnx", ".safetensors"})
 ENGINES = "engines.json"  # like the engines it lists, outside the checksums while they are being built
-_PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
@@ -135,46 +132,3 @@ def _check_graph(bundle_files: Folder, name: str) -> None:
             f"{bundle_files.path / name} takes weights from {shown(min(outside))}, which is no file of the bundle; "
             "export the model again"
         )
-
-
-@contextmanager
-def staging(target: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that becomes it when the block ends without an exception.
-
-    Raises FileExistsError where ``target`` exists and ``force`` is not set, or where it is something other than a
-    bundle (then not even ``force`` replaces it). Leftovers of killed exports are removed first.
-    """
-    target = target.absolute()
-    check_target(target, force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        if target.exists():
-            retired = target.parent / f".{target.name}.old{_PARTIAL}{os.getpid()}"
-            target.rename(retired)
-            partial.rename(target)
-            shutil.rmtree(retired)
-        else:
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_target(target: Path, force: bool) -> None:
-    """Raise FileExistsError where ``target`` must not be written."""
-    if not target.exists():
-        return
-    if not force:
-        raise FileExistsError(f"{target} exists; give another --output, or --force to replace it")
-    if not target.is_dir() or (not (target / SUMS).is_file() and any(target.iterdir())):
-        raise FileExistsError(f"{target} is no bundle, so it is not replaced; give another --output")
-
-
-def _remove_leftovers(target: Path) -> None:
-    for folder in target.parent.glob(f".{target.name}*{_PARTIAL}*"):
-        owner = folder.name.rpartition(_PARTIAL)[2]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(folder, ignore_errors=True)

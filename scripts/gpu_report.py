@@ -166,7 +166,7 @@ class Torch:
         family, checkpoint = load_family("llava"), args.work / "checkpoint"
         self.model = family.MODEL_CLASS.from_pretrained(checkpoint, dtype="auto").eval().to(self.device)
         pictures = load_processor(bundle.files, bundle.contract)([generated_picture(i) for i in range(args.images)])
-        prompter = Prompter(bundle.folder, bundle.contract.image_token_id)
+        prompter = Prompter(bundle.files, bundle.contract)
         ids = prompter.expand_images(Conversation(prompter).ask(PROMPT, args.images), pictures.tokens)
         self.ids = torch.tensor([bench.fill(ids, args.tokens, bundle.contract)])
         self.pixels = torch.from_numpy(pictures.inputs["pixel_values"]).to(self.model.dtype)

@@ -12,7 +12,7 @@ from vlmtrim.export import pipeline
 from vlmtrim.export.families import llava
 from vlmtrim.export.job import Job
 from vlmtrim.export.weights import tiny
-from vlmtrim.graphs import bundle as bundles
+from vlmtrim.graphs import staging
 from vlmtrim.graphs.bundle import open_bundle
 
 LAST = "rename"  # after the last stage: the finished folder takes its place
@@ -63,7 +63,7 @@ def killed_at(stage, job, checkpoint, traces):
 
         pipeline._stage = stop
         if stage == LAST:
-            bundles.Path.rename = lambda self, target: die()
+            staging._rename = lambda *_: die()
         pipeline.export(job, checkpoint, traces)
 
     process = multiprocessing.get_context("fork").Process(target=child)
