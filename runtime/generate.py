@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import Picture as Still
 from vlmtrim.runtime.prompt import Conversation
 from vlmtrim.runtime.sampling import Sampler, Sampling
 from vlmtrim.runtime.session import Prefill, Session
 from vlmtrim.runtime.stopping import Stopper
-from vlmtrim.runtime.video import Picture as Still
 from vlmtrim.runtime.video import Video, as_pictures, load_picture
 
 Picture = Still | Video

@@ -41,7 +41,7 @@ def test_pictures_that_do_not_fit_the_prompt_are_refused(chat, picture):
         runtime.Prompt("a", 3)  # type: ignore[arg-type]
     with pytest.raises(RuntimeRefusal, match="a prompt is of type int"):
         chat.generate([3])
-    with pytest.raises(RuntimeRefusal, match="images are of type int"):
+    with pytest.raises(RuntimeRefusal, match="pictures are given as int"):
         chat.generate("a", 3)
     for empty in ("", "  \n", runtime.Prompt()):
         with pytest.raises(RuntimeRefusal, match="the prompt is empty"):
