@@ -49,7 +49,12 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
         metavar="auto|N",
         help="cut the decoder into N engines of consecutive layers; auto (default): as few as memory allows",
     )
-    p.add_argument("--copy-weights", action="store_true", help="copy the checkpoint's files instead of linking them")
+    p.add_argument(
+        "--link-weights",
+        action="store_true",
+        help="hard-link the checkpoint's files instead of copying them: no disk space, but onnx and Polygraphy do not "
+        "read linked files",
+    )
     p.add_argument(
         "--clip-overflow", action="store_true", help="clip weights that do not fit --dtype instead of refusing them"
     )

@@ -32,7 +32,7 @@ class Job:
         output: bundle folder.
         engine: engines to build besides the ONNX files.
         engine_shards: engines that the decoder is cut into; 0 for as few as memory allows.
-        copy_weights: copy the checkpoint's files even where they could be linked.
+        link_weights: hard-link the checkpoint's files instead of cloning or copying them.
         clip_overflow: a value that does not fit the dtype becomes its largest instead of ending the export.
         max_memory: gigabytes (1e9 bytes) that the job may take; None for what is free.
         force: replace an existing bundle.
@@ -48,7 +48,7 @@ class Job:
     image_tokens: int = 0
     engine: str = "none"
     engine_shards: int = 0
-    copy_weights: bool = False
+    link_weights: bool = False
     clip_overflow: bool = False
     max_memory: float | None = None
     force: bool = False
