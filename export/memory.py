@@ -142,8 +142,6 @@ def check_disk(plan: Plan, output: str) -> None:
 
 def _check_shards(job: Job, contract: Contract) -> None:
     layers = sum(len(group.layers) for group in contract.groups)
-    if job.engine_shards and job.engine == "none":
-        raise Refusal("--engine-shards cuts engines and none is built; give --engine tensorrt-rtx or tensorrt as well")
     if job.engine_shards > layers:
         raise Refusal(f"--engine-shards is {job.engine_shards}, the decoder has {layers} layers; give 1 to {layers}")
 

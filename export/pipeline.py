@@ -51,7 +51,7 @@ SETTINGS = (
 class Prepared:
     """All that is known before the first graph is traced.
 
-    ``tensors`` of the checkpoint are None where only its config is at hand; ``model`` has parameters without memory.
+    ``tensors`` of the checkpoint are None where only its config is at hand; ``model`` is on the meta device.
     """
 
     job: Job
@@ -83,7 +83,7 @@ def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) ->
     target = Path(job.output)
     check_target(target, job.force)
     if job.engine != "none":
-        import_library(job.engine)  # minutes of work should not end in "not installed"
+        import_library(job.engine)  # minutes of work should not end in "does not load"
     report: dict[str, Any] = {"stages": {}, "nodes": {}}
     with staging(target, job.force) as folder:
         with _stage(report, "checkpoint"):
@@ -126,8 +126,14 @@ def prepare(job: Job, source: Path, tensors: dict[str, weights.StoredTensor] | N
     family, config = checkpoints.read_config(source)
     dtype = _dtype(job, config, tensors)
     contract = build_contract(job, family, config, dtype, source)
-    model = trace.build_without_memory(family.MODEL_CLASS, config, dtype, IMPLEMENTATION)
+    model = trace.build_on_meta(family.MODEL_CLASS, config, dtype, IMPLEMENTATION)
     plan = memory.make_plan(job, contract, model, tensors)
+    if not contract.eos_token_ids:
+        print(
+            f"warning: {source} names no eos_token_id in generation_config.json or config.json, so answers end at "
+            "their limit of tokens alone; --eos-token-id sets it",
+            file=sys.stderr,
+        )
     return Prepared(job, source, family, config, tensors, dtype, contract, job.method, model, plan)
 
 
@@ -138,7 +144,8 @@ def graphs(
     contract, method, job = prepared.contract, prepared.method, prepared.job
     shape = prepared.family.read_shape(prepared.config)
     plain = contract.graphs["decoder"] if method is None else plain_decoder(contract, prepared.config, prepared.family)
-    for plan in prepared.family.plans(prepared.model, shape, prepared.dtype, plain):
+    model = trace.build_without_memory(prepared.family.MODEL_CLASS, prepared.config, prepared.dtype, IMPLEMENTATION)
+    for plan in prepared.family.plans(model, shape, prepared.dtype, plain):
         name = Path(plan.spec.file).stem
         with _stage(report, f"trace {name}"):
             graph = _traced(plan, traces)
