@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmtrim.graphs import agreement
-from vlmtrim.graphs.checksums import known_sha256, sha256
+from vlmtrim.graphs.checksums import Progress, counter, known_sha256, sha256, silent
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.external import external_files
 from vlmtrim.graphs.reading import BundleError, Folder, is_plain_name, shown
@@ -60,18 +60,20 @@ class Bundle:
         return hashlib.sha256("".join(f"{k}{v}" for k, v in sorted(self.sums.items())).encode()).hexdigest()
 
 
-def seal(folder: Path) -> None:
-    """Write the checksums of every file of a finished bundle."""
+def seal(folder: Path, progress: Progress = silent) -> None:
+    """Write the checksums of every file of a finished bundle; ``progress`` is told bytes done and bytes in all."""
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{known_sha256(folder / name)}  {name}\n" for name in names))
+    watch = counter(progress, sum((folder / name).stat().st_size for name in names))
+    (folder / SUMS).write_text("".join(f"{known_sha256(folder / name, watch)}  {name}\n" for name in names))
 
 
-def open_bundle(folder: str | Path, verify: bool = False) -> Bundle:
+def open_bundle(folder: str | Path, verify: bool = False, progress: Progress = silent) -> Bundle:
     """Check every file of a bundle and read its contract.
 
     Args:
         folder: of the bundle.
         verify: hash every byte, also of large files that were hashed before and seem unchanged.
+        progress: is told how many bytes of how many are hashed, or known.
 
     Raises:
         BundleError: naming the file at fault. What opens is coherent: every file that will be used is a regular file
@@ -80,11 +82,13 @@ def open_bundle(folder: str | Path, verify: bool = False) -> Bundle:
     folder = Path(folder)
     sums = read_sums(folder)
     bundle_files = Folder(folder, sums)
-    for name, digest in sums.items():
+    for name in sums:
         if not os.path.lexists(folder / name):
             raise BundleError(f"{folder / name} is missing; export the model again")
-        path = bundle_files.file(name)
-        if (sha256(path) if verify else known_sha256(path)) != digest:
+    paths = {name: bundle_files.file(name) for name in sums}
+    watch = counter(progress, sum(path.stat().st_size for path in paths.values()))
+    for name, path in paths.items():
+        if (sha256 if verify else known_sha256)(path, watch) != sums[name]:
             raise BundleError(f"{path} is damaged or was edited (its sha256 differs); export the model again")
     for required in ("contract.json", "decoder.onnx"):
         if required not in sums:

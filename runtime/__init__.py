@@ -13,6 +13,7 @@ from pathlib import Path
 from vlmtrim.graphs.bundle import BundleError, open_bundle
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.generate import Chat, Image, Prompt, Step
+from vlmtrim.runtime.progress import running
 from vlmtrim.runtime.sampling import Sampling
 from vlmtrim.runtime.select_backend import BACKENDS, choose_backend, make_backend
 from vlmtrim.runtime.session import Prefill, Session
@@ -57,5 +58,6 @@ def open(
 
     Raises BundleError for a damaged bundle, RuntimeRefusal where it cannot run.
     """
-    opened = open_bundle(bundle, verify)
+    with running("checking the bundle") as show:
+        opened = open_bundle(bundle, verify, show)
     return Chat(Session(opened, choose_backend(backend, opened, threads, verbose=verbose), batch))

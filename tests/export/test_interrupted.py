@@ -14,6 +14,7 @@ from vlmtrim.export.job import Job
 from vlmtrim.export.weights import tiny
 from vlmtrim.graphs import staging
 from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.graphs.methods.fastv import FastV
 
 LAST = "rename"  # after the last stage: the finished folder takes its place
 
@@ -28,8 +29,8 @@ def traces():
     return {}
 
 
-def job(checkpoint, output, **fields):
-    return Job(model=str(checkpoint), output=str(output), max_seq_len=256, dtype="float16", **fields)
+def job(checkpoint, output, k=2, r=0.5, **fields):
+    return Job(str(checkpoint), str(output), FastV(k, r), max_seq_len=256, dtype="float16", **fields)
 
 
 @pytest.fixture(scope="module")

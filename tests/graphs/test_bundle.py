@@ -228,7 +228,7 @@ def test_parts_of_a_contract_that_contradict_are_refused(folder):
 
 
 def test_verify_hashes_what_is_remembered_too(folder, monkeypatch):
-    monkeypatch.setattr(bundle_module, "known_sha256", lambda path: bundle_module.sha256(folder / "honest"))
+    monkeypatch.setattr(bundle_module, "known_sha256", lambda path, _: bundle_module.sha256(folder / "honest"))
     (folder / "honest").write_bytes(b"")
     (folder / SUMS).write_text("".join(f"{hashlib.sha256(b'').hexdigest()}  {n}\n" for n in NAMES))
     assert open_bundle(folder)  # believed: every digest is remembered as that of the empty file
