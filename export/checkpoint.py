@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -10,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from vlmtrim.export.job import Refusal
+from vlmtrim.graphs.contract import IMAGES, TOKENS
 
 PRESETS = {
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
@@ -38,9 +40,36 @@ def family_names() -> list[str]:
 
 def load_family(name: str) -> ModuleType:
     """The family's module. Raises Refusal where there is none."""
+    _check_family(name)
+    return importlib.import_module(f"vlmtrim.export.families.{name}")
+
+
+def _check_family(name: str) -> None:
     if name not in family_names():
         raise Refusal(f"model family {name!r} is not supported; supported: {', '.join(family_names())}")
-    return importlib.import_module(f"vlmtrim.export.families.{name}")
+
+
+def prunes(family: str) -> str:
+    """What methods remove of a family's pictures (its PRUNES), without importing it. Raises Refusal."""
+    for node in _read_family(family).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRUNES":
+            return {"TOKENS": TOKENS, "IMAGES": IMAGES}[ast.unparse(node.value)]
+    raise AssertionError(f"{family} says no PRUNES")
+
+
+def tiny_layers(family: str) -> int:
+    """Decoder layers of ``tiny:<family>``, without importing the family. Raises Refusal."""
+    for node in _read_family(family).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "tiny_config":
+            names = [argument.arg for argument in node.args.args][::-1]
+            return ast.literal_eval(node.args.defaults[::-1][names.index("layers")])
+    raise AssertionError(f"{family} has no tiny_config")
+
+
+def _read_family(name: str) -> ast.Module:
+    """A family's file, parsed: importing it takes torch and transformers, and so seconds."""
+    _check_family(name)
+    return ast.parse((Path(__file__).parent / "families" / f"{name}.py").read_text())
 
 
 def load_reference(family: str) -> Any:
@@ -65,13 +94,19 @@ def resolve(model: str, scratch: Path, weights: bool = True) -> Path:
         return DEMO
     if Path(model).is_dir():
         return Path(model)
-    hub_id = PRESETS.get(model, model)
-    if not _HUB_ID.fullmatch(hub_id):
+    check_name(model)
+    return _download(PRESETS.get(model, model), weights)
+
+
+def check_name(model: str) -> None:
+    """Raises Refusal for a name that is nothing that a model may be; whether the hub has it is not asked."""
+    if model.startswith("tiny:"):
+        _check_family(model.removeprefix("tiny:"))
+    elif not (model == "demo" or model in PRESETS or Path(model).is_dir() or _HUB_ID.fullmatch(model)):
         raise Refusal(
             f"model {model!r} is no preset (demo, {', '.join(PRESETS)}), "
             f"no tiny:<family> ({', '.join(family_names())}), no folder and no hub id (organisation/name)"
         )
-    return _download(hub_id, weights)
 
 
 def _download(hub_id: str, weights: bool) -> Path:
@@ -88,19 +123,30 @@ def _download(hub_id: str, weights: bool) -> Path:
         ) from error
 
 
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint of a family there is, as it stands. Raises Refusal."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise Refusal(f"{folder} has no config.json, so it is no Hugging Face checkpoint")
+    raw = read_json(path)
+    _check_family(str(raw.get("model_type")))
+    return raw
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a settings file of a checkpoint holds. Raises Refusal."""
+    try:
+        raw = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise Refusal(f"{path} is no settings file: expected an object, found {type(raw).__name__}")
+    return raw
+
+
 def read_config(folder: Path) -> tuple[ModuleType, object]:
     """(family module, transformers config) of a checkpoint folder."""
     from transformers import AutoConfig
 
-    path = folder / "config.json"
-    if not path.is_file():
-        raise Refusal(f"{folder} has no config.json, so it is no Hugging Face checkpoint")
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise Refusal(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise Refusal(f"{path} is no Hugging Face config: expected an object, found {type(raw).__name__}")
-    model_type = raw.get("model_type")
-    family = load_family(str(model_type))
+    family = load_family(read_raw_config(folder)["model_type"])
     return family, AutoConfig.from_pretrained(folder)

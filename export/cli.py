@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from vlmtrim.export.job import DTYPES, ENGINES, Refusal
+from vlmtrim.export import arguments
+from vlmtrim.export.job import DTYPES, ENGINES, Job, Refusal
 from vlmtrim.export.requirements import missing_extra
+from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.methods import load_method, method_names, parameters
+from vlmtrim.graphs.staging import TargetError, check_target
+from vlmtrim.runtime.errors import RuntimeRefusal
 
 DEFAULT_METHOD = "fastv"
 
@@ -49,12 +55,26 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
         metavar="auto|N",
         help="cut the decoder into N engines of consecutive layers; auto (default): as few as memory allows",
     )
-    p.add_argument("--copy-weights", action="store_true", help="copy the checkpoint's files instead of linking them")
+    p.add_argument(
+        "--link-weights",
+        action="store_true",
+        help="hard-link the checkpoint's files instead of copying them: no disk space, but onnx and Polygraphy do not "
+        "read linked files",
+    )
     p.add_argument(
         "--clip-overflow", action="store_true", help="clip weights that do not fit --dtype instead of refusing them"
     )
     p.add_argument("--max-memory", type=float, default=None, metavar="GB", help="refuse a job that needs more memory")
-    p.add_argument("--dry-run", action="store_true", help="print job, contract, sizes and operators; load no weights")
+    p.add_argument(
+        "--eos-token-id",
+        type=int,
+        action="append",
+        dest="eos_token_ids",
+        metavar="ID",
+        help="token that ends an answer, repeated for several (default: those that the checkpoint names)",
+    )
+    p.add_argument("--dry-run", action="store_true", help="print job, contract and sizes; load no weights")
+    p.add_argument("--operators", action="store_true", help="with --dry-run: trace the graphs and count operators")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     return p
 
@@ -66,9 +86,6 @@ class _List(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        if problem := missing_extra():
-            parser.exit(2, f"export-vlm: {problem}\n")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from vlmtrim.export import listing
 
         print(listing.text())
@@ -115,36 +132,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 the work failed, 2 bad arguments."""
     try:
         args = parse(argv)
-    except Refusal as error:
+        if args.operators and not args.dry_run:
+            raise Refusal("--operators belongs to --dry-run; every export counts them in its job.json")
+        if problem := missing_extra():
+            raise Refusal(problem)
+        job = arguments.make_job(args)
+        arguments.check(job)
+        if not args.dry_run:
+            check_target(job.output, job.force)
+    except (Refusal, TargetError) as error:
         print(f"export-vlm: {error}", file=sys.stderr)
         return 2
-    if problem := missing_extra():
-        print(f"export-vlm: {problem}", file=sys.stderr)
-        return 2
+    return _run(job, args)
+
+
+def _run(job: Job, args: argparse.Namespace) -> int:
+    """The work, with the status for each way in which it can end."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from vlmtrim.export.run import dry_run, execute, make_job
-    from vlmtrim.graphs.errors import GraphError
-    from vlmtrim.runtime.errors import RuntimeRefusal
-
     try:
-        job = make_job(args)
-        if args.dry_run:
-            print(dry_run(job))
-        else:
-            folder = execute(job)
-            print(folder)
-    except (Refusal, GraphError, FileExistsError, RuntimeRefusal) as error:
+        with ends_as_interrupts():
+            if missing := arguments.missing_library(job):
+                if not args.dry_run:
+                    raise RuntimeRefusal(missing)
+                print(f"warning: {missing}; the export needs it", file=sys.stderr)
+            from vlmtrim.export import run
+
+            print(run.dry_run(job, args.operators) if args.dry_run else run.execute(job))
+    except (Refusal, TargetError, GraphError, RuntimeRefusal) as error:
         print(f"export-vlm: {error}", file=sys.stderr)
-        return 2 if isinstance(error, Refusal | FileExistsError) else 1
+        return 2 if isinstance(error, Refusal | TargetError) else 1
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"export-vlm: {error.strerror or error}{where}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("export-vlm: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     return 0
+
+
+@contextmanager
+def ends_as_interrupts() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block like Ctrl-C, so that what was begun is removed; who ignores them goes on."""
+
+    def interrupt(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _shards(text: str) -> int:

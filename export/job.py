@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,10 +33,11 @@ class Job:
         output: bundle folder.
         engine: engines to build besides the ONNX files.
         engine_shards: engines that the decoder is cut into; 0 for as few as memory allows.
-        copy_weights: copy the checkpoint's files even where they could be linked.
+        link_weights: hard-link the checkpoint's files instead of cloning or copying them.
         clip_overflow: a value that does not fit the dtype becomes its largest instead of ending the export.
         max_memory: gigabytes (1e9 bytes) that the job may take; None for what is free.
         force: replace an existing bundle.
+        eos_token_ids: tokens that end an answer; none for those that the checkpoint names.
     """
 
     model: str
@@ -48,10 +50,11 @@ class Job:
     image_tokens: int = 0
     engine: str = "none"
     engine_shards: int = 0
-    copy_weights: bool = False
+    link_weights: bool = False
     clip_overflow: bool = False
     max_memory: float | None = None
     force: bool = False
+    eos_token_ids: tuple[int, ...] = ()
 
     def fields(self) -> dict[str, Any]:
         """Name -> value, for ``job.json`` and for printing; the method's parameters beside its name."""
@@ -59,3 +62,17 @@ class Job:
         method = values.pop("method")
         chosen = {"method": "none"} if method is None else {"method": method.name, **dataclasses.asdict(method)}
         return {"model": values.pop("model"), "output": values.pop("output"), **chosen, **values}
+
+
+def check_numbers(job: Job) -> None:
+    """Raises Refusal for numbers that no model allows."""
+    if job.engine_shards and job.engine == "none":
+        raise Refusal("--engine-shards cuts engines and none is built; give --engine tensorrt-rtx or tensorrt as well")
+    for name, least in (("max_batch", 1), ("images", 1), ("image_tokens", 0)):
+        if (value := getattr(job, name)) < least:
+            raise Refusal(f"--{name.replace('_', '-')} is {value}; give {least} or more")
+    if job.max_memory is not None and not 0 < job.max_memory < math.inf:
+        raise Refusal(f"--max-memory is {job.max_memory:g}; give a number of gigabytes above 0")
+    for token in job.eos_token_ids:
+        if token < 0:
+            raise Refusal(f"--eos-token-id is {token}; give 0 or more")

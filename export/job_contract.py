@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vlmtrim.export.arguments import check_method
+from vlmtrim.export.checkpoint import read_json
 from vlmtrim.export.flops import decoder_macs
-from vlmtrim.export.job import Job, Refusal
+from vlmtrim.export.job import Job, Refusal, check_numbers
 from vlmtrim.graphs.contract import IMAGES, CacheGroup, Contract, decoder_spec
-from vlmtrim.graphs.methods import load_method, method_names
 
 _DYNAMIC_ROPE = ("dynamic", "longrope")
 
@@ -22,7 +22,8 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     """The contract of a job's bundle, from the config alone. Raises Refusal where the job does not fit the model."""
     shape = _bounded(job, family.read_shape(config))
     method = job.method
-    _check_method(job, family)
+    check_method(job, family.__name__.rpartition(".")[2])
+    check_numbers(job)
     _check_limits(job, shape, config, family)
     name = str(dtype).removeprefix("torch.")
     capacity = job.max_seq_len
@@ -73,7 +74,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         image_token_id=shape.image_token_id,
         image_grid=shape.image_grid,
         video_token_id=shape.video_token_id,
-        eos_token_ids=_eos_ids(source, config),
+        eos_token_ids=_eos_ids(job, source, config, shape.vocabulary),
         macs=decoder_macs(config.text_config),
         producer=f"vlmtrim {importlib.metadata.version('vlmtrim')}",
     )
@@ -100,28 +101,7 @@ def dense_groups(shape: Any, capacity: int, images: int) -> tuple[CacheGroup, ..
     return tokens, CacheGroup(cross, features, shape.kv_heads, shape.head_size, source=IMAGES)
 
 
-def methods_of(family: Any) -> tuple[str, ...]:
-    """Methods that prune what a family has: visual tokens of the sequence, or features of cross-attention."""
-    return tuple(name for name in method_names() if load_method(name).prunes == family.PRUNES)
-
-
-def _check_method(job: Job, family: Any) -> None:
-    if job.method is None or job.method.prunes == family.PRUNES:
-        return
-    name = family.__name__.rpartition(".")[2]
-    tokens, features = "visual tokens of the sequence", "image features that cross-attention layers attend to"
-    removes, has = (features, tokens) if job.method.prunes == IMAGES else (tokens, features)
-    raise Refusal(
-        f"method {job.method.name} removes {removes}, the pictures of the family {name} are {has} (export-vlm --list); "
-        f"give --method {' or '.join((*methods_of(family), 'none'))}"
-    )
-
-
 def _check_limits(job: Job, shape: Any, config: Any, family: Any) -> None:
-    if job.max_batch < 1:
-        raise Refusal(f"--max-batch is {job.max_batch}; give 1 or more")
-    if job.images < 1:
-        raise Refusal(f"--images is {job.images}; give 1 or more")
     if not 1 < job.max_seq_len <= shape.max_positions:
         raise Refusal(f"--max-seq-len is {job.max_seq_len}; the model takes 2 to {shape.max_positions} tokens")
     if not shape.cross_layers and job.images * shape.image_tokens >= job.max_seq_len:
@@ -154,13 +134,17 @@ def plain_decoder(contract: Contract, config: Any, family: Any) -> Any:
     )
 
 
-def _eos_ids(source: Path, config: Any) -> tuple[int, ...]:
-    ids: Any = None
+def _eos_ids(job: Job, source: Path, config: Any, vocabulary: int) -> tuple[int, ...]:
+    """Tokens that end an answer: those of the job, else of the checkpoint; there may be none. Raises Refusal."""
+    ids: Any = list(job.eos_token_ids) or None
     generation = source / "generation_config.json"
-    if generation.is_file():
-        ids = json.loads(generation.read_text()).get("eos_token_id")
+    if ids is None and generation.is_file():
+        ids = read_json(generation).get("eos_token_id")
     if ids is None:
         ids = config.text_config.eos_token_id
-    if ids is None:
-        raise Refusal(f"{source} names no eos_token_id in generation_config.json or config.json, so answers never end")
-    return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    ids = ids if isinstance(ids, list) else [ids] * (ids is not None)
+    if not all(isinstance(token, int) and 0 <= token < vocabulary for token in ids):
+        raise Refusal(
+            f"eos_token_id is {ids}, the model has tokens 0 to {vocabulary - 1}; give others by --eos-token-id"
+        )
+    return tuple(ids)

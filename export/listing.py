@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from vlmtrim.export.checkpoint import PRESETS, family_names, load_family
-from vlmtrim.export.job_contract import methods_of
+from vlmtrim.export.arguments import methods_of
+from vlmtrim.export.checkpoint import PRESETS, family_names
 from vlmtrim.graphs.methods import method_names, parameters
 
 
 def combinations() -> dict[tuple[str, str], bool]:
     """(family, method) -> whether parity tests and an oracle hold it; other combinations are refused."""
-    families = {name: methods_of(load_family(name)) for name in family_names()}
+    families = {name: methods_of(name) for name in family_names()}
     return {(name, method): method in proven for name, proven in families.items() for method in method_names()}
 
 

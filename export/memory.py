@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from vlmtrim.export import weights
 from vlmtrim.export.job import Job, Refusal
+from vlmtrim.export.weights import taking
 from vlmtrim.graphs.contract import DTYPE_BYTES, TOKENS, Contract
+from vlmtrim.graphs.staging import nearest_folder
 from vlmtrim.graphs.surgery.shard import boundaries
 from vlmtrim.runtime.measure.machine import free_memory
 
@@ -35,22 +40,24 @@ class Plan:
         weights: of the model in the bundle's dtype.
         decoder: the part of them in the decoder graph.
         vision: the part of them in the vision graph.
-        linked: whether the bundle shares the checkpoint's files.
+        taking: how the weights come into the bundle (:mod:`vlmtrim.export.weights.taking`).
         export: peak memory of the export without engines.
         shards: engines that the decoder is cut into; 0 where none is built.
         build: peak memory while engines are built; 0 where none is.
         disk: what the bundle adds on disk.
+        free: on the disk that the bundle will lie on.
         dense_caches: of the unpruned model.
     """
 
     weights: int
     decoder: int
     vision: int
-    linked: bool
+    taking: str
     export: int
     shards: int
     build: int
     disk: int
+    free: int
     dense_caches: int
 
     @property
@@ -59,39 +66,42 @@ class Plan:
         return max(self.export, self.build)
 
 
-def make_plan(job: Job, contract: Contract, model: Any, dtypes: Mapping[torch.dtype, int] | None) -> Plan:
+def make_plan(job: Job, contract: Contract, model: Any, tensors: Mapping[str, weights.StoredTensor] | None) -> Plan:
     """Plan for a model on the meta device or without memory.
 
     Args:
-        dtypes: bytes of the checkpoint's floating tensors by dtype; None where its files are not at hand.
+        tensors: of the checkpoint; None where its files are not at hand, and then they are taken to have the dtype
+            that was asked for.
 
     Raises:
-        Refusal: more memory is needed than ``--max-memory`` allows, or the decoder cannot be cut as asked.
+        Refusal: more memory is needed than ``--max-memory`` allows, the decoder cannot be cut as asked, or weights
+            cannot be linked as asked.
     """
     _check_shards(job, contract)
     size = DTYPE_BYTES[contract.dtype]
     sizes = {name: math.prod(parameter.shape) * size for name, parameter in model.named_parameters()}
-    weights = sum(sizes.values())
+    total = sum(sizes.values())
     vision = sum(n for name, n in sizes.items() if "language_model" not in name and "lm_head" not in name)
     embedding = sum(n for name, n in sizes.items() if "embed_tokens" in name)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    decoder = weights - vision - (0 if tied else embedding)
-    same = dtypes is None or set(dtypes) == {getattr(torch, contract.dtype)}
-    linked = same and not job.copy_weights
-    export = EXPORT_BYTES + (0 if same else CAST_COPIES * max(sizes.values()) * 4 / size)
+    decoder = total - vision - (0 if tied else embedding)
+    where = nearest_folder(job.output)
+    means, added = _taking(job, tensors, getattr(torch, contract.dtype), where, total)
+    export = EXPORT_BYTES + (0 if means != taking.WRITTEN else CAST_COPIES * max(sizes.values()) * 4 / size)
     shards = build = 0
     if job.engine != "none":
         shards = job.engine_shards or engine_shards(decoder, contract, memory_limit(job))
         build = int(BUILD_FACTOR * max(vision, embedding, largest_piece(decoder, contract, shards)) + EXPORT_BYTES)
     plan = Plan(
-        weights=weights,
+        weights=total,
         decoder=decoder,
         vision=vision,
-        linked=linked,
+        taking=means,
         export=int(export),
         shards=shards,
         build=build,
-        disk=int(GRAPH_BYTES + (0 if linked else weights) + (decoder + vision + embedding if shards else 0)),
+        disk=int(GRAPH_BYTES + added + (decoder + vision + embedding if shards else 0)),
+        free=shutil.disk_usage(where).free,
         dense_caches=sum(
             dataclasses.replace(group, capacity=contract.dense_capacity(group)).nbytes(job.max_batch, contract.dtype)
             for group in contract.groups
@@ -101,16 +111,37 @@ def make_plan(job: Job, contract: Contract, model: Any, dtypes: Mapping[torch.dt
         stage = "building the engines" if plan.build > plan.export else "the export"
         advice = "give more --engine-shards" if plan.build > plan.export else "keep the checkpoint's dtype"
         raise Refusal(
-            f"{stage} needs about {plan.peak / 1e9:.1f} GB, --max-memory allows {job.max_memory:g} GB; {advice} or "
-            "a larger --max-memory"
+            f"{stage} needs about {plan.peak / 1e9:.1f} GB, --max-memory allows {job.max_memory:g} GB; {advice}, or "
+            "give a larger --max-memory"
         )
     return plan
 
 
+def _taking(
+    job: Job, tensors: Mapping[str, weights.StoredTensor] | None, dtype: torch.dtype, where: Path, total: int
+) -> tuple[str, int]:
+    """How the weights come into the bundle, and the bytes that they add on its disk."""
+    if tensors is None:
+        return (taking.LINKED, 0) if job.link_weights else (taking.COPIED, total)
+    if not weights.keeps_files(tensors, dtype):
+        return taking.WRITTEN, total
+    files = weights.files_of(tensors)
+    means = taking.how(files, where, job.link_weights)
+    return means, sum(file.stat().st_size for file in files) if means == taking.COPIED else 0
+
+
+def check_disk(plan: Plan, output: str) -> None:
+    """Raises Refusal where the bundle does not fit on its disk."""
+    if plan.disk > plan.free:
+        way = " or, where checkpoint and bundle lie on one file system, --link-weights" * (plan.taking == taking.COPIED)
+        raise Refusal(
+            f"the bundle needs about {plan.disk / 1e6:.1f} MB of disk, {nearest_folder(output)} has "
+            f"{plan.free / 1e6:.1f} MB free; make room, or give another --output{way}"
+        )
+
+
 def _check_shards(job: Job, contract: Contract) -> None:
     layers = sum(len(group.layers) for group in contract.groups)
-    if job.engine_shards and job.engine == "none":
-        raise Refusal("--engine-shards cuts engines and none is built; give --engine tensorrt-rtx or tensorrt as well")
     if job.engine_shards > layers:
         raise Refusal(f"--engine-shards is {job.engine_shards}, the decoder has {layers} layers; give 1 to {layers}")
 
@@ -147,9 +178,14 @@ def memory_limit(job: Job) -> float:
 def lines(plan: Plan, contract: Contract, batch: int, parameters: int) -> list[str]:
     """The plan for people, one line a figure."""
     megabytes = lambda size: f"{size / 1e6:10.1f} MB"  # noqa: E731
-    shared = "linked to the checkpoint's files" if plan.linked else "written anew"
+    origin = {
+        taking.CLONED: "clones of the checkpoint's files",
+        taking.COPIED: "copies of the checkpoint's files",
+        taking.LINKED: "linked to the checkpoint's files",
+        taking.WRITTEN: "written anew",
+    }[plan.taking]
     out = [
-        f"    weights      {megabytes(plan.weights)}  ({parameters / 1e6:.1f} M parameters, {contract.dtype}, {shared})"
+        f"    weights      {megabytes(plan.weights)}  ({parameters / 1e6:.1f} M parameters, {contract.dtype}, {origin})"
     ]
     pruned = 0
     for index, group in enumerate(contract.groups):
@@ -161,7 +197,7 @@ def lines(plan: Plan, contract: Contract, batch: int, parameters: int) -> list[s
             span = f"{len(group.layers)} of {span}"
         out.append(f"    caches {index}     {megabytes(size)}  ({span}, {group.capacity} {filled}, batch {batch})")
     out.append(f"    caches       {megabytes(pruned)}  (unpruned: {plan.dense_caches / 1e6:.1f} MB)")
-    out.append(f"    disk         {megabytes(plan.disk)}  (what the bundle adds)")
+    out.append(f"    disk         {megabytes(plan.disk)}  (what the bundle adds; {plan.free / 1e6:.1f} MB are free)")
     out.append(f"    export       {megabytes(plan.export)}  of memory at its peak")
     if plan.shards:
         cut = "in one piece" if plan.shards == 1 else f"the decoder in {plan.shards} pieces"

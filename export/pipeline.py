@@ -23,12 +23,14 @@ from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.job_contract import build_contract, plain_decoder
 from vlmtrim.export.tracing import trace
 from vlmtrim.export.tracing.attention import IMPLEMENTATION
-from vlmtrim.graphs.bundle import check_target, seal, staging
+from vlmtrim.graphs.bundle import seal
 from vlmtrim.graphs.contract import IMAGES, Contract, TensorSpec
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
 from vlmtrim.graphs.passes.last_row import last_row
+from vlmtrim.graphs.staging import check_target, staging
 from vlmtrim.graphs.surgery import shard
 from vlmtrim.runtime.engines import build_engines, import_library
+from vlmtrim.runtime.progress import Progress, running
 
 # Files of a checkpoint that a bundle keeps: the runtime reads them, and the bundle stays a loadable checkpoint.
 SETTINGS = (
@@ -49,7 +51,7 @@ SETTINGS = (
 class Prepared:
     """All that is known before the first graph is traced.
 
-    ``tensors`` of the checkpoint are None where only its config is at hand; ``model`` has parameters without memory.
+    ``tensors`` of the checkpoint are None where only its config is at hand; ``model`` is on the meta device.
     """
 
     job: Job
@@ -76,12 +78,12 @@ def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) ->
     ``traces`` serves many exports that differ in nothing but the selection: give every call the same dict, and the
     model is traced by the first call only.
 
-    Raises Refusal, GraphError or FileExistsError; leaves nothing half done.
+    Raises Refusal, GraphError or TargetError; leaves nothing half done.
     """
     target = Path(job.output)
     check_target(target, job.force)
     if job.engine != "none":
-        import_library(job.engine)  # minutes of work should not end in "not installed"
+        import_library(job.engine)  # minutes of work should not end in "does not load"
     report: dict[str, Any] = {"stages": {}, "nodes": {}}
     with staging(target, job.force) as folder:
         with _stage(report, "checkpoint"):
@@ -89,14 +91,13 @@ def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) ->
             assert prepared.tensors is not None
             matched = weights.match_parameters(prepared.model, prepared.tensors)
         print("\n".join(prepared.plan_lines), file=sys.stderr, flush=True)
+        memory.check_disk(prepared.plan, job.output)
         contract = prepared.contract
         traced = dict(graphs(prepared, report, traces))
         for graph in traced.values():
             weights.check_bindings(graph, matched, prepared.tensors, prepared.dtype)
-        with _stage(report, "weights"):
-            stored = weights.store(
-                prepared.tensors, prepared.dtype, folder, progress("weights"), job.copy_weights, job.clip_overflow
-            )
+        with _stage(report, f"weights ({prepared.plan.taking})") as show:
+            stored = weights.store(prepared.tensors, prepared.dtype, folder, show, job.link_weights, job.clip_overflow)
         with _stage(report, "save"):
             for name, graph in traced.items():
                 weights.bind(graph, matched, stored)
@@ -115,8 +116,8 @@ def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) ->
             with _stage(report, f"engines ({job.engine})"):
                 build_engines(folder, contract, job.engine)
         (folder / "job.json").write_text(_job_record(job, report))
-        with _stage(report, "checksums"):
-            seal(folder)
+        with _stage(report, "checksums") as show:
+            seal(folder, show)
     return target
 
 
@@ -125,8 +126,14 @@ def prepare(job: Job, source: Path, tensors: dict[str, weights.StoredTensor] | N
     family, config = checkpoints.read_config(source)
     dtype = _dtype(job, config, tensors)
     contract = build_contract(job, family, config, dtype, source)
-    model = trace.build_without_memory(family.MODEL_CLASS, config, dtype, IMPLEMENTATION)
-    plan = memory.make_plan(job, contract, model, None if tensors is None else weights.bytes_by_dtype(tensors))
+    model = trace.build_on_meta(family.MODEL_CLASS, config, dtype, IMPLEMENTATION)
+    plan = memory.make_plan(job, contract, model, tensors)
+    if not contract.eos_token_ids:
+        print(
+            f"warning: {source} names no eos_token_id in generation_config.json or config.json, so answers end at "
+            "their limit of tokens alone; --eos-token-id sets it",
+            file=sys.stderr,
+        )
     return Prepared(job, source, family, config, tensors, dtype, contract, job.method, model, plan)
 
 
@@ -137,7 +144,8 @@ def graphs(
     contract, method, job = prepared.contract, prepared.method, prepared.job
     shape = prepared.family.read_shape(prepared.config)
     plain = contract.graphs["decoder"] if method is None else plain_decoder(contract, prepared.config, prepared.family)
-    for plan in prepared.family.plans(prepared.model, shape, prepared.dtype, plain):
+    model = trace.build_without_memory(prepared.family.MODEL_CLASS, prepared.config, prepared.dtype, IMPLEMENTATION)
+    for plan in prepared.family.plans(model, shape, prepared.dtype, plain):
         name = Path(plan.spec.file).stem
         with _stage(report, f"trace {name}"):
             graph = _traced(plan, traces)
@@ -209,27 +217,15 @@ def _job_record(job: Job, report: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _stage(report: dict[str, Any], name: str) -> Iterator[None]:
-    """Time a stage; progress goes to stderr."""
+def _stage(report: dict[str, Any], name: str) -> Iterator[Progress]:
+    """Time a stage and say on stderr how long it took; gives what shows its progress."""
     start = time.perf_counter()
-    print(f"{name} ...", file=sys.stderr, flush=True)
-    yield
+    if not sys.stderr.isatty():
+        print(f"{name} ...", file=sys.stderr, flush=True)
+    with running(name) as show:
+        yield show
     report["stages"][name] = round(time.perf_counter() - start, 3)
-
-
-def progress(label: str) -> weights.Progress:
-    """A progress line on stderr, at most one a percent."""
-    last = -1
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        percent = 100 * done // max(total, 1)
-        if percent != last and sys.stderr.isatty():
-            last = percent
-            end = "\n" if done >= total else ""
-            print(f"\r{label}: {done / 1e6:.0f} of {total / 1e6:.0f} MB ({percent} %)", end=end, file=sys.stderr)
-
-    return show
+    print(f"{name}: {report['stages'][name]:.1f} s", file=sys.stderr, flush=True)
 
 
 def boundary_table(tensors: tuple[TensorSpec, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The bundle on disk: written whole or not at all, every file under a sha256, refused when one differs.
+"""The bundle on disk: every file under a sha256, refused when one differs (:mod:`vlmtrim.graphs.staging` writes it).
 
 A large file that did not change since it was last hashed is not hashed again (:mod:`vlmtrim.graphs.checksums`).
 
@@ -18,14 +18,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmtrim.graphs import agreement
-from vlmtrim.graphs.checksums import known_sha256, sha256
+from vlmtrim.graphs.checksums import Progress, counter, known_sha256, sha256, silent
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.external import external_files
 from vlmtrim.graphs.reading import BundleError, Folder, is_plain_name, shown
@@ -37,7 +35,6 @@ LARGEST_GRAPH = 2 << 30  # bytes; a protobuf has no more
 _SUM = re.compile(r"([0-9a-f]{64})  ([^\n]+)")  # as sha256sum writes it
 _USED = frozenset({".json", ".jinja", ".onnx", ".safetensors"})
 ENGINES = "engines.json"  # like the engines it lists, outside the checksums while they are being built
-_PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
@@ -63,18 +60,20 @@ class Bundle:
         return hashlib.sha256("".join(f"{k}{v}" for k, v in sorted(self.sums.items())).encode()).hexdigest()
 
 
-def seal(folder: Path) -> None:
-    """Write the checksums of every file of a finished bundle."""
+def seal(folder: Path, progress: Progress = silent) -> None:
+    """Write the checksums of every file of a finished bundle; ``progress`` is told bytes done and bytes in all."""
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{known_sha256(folder / name)}  {name}\n" for name in names))
+    watch = counter(progress, sum((folder / name).stat().st_size for name in names))
+    (folder / SUMS).write_text("".join(f"{known_sha256(folder / name, watch)}  {name}\n" for name in names))
 
 
-def open_bundle(folder: str | Path, verify: bool = False) -> Bundle:
+def open_bundle(folder: str | Path, verify: bool = False, progress: Progress = silent) -> Bundle:
     """Check every file of a bundle and read its contract.
 
     Args:
         folder: of the bundle.
         verify: hash every byte, also of large files that were hashed before and seem unchanged.
+        progress: is told how many bytes of how many are hashed, or known.
 
     Raises:
         BundleError: naming the file at fault. What opens is coherent: every file that will be used is a regular file
@@ -83,11 +82,13 @@ def open_bundle(folder: str | Path, verify: bool = False) -> Bundle:
     folder = Path(folder)
     sums = read_sums(folder)
     bundle_files = Folder(folder, sums)
-    for name, digest in sums.items():
+    for name in sums:
         if not os.path.lexists(folder / name):
             raise BundleError(f"{folder / name} is missing; export the model again")
-        path = bundle_files.file(name)
-        if (sha256(path) if verify else known_sha256(path)) != digest:
+    paths = {name: bundle_files.file(name) for name in sums}
+    watch = counter(progress, sum(path.stat().st_size for path in paths.values()))
+    for name, path in paths.items():
+        if (sha256 if verify else known_sha256)(path, watch) != sums[name]:
             raise BundleError(f"{path} is damaged or was edited (its sha256 differs); export the model again")
     for required in ("contract.json", "decoder.onnx"):
         if required not in sums:
@@ -135,46 +136,3 @@ def _check_graph(bundle_files: Folder, name: str) -> None:
             f"{bundle_files.path / name} takes weights from {shown(min(outside))}, which is no file of the bundle; "
             "export the model again"
         )
-
-
-@contextmanager
-def staging(target: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that becomes it when the block ends without an exception.
-
-    Raises FileExistsError where ``target`` exists and ``force`` is not set, or where it is something other than a
-    bundle (then not even ``force`` replaces it). Leftovers of killed exports are removed first.
-    """
-    target = target.absolute()
-    check_target(target, force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        if target.exists():
-            retired = target.parent / f".{target.name}.old{_PARTIAL}{os.getpid()}"
-            target.rename(retired)
-            partial.rename(target)
-            shutil.rmtree(retired)
-        else:
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_target(target: Path, force: bool) -> None:
-    """Raise FileExistsError where ``target`` must not be written."""
-    if not target.exists():
-        return
-    if not force:
-        raise FileExistsError(f"{target} exists; give another --output, or --force to replace it")
-    if not target.is_dir() or (not (target / SUMS).is_file() and any(target.iterdir())):
-        raise FileExistsError(f"{target} is no bundle, so it is not replaced; give another --output")
-
-
-def _remove_leftovers(target: Path) -> None:
-    for folder in target.parent.glob(f".{target.name}*{_PARTIAL}*"):
-        owner = folder.name.rpartition(_PARTIAL)[2]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(folder, ignore_errors=True)

@@ -9,24 +9,48 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+Watch = Callable[[int], None]  # bytes of one piece
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+PIECE = 1 << 20
 LARGE = 64 << 20  # bytes from which on a digest is remembered
 SETTLED = 2.0  # seconds; a file that changed just now may change again within one tick of its clock
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes, always computed."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256(path: Path, watch: Watch = lambda count: None) -> str:
+    """Hex digest of a file's bytes, always computed; ``watch`` is told how many bytes were read, piece by piece."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(piece):
+            digest.update(piece[:count])
+            watch(count)
+    return digest.hexdigest()
 
 
-def known_sha256(path: Path) -> str:
+def silent(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def counter(progress: Progress, total: int) -> Watch:
+    """Adds up what ``watch`` of several files is told."""
+    done = 0
+
+    def watch(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    return watch
+
+
+def known_sha256(path: Path, watch: Watch = lambda count: None) -> str:
     """Hex digest of a file, remembered for large files that did not change since."""
     before = path.stat()
     if before.st_size < LARGE:
-        return sha256(path)
+        return sha256(path, watch)
     note = _folder() / f"{before.st_dev:x}-{before.st_ino:x}"
     identity = f"{before.st_size} {before.st_mtime_ns} "
     try:
@@ -34,8 +58,9 @@ def known_sha256(path: Path) -> str:
     except (OSError, UnicodeDecodeError):
         remembered = ""
     if remembered.startswith(identity):
+        watch(before.st_size)
         return remembered.removeprefix(identity)
-    digest, after = sha256(path), path.stat()
+    digest, after = sha256(path, watch), path.stat()
     unchanged = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
     if unchanged and time.time() - after.st_mtime > SETTLED:
         _remember(note, identity + digest)

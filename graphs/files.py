@@ -25,15 +25,24 @@ def save(model: ir.Model, path: str | Path) -> None:
     """Write an ONNX file.
 
     Weights that already lie beside ``path`` are referred to; weights from any other folder are copied into
-    ``<name>.data`` beside it, since loaders refuse external data outside the model's folder.
+    ``<name>.data`` beside it, since loaders refuse external data outside the model's folder. Raises ValueError where
+    those are hard-linked.
     """
     path = Path(path)
-    foreign = any(
-        isinstance(tensor := value.const_value, ir.ExternalTensor)
-        and Path(tensor.base_dir).resolve() != path.parent.resolve()
-        for value in model.graph.initializers.values()
-    )
-    if foreign:
-        ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=_INLINE_BYTES)
-    else:
+    external = [
+        v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)
+    ]
+    foreign = [tensor for tensor in external if Path(tensor.base_dir).resolve() != path.parent.resolve()]
+    if not foreign:
         ir.save(model, path)
+        return
+    for file in sorted({Path(tensor.path) for tensor in foreign}):
+        if file.stat().st_nlink > 1:
+            raise ValueError(
+                f"{file} is hard-linked, and the ONNX libraries do not read such weights: save to {file.parent}, where "
+                f"they are referred to, or copy the file first (export-vlm without --link-weights copies it)"
+            )
+    data = path.with_name(path.name + ".data")
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=_INLINE_BYTES)
+    if data.is_file() and not data.stat().st_size:  # all of them are in the ONNX file itself
+        data.unlink()

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from vlmtrim.export.pipeline import progress
 from vlmtrim.export.weights.large import LLAVA, config_of, write_config, write_weights
+from vlmtrim.runtime.progress import running
 
 SHARD_BYTES = 5_000_000_000
 
@@ -78,7 +78,8 @@ def make_checkpoint(folder: Path, like: str, layers: int | None) -> None:
     fresh = folder.with_name(folder.name + ".partial")
     shutil.rmtree(fresh, ignore_errors=True)
     write_config(fresh, config_of(like, layers=layers))
-    write_weights(fresh, torch.float16, SHARD_BYTES, progress=progress("weights"))
+    with running("weights") as show:
+        write_weights(fresh, torch.float16, SHARD_BYTES, progress=show)
     fresh.rename(folder)
     print(f"made {folder} in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 

@@ -32,6 +32,7 @@ from vlmtrim.runtime.engines import fingerprint
 from vlmtrim.runtime.image import generated_picture
 from vlmtrim.runtime.measure import bench, machine
 from vlmtrim.runtime.processors.base import load_processor
+from vlmtrim.runtime.progress import running
 from vlmtrim.runtime.prompt import Conversation, Prompter
 
 STAGES = ("make", "export", "engines", "bench", "pytorch", "table")
@@ -58,7 +59,8 @@ def make(args: argparse.Namespace) -> None:
         tiny.write_checkpoint(load_family("llava"), fresh)
     else:
         large.write_config(fresh, large.config_of(args.like))
-        large.write_weights(fresh, torch.float16, 5_000_000_000, progress=pipeline.progress("weights"))
+        with running("weights") as show:
+            large.write_weights(fresh, torch.float16, 5_000_000_000, progress=show)
     fresh.rename(target)
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     return say("make", f"{size / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s")
@@ -165,8 +167,8 @@ class Torch:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         family, checkpoint = load_family("llava"), args.work / "checkpoint"
         self.model = family.MODEL_CLASS.from_pretrained(checkpoint, dtype="auto").eval().to(self.device)
-        pictures = load_processor(bundle.folder, bundle.contract)([generated_picture(i) for i in range(args.images)])
-        prompter = Prompter(bundle.folder, bundle.contract.image_token_id)
+        pictures = load_processor(bundle.files, bundle.contract)([generated_picture(i) for i in range(args.images)])
+        prompter = Prompter(bundle.files, bundle.contract)
         ids = prompter.expand_images(Conversation(prompter).ask(PROMPT, args.images), pictures.tokens)
         self.ids = torch.tensor([bench.fill(ids, args.tokens, bundle.contract)])
         self.pixels = torch.from_numpy(pictures.inputs["pixel_values"]).to(self.model.dtype)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from vlmtrim.export.pipeline import progress
 from vlmtrim.export.weights.large import TEXT, config_of, write_config, write_weights
+from vlmtrim.runtime.progress import running
 
 
 def main() -> None:
@@ -27,14 +27,9 @@ def main() -> None:
     if (args.output / "config.json").exists():
         parser.error(f"{args.output} holds a checkpoint already; give another folder")
     write_config(args.output, config_of(args.like, args.dtype, args.layers, args.tied))
-    write_weights(
-        args.output,
-        getattr(torch, args.dtype),
-        int(args.shard_gb * 1e9),
-        args.seed,
-        not args.new_names,
-        progress("weights"),
-    )
+    shard_bytes = int(args.shard_gb * 1e9)
+    with running("weights") as show:
+        write_weights(args.output, getattr(torch, args.dtype), shard_bytes, args.seed, not args.new_names, show)
     size = sum(path.stat().st_size for path in args.output.glob("*.safetensors"))
     print(f"{args.output}: {size / 1e9:.2f} GB of {args.dtype} weights", file=sys.stderr)
 

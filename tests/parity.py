@@ -3,11 +3,11 @@
 import json
 
 from vlmtrim.export import check_cli
-from vlmtrim.export.checkpoint import family_names, load_family
-from vlmtrim.export.job_contract import methods_of
+from vlmtrim.export.arguments import methods_of
+from vlmtrim.export.checkpoint import family_names
 from vlmtrim.graphs.bundle import open_bundle
 
-COMBINATIONS = [(family, method) for family in family_names() for method in (*methods_of(load_family(family)), "none")]
+COMBINATIONS = [(family, method) for family in family_names() for method in (*methods_of(family), "none")]
 
 
 def assert_parity(folder, capsys, *arguments):

@@ -11,7 +11,6 @@ from typing import Any
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import torch
-from onnxscript.optimizer import fold_constants
 from torch import nn
 
 from vlmtrim.graphs.contract import GraphSpec
@@ -39,14 +38,19 @@ class Plan:
     fusions: Mapping[str, int] = field(default_factory=dict)
 
 
+def build_on_meta(model_class: Any, config: Any, dtype: torch.dtype, attention: str) -> Any:
+    """An instance of a transformers model on the meta device: names and shapes of its parameters, nothing to run."""
+    with torch.device("meta"):
+        return model_class._from_config(config, attn_implementation=attention, dtype=dtype)
+
+
 def build_without_memory(model_class: Any, config: Any, dtype: torch.dtype, attention: str) -> Any:
     """An instance of a transformers model whose parameters have their full shape and no memory (stride 0).
 
     Buffers that are computed from the config (rotary frequencies, position ids) are real. The recipe holds for
     any size: a 7B model costs a few megabytes.
     """
-    with torch.device("meta"):
-        model = model_class._from_config(config, attn_implementation=attention, dtype=dtype)
+    model = build_on_meta(model_class, config, dtype, attention)
     for module in model.modules():
         module._is_hf_initialized = False
         for name, buffer in module.named_buffers(recurse=False):
@@ -104,6 +108,8 @@ def tidy(model: ir.Model) -> None:
 
     What reads a weight is never folded: the weights are placeholders, and large ones must not be copied.
     """
+    from onnxscript.optimizer import fold_constants  # half a second, and a dry run traces nothing
+
     weights = {value for name, value in model.graph.initializers.items() if name.startswith("full.")}
     fold_constants(model, should_fold=lambda node: False if weights.intersection(node.inputs) else None)
     for tidy_pass in (

@@ -1,12 +1,13 @@
 """Weights of checkpoints: read, bound to graphs, written; and checkpoints made on the spot."""
 
 from vlmtrim.export.weights.files import (
-    Progress,
     StoredTensor,
     bind,
     bytes_by_dtype,
     check_bindings,
     common_dtype,
+    files_of,
+    keeps_files,
     make_header,
     match_parameters,
     read_checkpoint,
@@ -15,12 +16,13 @@ from vlmtrim.export.weights.files import (
 )
 
 __all__ = [
-    "Progress",
     "StoredTensor",
     "bind",
     "bytes_by_dtype",
     "check_bindings",
     "common_dtype",
+    "files_of",
+    "keeps_files",
     "make_header",
     "match_parameters",
     "read_checkpoint",

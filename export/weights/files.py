@@ -1,4 +1,4 @@
-"""Checkpoint weights without loading them: headers are read, files are linked, initializers point into them.
+"""Checkpoint weights without loading them: headers are read, files are taken, initializers point into them.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header and raw tensors, which is just what
 ONNX external data wants: file, offset, length. Only a change of dtype writes weights anew, one tensor at a time.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ import onnx_ir as ir
 import torch
 
 from vlmtrim.export.job import Refusal
+from vlmtrim.export.weights import taking
+from vlmtrim.runtime.progress import Progress
 
 _DTYPES = {
     "F64": torch.float64,
@@ -36,9 +37,6 @@ _DTYPES = {
 }
 CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-
-COPY_BYTES = 1 << 24
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -194,32 +192,19 @@ def store(
     dtype: torch.dtype,
     folder: Path,
     progress: Progress,
-    copy: bool = False,
+    link: bool = False,
     clip: bool = False,
 ) -> dict[str, StoredTensor]:
     """Bring the checkpoint's weights into ``folder`` and say where each tensor lies there.
 
-    Same dtype: its files are hard-linked, or copied where the file system refuses links or ``copy`` is set. Otherwise
-    one ``model.safetensors`` is written, one tensor in memory at a time; names stay. Values that do not fit the dtype
-    are refused, or become its largest where ``clip`` is set.
+    Same dtype: its files are taken as they are (:mod:`vlmtrim.export.weights.taking`), as hard links where ``link`` is
+    set. Otherwise one ``model.safetensors`` is written, one tensor in memory at a time; names stay. Values that do not
+    fit the dtype are refused, or become its largest where ``clip`` is set.
     """
-    if all(t.dtype == dtype for t in tensors.values() if t.dtype.is_floating_point):
-        return _take_files(tensors, folder, progress, copy)
-    return _write_cast(tensors, dtype, folder / "model.safetensors", progress, clip)
-
-
-def _take_files(
-    tensors: Mapping[str, StoredTensor], folder: Path, progress: Progress, copy: bool
-) -> dict[str, StoredTensor]:
-    files = sorted({tensor.file for tensor in tensors.values()})
-    total = sum(file.stat().st_size for file in files)
-    done = 0
-    for file in files:
-        source = file.resolve()  # a hub snapshot holds symbolic links; a bundle must hold the data
-        if copy or not _link(source, folder / file.name):
-            for written in _copy(source, folder / file.name):
-                progress(done + written, total)
-        done += source.stat().st_size
+    if not keeps_files(tensors, dtype):
+        return _write_cast(tensors, dtype, folder / "model.safetensors", progress, clip)
+    files = files_of(tensors)
+    taking.take(files, folder, link, progress)
     if len(files) > 1:
         shutil.copyfile(files[0].parent / "model.safetensors.index.json", folder / "model.safetensors.index.json")
     return {
@@ -227,20 +212,14 @@ def _take_files(
     }
 
 
-def _link(source: Path, target: Path) -> bool:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        return False
-    return True
+def keeps_files(tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> bool:
+    """Whether a bundle of that dtype can hold the checkpoint's files as they are."""
+    return set(bytes_by_dtype(tensors)) <= {dtype}
 
 
-def _copy(source: Path, target: Path) -> Iterator[int]:
-    """Copy piece by piece; yields the bytes written so far."""
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while piece := reader.read(COPY_BYTES):
-            writer.write(piece)
-            yield writer.tell()
+def files_of(tensors: Mapping[str, StoredTensor]) -> list[Path]:
+    """The files that tensors lie in."""
+    return sorted({tensor.file for tensor in tensors.values()})
 
 
 def _write_cast(

@@ -12,9 +12,9 @@ from vlmtrim.export import pipeline
 from vlmtrim.export.families import llava
 from vlmtrim.export.job import Job
 from vlmtrim.export.weights import tiny
-from vlmtrim.graphs import FastV
-from vlmtrim.graphs import bundle as bundles
+from vlmtrim.graphs import staging
 from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.graphs.methods.fastv import FastV
 
 LAST = "rename"  # after the last stage: the finished folder takes its place
 
@@ -29,8 +29,8 @@ def traces():
     return {}
 
 
-def job(checkpoint, output, **fields):
-    return Job(model=str(checkpoint), output=str(output), max_seq_len=256, dtype="float16", **fields)
+def job(checkpoint, output, k=2, r=0.5, **fields):
+    return Job(str(checkpoint), str(output), FastV(k, r), max_seq_len=256, dtype="float16", **fields)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def killed_at(stage, job, checkpoint, traces):
 
         pipeline._stage = stop
         if stage == LAST:
-            bundles.Path.rename = lambda self, target: die()
+            staging._rename = lambda *_: die()
         pipeline.export(job, checkpoint, traces)
 
     process = multiprocessing.get_context("fork").Process(target=child)

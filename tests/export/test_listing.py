@@ -6,8 +6,8 @@ import proven
 import pytest
 
 from vlmtrim.export import cli, listing, oracles
-from vlmtrim.export.checkpoint import PRESETS, family_names, load_family
-from vlmtrim.export.job_contract import methods_of
+from vlmtrim.export.arguments import methods_of
+from vlmtrim.export.checkpoint import PRESETS, family_names
 from vlmtrim.graphs.methods import method_names
 from vlmtrim.graphs.rules import rule_names
 
@@ -33,7 +33,7 @@ def test_the_list_names_all_there_is(capsys):
 @pytest.mark.parametrize("family", family_names())
 def test_what_is_called_proven_is_held_by_an_oracle_and_goldens(family):
     """The parity test runs every family with the methods for it (parity.COMBINATIONS)."""
-    methods = methods_of(load_family(family))
+    methods = methods_of(family)
     assert methods and set(methods) <= set(method_names())
     assert all((ORACLES / f"{method.replace('-', '_')}.py").is_file() for method in methods)
     assert all((GOLDEN / f"{name}.txt").is_file() for method in methods for name in GOLDENS[method])

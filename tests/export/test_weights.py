@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
+from pathlib import Path
 
 import onnx_ir as ir
 import pytest
@@ -15,6 +18,7 @@ from transformers import LlavaForConditionalGeneration
 from vlmtrim.export import weights
 from vlmtrim.export.families import llava
 from vlmtrim.export.job import Refusal
+from vlmtrim.export.weights import taking
 
 
 def quiet(done: int, total: int) -> None:
@@ -103,29 +107,68 @@ def test_the_names_of_old_llava_checkpoints_are_understood(model, tmp_path):
     check_parameters(model, tmp_path)
 
 
+@pytest.mark.parametrize("link", [False, True])
 @pytest.mark.parametrize("kind", ["whole", "sharded"])
-def test_an_unchanged_dtype_links_the_files_and_transformers_loads_them(kind, model, request, tmp_path):
+def test_files_of_the_dtype_are_taken_as_they_are_and_transformers_loads_them(kind, link, model, request, tmp_path):
     source = request.getfixturevalue(kind)
-    stored = weights.store(weights.read_checkpoint(source), torch.float32, tmp_path, quiet)
+    stored = weights.store(weights.read_checkpoint(source), torch.float32, tmp_path, quiet, link)
     for path in source.glob("*.safetensors"):
-        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
-        if path.stat().st_dev == tmp_path.stat().st_dev:
-            assert (tmp_path / path.name).stat().st_ino == path.stat().st_ino
+        taken = tmp_path / path.name
+        assert taken.read_bytes() == path.read_bytes()
+        assert (taken.stat().st_ino == path.stat().st_ino) == link
+        assert link or taken.stat().st_nlink == 1  # onnx refuses more
     assert all(tensor.file.parent == tmp_path for tensor in stored.values())
     model.config.save_pretrained(tmp_path)
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_files_are_copied_where_links_are_refused(whole, tmp_path, monkeypatch):
+def test_a_copy_tells_how_far_it_is(sharded, tmp_path, monkeypatch):
+    monkeypatch.setattr(taking, "COPY_BYTES", 4096)
+    monkeypatch.setattr(taking, "_clone", lambda *_: False)
+    told = []
+    weights.store(weights.read_checkpoint(sharded), torch.float32, tmp_path, lambda *now: told.append(now))
+    total = sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
+    assert len(told) > 10 and told == sorted(told) and told[-1] == (total, total)
+
+
+def test_a_file_system_that_clones_is_asked_first(whole, tmp_path, monkeypatch):
+    """The kernel call stands in for a file system with reflinks; what it makes must be taken, not overwritten."""
+
+    def clone(target, request, source):
+        assert request == 0x40049409
+        data = os.pread(source, 1 << 30, 0)
+        os.write(target, data)
+
+    monkeypatch.setattr(taking.fcntl, "ioctl", clone)
+    monkeypatch.setattr(taking, "_copy", None)
+    files = weights.files_of(weights.read_checkpoint(whole))
+    assert taking.how(files, tmp_path, link=False) == "cloned" and list(tmp_path.iterdir()) == []
+    weights.store(weights.read_checkpoint(whole), torch.float32, tmp_path, quiet)
+    assert (tmp_path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_links_that_cannot_be_made_are_refused_and_copies_take_their_place(whole, tmp_path, monkeypatch):
     def refuse(*_):
-        raise OSError("no links here")
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr("os.link", refuse)
-    weights.store(weights.read_checkpoint(whole), torch.float32, tmp_path, quiet)
-    copied, source = tmp_path / "model.safetensors", whole / "model.safetensors"
-    assert copied.read_bytes() == source.read_bytes()
-    assert copied.stat().st_ino != source.stat().st_ino
+    monkeypatch.setattr(taking, "_clone", lambda *_: False)
+    files = weights.files_of(weights.read_checkpoint(whole))
+    message = refusal(lambda: taking.how(files, tmp_path, link=True))
+    assert "--link-weights" in message and str(tmp_path) in message and "two file systems" in message
+    assert taking.how(files, tmp_path, link=False) == "copied"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_file_system_is_told_before_the_work(whole):
+    """Finding 16, on a real second file system where there is one."""
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == whole.stat().st_dev:
+        pytest.skip("no second file system here")
+    files = weights.files_of(weights.read_checkpoint(whole))
+    assert taking.how(files, other, link=False) == "copied"
+    assert "two file systems" in refusal(lambda: taking.how(files, other, link=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -185,12 +228,6 @@ def test_an_overflow_is_clipped_where_asked_and_counted(tmp_path, capsys):
     assert torch.equal(load_file(out / "model.safetensors")["a"], expected)
     said = capsys.readouterr().err
     assert "2 values were clipped to 65504" in said and "1 small values became zero" in said
-
-
-def test_files_are_copied_where_asked(whole, tmp_path):
-    weights.store(weights.read_checkpoint(whole), torch.float32, tmp_path, quiet, copy=True)
-    copied, source = tmp_path / "model.safetensors", whole / "model.safetensors"
-    assert copied.read_bytes() == source.read_bytes() and copied.stat().st_nlink == 1
 
 
 def test_a_missing_shard_is_refused_by_name(sharded, tmp_path):

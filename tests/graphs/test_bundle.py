@@ -1,4 +1,4 @@
-"""bundle.py: a bundle is whole, unchanged, or refused; writing one is all or nothing."""
+"""bundle.py: a bundle is whole, unchanged, or refused."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from vlmtrim.graphs import bundle as bundle_module
-from vlmtrim.graphs.bundle import BundleError, open_bundle, seal, staging
+from vlmtrim.graphs.bundle import BundleError, open_bundle, seal
 from vlmtrim.graphs.contract import CacheGroup, Contract, GraphSpec, TensorSpec, decoder_spec
 
 SUMS = "SHA256SUMS"
@@ -71,16 +69,6 @@ def folder(tmp_path) -> Path:
     made = fill(tmp_path / "bundle")
     seal(made)
     return made
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_a_sealed_bundle_opens_with_its_contract_and_checksums(folder):
@@ -240,7 +228,7 @@ def test_parts_of_a_contract_that_contradict_are_refused(folder):
 
 
 def test_verify_hashes_what_is_remembered_too(folder, monkeypatch):
-    monkeypatch.setattr(bundle_module, "known_sha256", lambda path: bundle_module.sha256(folder / "honest"))
+    monkeypatch.setattr(bundle_module, "known_sha256", lambda path, _: bundle_module.sha256(folder / "honest"))
     (folder / "honest").write_bytes(b"")
     (folder / SUMS).write_text("".join(f"{hashlib.sha256(b'').hexdigest()}  {n}\n" for n in NAMES))
     assert open_bundle(folder)  # believed: every digest is remembered as that of the empty file
@@ -276,115 +264,5 @@ def test_a_contract_of_another_schema_names_both_schemas(folder):
     raw["schema"] = 77
     (folder / "contract.json").write_text(json.dumps(raw))
     seal(folder)
-    with pytest.raises(BundleError, match=r"schema 77.*schema 1"):
+    with pytest.raises(BundleError, match=r"schema 77.*schema 2"):
         open_bundle(folder)
-
-
-def test_staging_puts_the_finished_folder_in_place_and_leaves_nothing_beside_it(tmp_path):
-    target = tmp_path / "deep" / "bundle"
-    with staging(target, force=False) as partial:
-        assert not target.exists()
-        seal(fill(partial))
-    assert open_bundle(target)
-    assert os.listdir(target.parent) == ["bundle"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_exception_while_staging_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), staging(tmp_path / "bundle", force=False) as partial:
-        fill(partial)
-        raise error
-    assert os.listdir(tmp_path) == []
-
-
-def test_an_exception_while_replacing_leaves_the_old_bundle(folder):
-    before = tree(folder)
-    with pytest.raises(RuntimeError), staging(folder, force=True) as partial:
-        (partial / "contract.json").write_text("half")
-        raise RuntimeError
-    assert tree(folder) == before
-    assert os.listdir(folder.parent) == ["bundle"]
-
-
-def test_an_existing_target_is_refused_without_force_and_unchanged(folder):
-    before = tree(folder)
-    with pytest.raises(FileExistsError, match="--force") as caught, staging(folder, force=False):
-        raise AssertionError("must not start")
-    assert str(folder) in str(caught.value)
-    assert tree(folder) == before
-    assert os.listdir(folder.parent) == ["bundle"]
-
-
-def test_force_replaces_a_bundle_whole(folder):
-    (folder / "old.txt").write_text("old")
-    with staging(folder, force=True) as partial:
-        fill(partial)
-        (partial / "new.txt").write_text("new")
-        seal(partial)
-    assert set(open_bundle(folder).sums) == {*NAMES, "new.txt"}
-    assert not (folder / "old.txt").exists()
-    assert os.listdir(folder.parent) == ["bundle"]
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path, force):
-    target = tmp_path / "photos"
-    target.mkdir()
-    (target / "holiday.jpg").write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match="photos"), staging(target, force=force):
-        raise AssertionError("must not start")
-    assert tree(target) == {"holiday.jpg": b"precious"}
-    assert os.listdir(tmp_path) == ["photos"]
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_file_at_the_target_is_never_replaced(tmp_path, force):
-    target = tmp_path / "bundle"
-    target.write_text("precious")
-    with pytest.raises(FileExistsError, match="bundle"), staging(target, force=force):
-        raise AssertionError("must not start")
-    assert target.read_text() == "precious"
-
-
-def test_a_leftover_of_a_dead_process_is_removed_and_one_of_a_live_process_stays(tmp_path):
-    dead = tmp_path / f".bundle.partial-{dead_pid()}"
-    alive = tmp_path / f".bundle.partial-{os.getppid()}"
-    other = tmp_path / f".elsewhere.partial-{dead_pid()}"
-    for leftover in (dead, alive, other):
-        fill(leftover)
-    with staging(tmp_path / "bundle", force=False) as partial:
-        seal(fill(partial))
-    assert not dead.exists()
-    assert alive.exists()
-    assert other.exists()
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from vlmtrim.graphs.bundle import staging
-with staging(Path(sys.argv[1]), force=True) as partial:
-    (partial / "decoder.onnx").write_bytes(b"half")
-    print("writing", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("replacing", [False, True])
-def test_a_killed_export_leaves_no_half_bundle_and_the_next_one_cleans_up(tmp_path, replacing):
-    target = tmp_path / "bundle"
-    if replacing:
-        seal(fill(target))
-    before = tree(target)
-    command = [sys.executable, "-c", KILLED, str(target)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "writing\n"
-        process.send_signal(signal.SIGKILL)
-    assert target.exists() == replacing
-    assert tree(target) == before
-    assert list(tmp_path.glob(".bundle.partial-*"))
-    with staging(target, force=True) as partial:
-        seal(fill(partial))
-    assert open_bundle(target)
-    assert os.listdir(tmp_path) == ["bundle"]

@@ -15,7 +15,7 @@ def large(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(checksums, "LARGE", 4)
     hashed, real = [], checksums.sha256
-    monkeypatch.setattr(checksums, "sha256", lambda path: hashed.append(path) or real(path))
+    monkeypatch.setattr(checksums, "sha256", lambda path, *_: hashed.append(path) or real(path))
     path = tmp_path / "weights"
     write(path, b"first content")
     return path, hashed

@@ -1,0 +1,99 @@
+"""Arguments of export-vlm -> Job, and all that can be refused before torch and transformers take seconds to import."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from vlmtrim.export import checkpoint as checkpoints
+from vlmtrim.export.job import Job, Refusal, check_numbers
+from vlmtrim.graphs.contract import IMAGES, CacheGroup
+from vlmtrim.graphs.methods import load_method, make_method, method_names, parameters
+from vlmtrim.runtime.engines import find_library
+from vlmtrim.runtime.errors import RuntimeRefusal
+
+LENGTH_OF_THE_MODEL = 0  # stands in a job until the model's config is read
+
+
+def make_job(args: argparse.Namespace) -> Job:
+    """argv -> Job; what was left out is filled in from the method and, for the length, from the model."""
+    fields = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Job)}
+    fields = {name: value for name, value in fields.items() if value is not None}  # the others have defaults in Job
+    if args.max_seq_len is None:
+        fields["max_seq_len"] = LENGTH_OF_THE_MODEL
+    elif args.max_seq_len < 2:
+        raise Refusal(f"--max-seq-len is {args.max_seq_len}; give 2 or more")
+    try:
+        method = make_method(args.method, **{name: getattr(args, name) for name in parameters(args.method)})
+    except ValueError as error:
+        raise Refusal(str(error)) from error
+    fields["output"] = args.output or default_output(args.model, method.label if method else "dense")
+    fields["eos_token_ids"] = tuple(args.eos_token_ids or ())
+    return Job(**{**fields, "method": method})
+
+
+def default_output(model: str, label: str) -> str:
+    """Folder name of a bundle where the user gives none."""
+    stem = Path(model).name if Path(model).is_dir() else model.replace(":", "-").replace("/", "--")
+    return str(Path("bundles") / f"{stem}-{label}")
+
+
+def check(job: Job) -> None:
+    """Raises Refusal where numbers, names or the model's config say that the job cannot be done."""
+    check_numbers(job)
+    checkpoints.check_name(job.model)
+    family, text = _family_and_text(job.model)
+    if family is None:
+        return
+    check_method(job, family)
+    layers, positions = text.get("num_hidden_layers"), text.get("max_position_embeddings")
+    if isinstance(positions, int) and job.max_seq_len > positions:
+        raise Refusal(f"--max-seq-len is {job.max_seq_len}; the model takes 2 to {positions} tokens")
+    if isinstance(layers, int) and job.method is not None and "cross_attention_layers" not in text:
+        try:
+            job.method.groups((CacheGroup(tuple(range(layers)), 1, 1, 1),), 0)
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+
+
+def missing_library(job: Job) -> str | None:
+    """Which package is missing of those that the engines need."""
+    if job.engine != "none":
+        try:
+            find_library(job.engine)
+        except RuntimeRefusal as error:
+            return str(error)
+    return None
+
+
+def check_method(job: Job, family: str) -> None:
+    """Raises Refusal where the method does not remove what the family's pictures are made of."""
+    if job.method is None or job.method.name in methods_of(family):
+        return
+    tokens, features = "visual tokens of the sequence", "image features that cross-attention layers attend to"
+    removes, has = (features, tokens) if job.method.prunes == IMAGES else (tokens, features)
+    raise Refusal(
+        f"method {job.method.name} removes {removes}, the pictures of the family {family} are {has} (export-vlm "
+        f"--list); give --method {' or '.join((*methods_of(family), 'none'))}"
+    )
+
+
+def methods_of(family: str) -> tuple[str, ...]:
+    """Methods that prune what a family has: visual tokens of the sequence, or features of cross-attention."""
+    prunes = checkpoints.prunes(family)
+    return tuple(name for name in method_names() if load_method(name).prunes == prunes)
+
+
+def _family_and_text(model: str) -> tuple[str | None, dict[str, Any]]:
+    """A model's family and the raw config of its text model, as far as files at hand tell; hub ids wait."""
+    if model.startswith("tiny:"):
+        family = model.removeprefix("tiny:")
+        return family, {"num_hidden_layers": checkpoints.tiny_layers(family)}
+    folder = checkpoints.DEMO if model == "demo" else Path(model)
+    if not folder.is_dir():
+        return None, {}
+    raw = checkpoints.read_raw_config(folder)
+    text = raw.get("text_config")
+    return str(raw.get("model_type")), text if isinstance(text, dict) else {}
