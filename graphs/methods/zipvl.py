@@ -212,7 +212,9 @@ class _Probes:
         ops = self.ops
         query, keys = self.keeping.queries(layer, self.rows), self.keeping.new_key(layer)
         heads, kv_heads, size = attention.head_counts(layer)
-        grouped = ops("Reshape", query, ops.const([0, kv_heads, -1, size]))
+        count = ops("Mul", ops.dim(self.rows, 1), ops.const([heads // kv_heads]))
+        shape = ops.concat(self.keeping.batch, ops.const([kv_heads]), count, ops.const([size]))
+        grouped = ops("Reshape", query, shape)
         logits = ops("MatMul", grouped, ops("Transpose", keys, perm=[0, 1, 3, 2]))
         shape = ops.concat(self.keeping.batch, ops.const([heads]), ops.dim(self.rows, 1), self.keeping.tokens)
         logits = ops("Cast", ops("Reshape", logits, shape), to=ir.DataType.FLOAT)

@@ -15,7 +15,7 @@ from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.anatomy import Layer, before_scaling, graph_input, seam_before
 from vlmtrim.graphs.surgery.attention import head_counts
-from vlmtrim.graphs.surgery.region import SideInputs, cut_values, downstream, upstream
+from vlmtrim.graphs.surgery.region import SideInputs, downstream, upstream
 from vlmtrim.graphs.surgery.select import gather_tokens
 from vlmtrim.graphs.surgery.split import common_capacity, drop_unused, rename_dims, shrink_caches
 
@@ -109,7 +109,11 @@ class Layerwise:
         roots |= {o: self._table(n, rows) for o, n in zip(parts.tables, parts.key_tables, strict=True)}
         side = SideInputs(roots, shape_only=None, suffix=f".probe{layer.index}")
         found = side.derive(layer.query)
+        heads, _, size = head_counts(layer)
+        shape = self.ops.concat(self.batch, self.ops.dim(rows, 1), self.ops.const([heads]), self.ops.const([size]))
         for node in side.cloned:
+            if node.op_type == "Reshape" and len(node.outputs[0].shape or ()) == 4:
+                node.replace_input_with(1, shape)  # no -1: where there are no rows, it could be anything
             for value in node.outputs:
                 value.shape = None  # named after the layer's own tokens
         self._derived += side.cloned
@@ -150,6 +154,7 @@ class Layerwise:
             new_key: self._keys(layer, choice),
             layer.write_indices: layer.write_indices,
             window: window,
+            self._embeds: taken,
         }
         if index:
             roots[layer.write_indices] = ir.val(f"write_indices.{index}", dtype=ir.DataType.INT64, shape=("B",))
@@ -158,9 +163,8 @@ class Layerwise:
         if parts.one_row:  # all visual tokens lie before the last token, and it stays
             gone = ops("Squeeze", ops("Sub", self.visual, choice.kept), ops.const([1]))
             roots[self.last_index] = ops("Sub", self.last_index, gone)
-            roots |= {value: value for value in (layer.query, parts.state, parts.ids, self._embeds)}
+            roots |= {value: value for value in (layer.query, parts.state, parts.ids)}
         else:
-            roots[self._embeds] = taken
             roots |= {table: self._table(table, choice.indices) for table in parts.tables}
         side = SideInputs(roots, shape_only=None, suffix=f".{index}")
         order = [node for node in self._model.graph if node in region]
@@ -198,10 +202,9 @@ class Layerwise:
 
     def _keys(self, layer: Layer, choice: Choice) -> ir.Value:
         """The keys of what stays, [B, KV, T, Dh]."""
-        ops, (_, kv_heads, _) = self.ops, head_counts(layer)
-        at = ops("Unsqueeze", choice.indices, ops.const([1, 3]))
-        shape = ops.concat(self.batch, ops.const([kv_heads]), choice.size, ops.const([1]))
-        return ops("GatherND", self.new_key(layer), ops("Expand", at, shape), batch_dims=2)
+        ops = self.ops  # gathered by token: the number of heads stays static, which TensorRT's cache update needs
+        by_token = gather_tokens(ops, ops("Transpose", self.new_key(layer), perm=[0, 2, 1, 3]), choice.indices)
+        return ops("Transpose", by_token, perm=[0, 2, 1, 3])
 
     def _add_back(self, parts: _Parts, choice: Choice) -> None:
         """The layer's output for all tokens: zero, one row behind the others, for those that do not stay."""
@@ -239,10 +242,9 @@ def _parts(model: ir.Model, layers: list[Layer], layer: Layer) -> _Parts:
     seam = seam_before(model, layers, layer.index) if layer.index else graph_input(model, "inputs_embeds")
     key, value = layer.key_update.inputs[1], layer.value_update.inputs[1]
     assert key is not None and value is not None
-    normed = seam
-    for candidate in cut_values(seam, key, list(model.graph)):
-        if value.producer() in downstream(candidate):
-            normed = candidate
+    normed = _projected(key)
+    if normed is not _projected(value) or normed.producer() not in downstream(seam):
+        raise GraphError(f"keys and values of attention {layer.index} are not projections of the same states")
     one_row = layer.query.producer() not in downstream(normed)
     state, ids = normed, graph_input(model, "position_ids")
     if one_row:
@@ -256,6 +258,17 @@ def _parts(model: ir.Model, layers: list[Layer], layer: Layer) -> _Parts:
         if readers[0].op_type == "Add" and (state if one_row else seam) in readers[0].inputs:
             return _Parts(seam, normed, added, state, ids, _rotary(layer.query), _rotary(key), one_row)
         added = readers[0].outputs[0]
+
+
+def _projected(value: ir.Value) -> ir.Value:
+    """The states [B, S, D] whose projection a key or a value is."""
+    node = value.producer()
+    while node is not None and node.op_type != "MatMul":
+        value = next(v for v in node.inputs if v is not None and v.producer() is not None)  # biases have no producer
+        node = value.producer()
+    if node is None or node.inputs[0] is None:
+        raise GraphError(f"{value.name} is no projection of token states by a MatMul")
+    return node.inputs[0]
 
 
 def _gathered(nodes: set[ir.Node], source: ir.Value) -> ir.Value:
