@@ -1,4 +1,4 @@
-"""What goes to a terminal: an answer's control characters are shown, not obeyed; a closed pipe ends a command quietly."""
+"""What goes to a terminal: control characters of an answer are shown, not obeyed; a closed pipe is a quiet end."""
 
 from __future__ import annotations
 
