@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 SECONDS = 10  # an attempt that takes longer hangs
+KINDS = ("refused", "ran", "traceback", "crash", "hang", "memory")
 MEMORY = 1_500_000_000  # bytes of resident memory that an attempt may reach
 
 

@@ -29,6 +29,7 @@ TEMPLATES = [
     "",
 ]
 # What of an ONNX file is changed: fields that a loader or a kernel computes with.
+_ACTIONS = ["operator", "attribute", "dims", "external", "edge", "remove", "boundary", "constant", "type"]
 _OPERATORS = ["Add", "Reshape", "Gather", "Slice", "Expand", "TopK", "Attention", "Loop", "If", "NoSuchOp", "Identity"]
 
 

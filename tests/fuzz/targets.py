@@ -139,78 +139,34 @@ def _program(draw: random.Random, depth: int) -> str:
     value = _value(draw, depth, number)
     kind = draw.randrange(9)
     if kind == 0:
-        return (
-            "{% for i in "
-            + draw.choice([f"range({number})", "x", "messages", value])
-            + " %}"
-            + inner()
-            + "{% endfor %}"
-        )
+        over = draw.choice([f"range({number})", "x", "messages", value])
+        return "{% for i in " + over + " %}" + inner() + "{% endfor %}"
     if kind == 1:
         return "{% set x = " + value + " %}" + inner()
     if kind == 2:
-        return (
-            "{% set n = namespace(x=x) %}{% for i in range("
-            + number
-            + ") %}{% set n.x = n.x ~ n.x %}{% endfor %}"
-            + inner()
-        )
+        double = "{% for i in range(" + number + ") %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+        return "{% set n = namespace(x=x) %}" + double + inner()
     if kind == 3:
-        return (
-            "{% macro m(y) %}"
-            + inner()
-            + draw.choice(["", "{{ m(y) }}", "{{ m(y) }}{{ m(x) }}"])
-            + "{% endmacro %}{{ m(x) }}"
-        )
+        calls = draw.choice(["", "{{ m(y) }}", "{{ m(y) }}{{ m(x) }}"])
+        return "{% macro m(y) %}" + inner() + calls + "{% endmacro %}{{ m(x) }}"
     if kind == 4:
         return "{% if " + value + " %}" + inner() + "{% else %}" + inner() + "{% endif %}"
     if kind == 5:
         return "{{ " + value + " }}" + inner()
     if kind == 6:
-        return (
-            draw.choice(["{% include x %}", "{% raw %}", "{% endfor %}", "{{", "{# ", "{% call m(x) %}", "\0"])
-            + inner()
-        )
+        broken = ["{% include x %}", "{% raw %}", "{% endfor %}", "{{", "{# ", "{% call m(x) %}", "\0"]
+        return draw.choice(broken) + inner()
     if kind == 7:
         return "{{ " + draw.choice(["(", "[", "not ", "- ", "{1:"]) * draw.choice([3, 300, 30000]) + "1 }}"
     return inner() + inner()
 
 
 def _value(draw: random.Random, depth: int, number: str) -> str:
-    filters = ["upper", "list", "join(x)", f"indent({number})", "replace('a', x)", "tojson", "sort", "unique", "length"]
-    filters += [
-        f"center({number})",
-        f"batch({number})",
-        f"'%{number}d' | format(1)",
-        "map('upper')",
-        "reverse",
-        "xmlattr",
-    ]
-    forms = [
-        *(
-            f"x * {number}",
-            f"{number} * [x]",
-            "x ~ x",
-            "x + x",
-            f"'%0{number}d' % 1",
-            "x.__class__",
-            "messages",
-            "x[::2]",
-        ),
-        *(
-            f"range({number}) | list",
-            f"x | {draw.choice(filters)}",
-            f"messages | {draw.choice(filters)}",
-            "[x, [x, [x]]]",
-        ),
-        *(
-            f"x.ljust({number})",
-            "'{:>999999999}'.format(x)",
-            "x.join([x, x])",
-            "lipsum(99)",
-            "cycler(x)",
-            "x is string",
-        ),
-    ]
+    filters = ["upper", "list", "join(x)", "replace('a', x)", "tojson", "sort", "unique", "length", "reverse"]
+    filters += [f"center({number})", f"batch({number})", f"indent({number})", "map('upper')", "xmlattr"]
+    forms = ["x ~ x", "x + x", "x.__class__", "messages", "x[::2]", "[x, [x, [x]]]", "x is string"]
+    forms += [f"x * {number}", f"{number} * [x]", f"'%0{number}d' % 1", f"range({number}) | list", f"x.ljust({number})"]
+    forms += [f"x | {draw.choice(filters)}", f"messages | {draw.choice(filters)}", "'{:>999999999}'.format(x)"]
+    forms += ["x.join([x, x])", "lipsum(99)", "cycler(x)"]
     value = draw.choice(forms)
     return f"({value} | {draw.choice(filters)})" if depth and draw.random() < 0.4 else f"({value})"
