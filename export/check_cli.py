@@ -125,10 +125,10 @@ def _compare_inputs(bundle: Bundle, session: Session, prompt: str, image: Any) -
 
     picture = load_image(image)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    text = session.prompter.render(messages)
-    expected_ids, expected = processed(bundle.folder, text, picture)
+    rendered = session.prompter.render(messages)
+    expected_ids, expected = processed(bundle.folder, rendered.text, picture)
     pictures = session.processor([picture])
-    ids = session.prompter.expand_images(session.prompter.encode(text, opening=True), pictures.tokens)
+    ids = session.prompter.expand_images(session.prompter.encode(rendered, opening=True), pictures.tokens)
     pixels = pictures.inputs["pixel_values"]
     same_size = pixels.size == expected.size
     error = float(np.abs(pixels - expected.reshape(pixels.shape)).max()) if same_size else float("inf")

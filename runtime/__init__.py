@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vlmtrim.graphs.bundle import BundleError, open_bundle
 from vlmtrim.runtime.errors import RuntimeRefusal
-from vlmtrim.runtime.generate import Chat, Step
+from vlmtrim.runtime.generate import Chat, Image, Prompt, Step
 from vlmtrim.runtime.progress import running
 from vlmtrim.runtime.sampling import Sampling
 from vlmtrim.runtime.select_backend import BACKENDS, choose_backend, make_backend
@@ -23,7 +23,9 @@ __all__ = [
     "BACKENDS",
     "BundleError",
     "Chat",
+    "Image",
     "Prefill",
+    "Prompt",
     "RuntimeRefusal",
     "Sampling",
     "Session",
@@ -35,13 +37,27 @@ __all__ = [
 ]
 
 
-def open(bundle: str | Path, backend: str = "ort-cpu", batch: int = 1, verify: bool = False) -> Chat:
-    """Open a bundle on a backend (``auto``: the first that can run it).
+def open(
+    bundle: str | Path,
+    backend: str = "ort-cpu",
+    batch: int = 1,
+    *,
+    verify: bool = False,
+    threads: int = 0,
+    verbose: bool = False,
+) -> Chat:
+    """Open a bundle on a backend; ``with`` closes it.
 
-    ``verify`` hashes every byte, also of large files that were hashed before and seem unchanged.
+    Args:
+        bundle: folder made by export-vlm.
+        backend: one of BACKENDS, or ``auto`` for the first that can run it.
+        batch: rows that run together.
+        verify: hash every byte, also of large files that were hashed before and seem unchanged.
+        threads: CPU threads of ONNX Runtime; 0 for one per core.
+        verbose: say on stderr which backend ``auto`` took, and why not the others.
 
     Raises BundleError for a damaged bundle, RuntimeRefusal where it cannot run.
     """
     with running("checking the bundle") as show:
         opened = open_bundle(bundle, verify, show)
-    return Chat(Session(opened, choose_backend(backend, opened), batch))
+    return Chat(Session(opened, choose_backend(backend, opened, threads, verbose=verbose), batch))

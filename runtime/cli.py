@@ -7,49 +7,89 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from vlmtrim.graphs.bundle import BundleError
 from vlmtrim.runtime.errors import RuntimeRefusal
-from vlmtrim.runtime.generate import Step
+from vlmtrim.runtime.generate import Chat, Step
 from vlmtrim.runtime.select_backend import AUTO, BACKENDS
+from vlmtrim.runtime.terminal import OutputError, harmless, write
+
+LARGEST_PROMPT = 1 << 20  # bytes of a prompt on stdin; what a bundle takes is checked against its own length
+ENDINGS = {
+    "eos": "the model ended it",
+    "stop": "ended before a --stop text",
+    "length": "cut after --max-new-tokens",
+    "capacity": "cut where the caches were full",
+}
 
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of run-vlm."""
     p = argparse.ArgumentParser(
         prog="run-vlm",
-        description="Ask a bundle about a picture; the answer is streamed to stdout.",
+        description="Ask a bundle about a picture; the answer is streamed to stdout. Without --prompt, a conversation.",
         epilog="Example: run-vlm bundles/demo-fastv-k2-r0.5 --image word.png --prompt 'Which word is written?'",
     )
     p.add_argument("bundle", help="bundle folder made by export-vlm")
-    p.add_argument("--prompt", required=True, help="question")
-    p.add_argument("--image", action="append", default=[], help="picture file; repeat for several")
+    p.add_argument("--version", action=_Version, help="print the version and exit")
+    p.add_argument("--prompt", default=None, help="question, or - for stdin; without it a conversation in the terminal")
+    p.add_argument("--system", default="", metavar="TEXT", help="what stands before the first question")
+    p.add_argument(
+        "--image", action="append", default=[], help="picture file, - for stdin, or a data: URL; repeat for several"
+    )
     p.add_argument("--video", nargs="+", default=[], metavar="FRAME", help="frames of a video, or their folder")
     p.add_argument("--fps", type=float, default=2.0, help="frames a second of --video (default 2)")
     p.add_argument(
         "--backend", default=AUTO, choices=(AUTO, *BACKENDS), help="what runs it (default: the fastest here)"
     )
+    p.add_argument("--threads", type=int, default=0, help="CPU threads of ONNX Runtime (default: one per core)")
     p.add_argument("--max-new-tokens", type=int, default=128, help="at most so many tokens (default 128)")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    p.add_argument("--top-k", type=int, default=0, help="only the k most probable tokens; 0 for all")
-    p.add_argument("--top-p", type=float, default=1.0, help="only the most probable tokens that reach p")
-    p.add_argument("--seed", type=int, default=None, help="of the sampling")
+    p.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable"
+    )
+    drawn = p.add_argument_group("sampling", "how tokens are drawn; greedy, and so the same every time, by default")
+    drawn.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default); higher is more varied")
+    drawn.add_argument("--top-k", type=int, default=0, help="only the k most probable tokens; 0 for all (default)")
+    drawn.add_argument(
+        "--top-p", type=float, default=1.0, help="only the most probable tokens that reach p (default 1)"
+    )
+    drawn.add_argument("--seed", type=int, default=None, help="draws the same tokens again (default: other ones)")
     p.add_argument(
         "--show-kept",
         metavar="OUT.png",
         help="draw the pictures with kept patches bright and removed ones dimmed, scores as heat beside them",
     )
+    p.add_argument("--verify", action="store_true", help="hash every byte of the bundle, also of large unchanged files")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    p.add_argument("-v", "--verbose", action="store_true", help="say which backend runs, and why not the others")
     return p
 
 
+class _Version(argparse.Action):
+    """Like --help: prints and exits, whatever else is given."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import importlib.metadata
+
+        print(f"vlmtrim {importlib.metadata.version('vlmtrim')}")
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 the work failed, 2 bad input."""
+    """Entry point; returns the exit status: 0 done, 1 the work failed, 2 bad input, 141 the reader closed the pipe."""
     args = parser().parse_args(argv)
     try:
         return _run(args)
+    except OutputError as error:
+        if str(error):
+            print(f"run-vlm: {error}", file=sys.stderr)
+        return error.status
     except (BundleError, RuntimeRefusal) as error:
-        print(f"run-vlm: {error}", file=sys.stderr)
+        print(f"run-vlm: {harmless(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -57,55 +97,103 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from vlmtrim import runtime
-    from vlmtrim.runtime.image import load_image
-    from vlmtrim.runtime.show import check_target, draw_kept
+    from vlmtrim.runtime.image import picture_argument
+    from vlmtrim.runtime.show import check_target
 
     sampling = runtime.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.threads < 0:
+        raise RuntimeRefusal(f"--threads is {args.threads}; give 1 or more, or 0 for one per core")
+    if args.prompt is None:
+        _check_conversation(args)
+    pictures = [picture_argument(text) for text in args.image]
+    prompt = _stdin_text(args.image) if args.prompt == "-" else args.prompt
+    shown = [*pictures, *([runtime.Video.of(args.video, args.fps)] if args.video else [])]
     start = time.perf_counter()
-    chat = runtime.open(args.bundle, backend=args.backend)
-    opened = time.perf_counter() - start
-    contract = chat.session.contract
-    if args.show_kept:
-        check_target(args.show_kept, contract, len(args.image))
-    shown = [*args.image, *([runtime.Video.of(args.video, args.fps)] if args.video else [])]
-    steps: list[Step] = []
-    for step in chat.generate(args.prompt, shown, max_new_tokens=args.max_new_tokens, sampling=sampling):
-        steps.append(step)
-        if not args.json:
-            print(step.text, end="", flush=True)
-    prefill, times = steps[-1].prefill, chat.session.times
-    if args.show_kept:
-        views = chat.session.processor.views([load_image(path) for path in args.image])
-        draw_kept(views, prefill).save(args.show_kept)
-    if args.json:
-        answer = {
-            "text": "".join(step.text for step in steps),
-            "token_ids": [step.token_ids[0] for step in steps],
-            "ended": steps[-1].ended[0],
-            "visual": prefill.visual,
-            "kept": prefill.kept,
-            "removed": prefill.visual - prefill.kept,
-            "backend": chat.session.backend.name,
-            "selection": contract.selection,
-            "times": {
-                "open": round(opened, 6),
-                "vision": round(times.vision, 6),
-                "prefill": round(times.prefill, 6),
-                "decode": round(times.decode, 6),
-            },
-        }
-        print(json.dumps(answer))
-        return 0
-    print()
-    rate = times.steps / times.decode if times.decode else 0.0
-    what = "image features" if chat.session.contract.crosses else "visual tokens"
-    print(
-        f"{prefill.visual} {what}, {prefill.kept} kept, {prefill.visual - prefill.kept} removed; "
-        f"vision {times.vision:.3f} s, prefill {times.prefill:.3f} s, decode {rate:.1f} tokens/s "
-        f"({chat.session.backend.name})",
-        file=sys.stderr,
-    )
+    with runtime.open(
+        args.bundle, backend=args.backend, verify=args.verify, threads=args.threads, verbose=args.verbose
+    ) as chat:
+        opened = time.perf_counter() - start
+        settings = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
+        chat.reset(args.system)
+        if prompt is None:
+            from vlmtrim.runtime.chat_cli import converse
+
+            return converse(chat, args.system, shown, settings)
+        if args.show_kept:
+            check_target(args.show_kept, chat.session.contract, len(pictures))
+        steps: list[Step] = []
+        for step in chat.generate(prompt, shown, **settings):
+            steps.append(step)
+            if not args.json:
+                write(step.text)
+        _finish(args, chat, steps, pictures, opened)
     return 0
+
+
+def _check_conversation(args: argparse.Namespace) -> None:
+    """Raise RuntimeRefusal where a conversation in the terminal is no way to ask."""
+    if args.json or args.show_kept:
+        raise RuntimeRefusal("--json and --show-kept are of one answer; give a --prompt")
+    if not sys.stdin.isatty():
+        raise RuntimeRefusal(
+            "no --prompt is given, and stdin is no terminal to ask in; give --prompt TEXT, or --prompt -"
+        )
+
+
+def _stdin_text(images: Sequence[str]) -> str:
+    if "-" in images:
+        raise RuntimeRefusal("stdin cannot be both the prompt and a picture; give one of them otherwise")
+    data = sys.stdin.buffer.read(LARGEST_PROMPT + 1)
+    if len(data) > LARGEST_PROMPT:
+        raise RuntimeRefusal(f"the prompt on stdin has more than {LARGEST_PROMPT} bytes; give a shorter one")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise RuntimeRefusal(f"the prompt on stdin is no UTF-8 text (byte {error.start})") from error
+
+
+def _finish(args: argparse.Namespace, chat: Chat, steps: list[Step], pictures: list[Any], opened: float) -> None:
+    """What follows the answer: the drawing, and the numbers."""
+    from vlmtrim.runtime.image import load_image
+    from vlmtrim.runtime.show import draw_kept, save_drawing
+
+    prefill, times, ended = steps[-1].prefill, chat.session.times, steps[-1].ended[0]
+    if args.json:
+        write(json.dumps(_record(chat, steps, opened)) + "\n")
+    else:
+        write("\n")
+        rate = times.steps / times.decode if times.decode else 0.0
+        what = "image features" if chat.session.contract.crosses else "visual tokens"
+        print(
+            f"{prefill.visual} {what}, {prefill.kept} kept, {prefill.visual - prefill.kept} removed; "
+            f"vision {times.vision:.3f} s, prefill {times.prefill:.3f} s, decode {rate:.1f} tokens/s "
+            f"({chat.session.backend.name}; {ENDINGS[str(ended)]})",
+            file=sys.stderr,
+        )
+    if args.show_kept:
+        views = chat.session.processor.views([load_image(picture) for picture in pictures])
+        save_drawing(draw_kept(views, prefill), args.show_kept)
+
+
+def _record(chat: Chat, steps: list[Step], opened: float) -> dict[str, Any]:
+    """What --json prints."""
+    prefill, times = steps[-1].prefill, chat.session.times
+    return {
+        "text": "".join(step.text for step in steps),
+        "token_ids": [step.token_ids[0] for step in steps],
+        "ended": steps[-1].ended[0],
+        "visual": prefill.visual,
+        "kept": prefill.kept,
+        "removed": prefill.visual - prefill.kept,
+        "backend": chat.session.backend.name,
+        "selection": chat.session.contract.selection,
+        "times": {
+            "open": round(opened, 6),
+            "vision": round(times.vision, 6),
+            "prefill": round(times.prefill, 6),
+            "decode": round(times.decode, 6),
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,50 @@ from typing import Any
 import numpy as np
 
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import Picture as Still
 from vlmtrim.runtime.prompt import Conversation
 from vlmtrim.runtime.sampling import Sampler, Sampling
 from vlmtrim.runtime.session import Prefill, Session
-from vlmtrim.runtime.video import Picture as Still
-from vlmtrim.runtime.video import Video, load_picture
+from vlmtrim.runtime.stopping import Stopper
+from vlmtrim.runtime.video import Video, as_pictures, load_picture
 
 Picture = Still | Video
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture in its place among the parts of a :class:`Prompt`."""
+
+    source: Still
+
+
+class Prompt:
+    """A question with pictures between its words: ``Prompt("Is", Image("a.png"), "larger than", Image("b.png"), "?")``.
+
+    Args:
+        parts: texts, :class:`Image` and :class:`Video`, in order.
+    """
+
+    def __init__(self, *parts: str | Image | Video):
+        for part in parts:
+            if not isinstance(part, str | Image | Video):
+                raise RuntimeRefusal(
+                    f"a part of a prompt is of type {type(part).__name__}; give texts, Image(...) and Video(...)"
+                )
+        self.parts = parts
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Its pictures and videos, in order."""
+        return [part.source if isinstance(part, Image) else part for part in self.parts if not isinstance(part, str)]
+
+    def content(self) -> list[dict[str, Any]]:
+        """Its parts as chat templates take them."""
+        kinds = {str: "text", Image: "image", Video: "video"}
+        return [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": kinds[type(part)]}
+            for part in self.parts
+        ]
 
 
 @dataclass(frozen=True)
@@ -26,8 +64,10 @@ class Step:
     Attributes:
         index: 0 for the first token.
         token_ids: per row; None once a row has ended.
-        texts: per row, what the token adds to the answer (may be empty while bytes do not form a character yet).
-        ended: per row, why it ended with this step: ``eos``, ``length`` or ``capacity``; None while it goes on.
+        texts: per row, what the token adds to the answer (may be empty while bytes do not form a character yet, or
+            while what was said may become a stop text).
+        ended: per row, why it ended with this step: ``eos``, ``stop``, ``length`` or ``capacity``; None while it goes
+            on.
         prefill: what the prefill did; the same object on every step.
     """
 
@@ -44,58 +84,118 @@ class Step:
 
 
 class Chat:
-    """A conversation per row of a session, turn by turn on the same caches."""
+    """A conversation per row of a session, turn by turn on the same caches; ``with`` closes it.
 
-    def __init__(self, session: Session):
+    One thread at a time: while an answer is being generated, another thread that asks or resets is refused. An answer
+    that the same thread does not hear to its end is ended by its next question.
+    """
+
+    def __init__(self, session: Session, system: str = ""):
         self.session = session
-        self.reset()
+        self._lock = threading.Lock()
+        self._running: Callable[[], Any] = lambda: None
+        self._asker = threading.get_ident()
+        self.reset(system)
 
-    def reset(self) -> None:
-        """Start new conversations."""
-        self._running: Callable[[], Generator[Step, None, None] | None] = lambda: None
-        self.session.reset()
-        self._rows = [Conversation(self.session.prompter) for _ in range(self.session.batch)]
-        # The last token of an answer that was cut short is said but not yet in the caches; -1 where there is none.
-        self._pending = np.full(self.session.batch, -1, dtype=np.int64)
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the answer and free graphs, weights and caches. What is asked afterwards is refused."""
+        with self._alone():
+            self._end_answer()
+            self.session.close()
+
+    def reset(self, system: str = "") -> None:
+        """Start new conversations; ends the answer that is being generated.
+
+        Args:
+            system: what stands before the first question, for templates that have a place for it.
+        """
+        with self._alone():
+            self._end_answer()
+            self.session.reset()
+            self._rows = [Conversation(self.session.prompter, system) for _ in range(self.session.batch)]
+            # The last token of an answer that was cut short is said but not yet in the caches; -1 where there is none.
+            self._pending = np.full(self.session.batch, -1, dtype=np.int64)
 
     def generate(
         self,
-        prompts: str | Sequence[str],
-        images: Sequence[Picture] | Sequence[Sequence[Picture]] = (),
+        prompts: str | Prompt | Sequence[str | Prompt],
+        images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] = (),
         *,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
     ) -> Iterator[Step]:
         """Ask, and yield the answer token by token.
 
+        Text is text: control tokens that stand in it are spelled out.
+
         Args:
-            prompts: one question per row; a plain string for a session of one row.
-            images: the question's pictures (files, Pillow images, videos); for several rows, a sequence per row.
+            prompts: one question per row; a plain string or :class:`Prompt` for a session of one row.
+            images: the question's pictures, which the template puts before its words: files, Pillow images, videos;
+                one alone or a sequence; for several rows, a sequence per row. A :class:`Prompt` has its own.
             max_new_tokens: at most so many tokens per row.
             sampling: greedy when None.
+            stop: texts that end an answer, which then holds what stands before them.
 
         Raises:
             RuntimeRefusal: before the first step, where prompt or pictures do not fit.
         """
-        questions = [prompts] if isinstance(prompts, str) else list(prompts)
-        per_row: list[Any] = [images] if isinstance(prompts, str) else list(images)
-        pictures: list[list[Picture]] = [list(row) for row in per_row]
-        pictures = pictures or [[] for _ in questions]
-        if len(questions) != self.session.batch or len(pictures) != len(questions):
-            raise RuntimeRefusal(
-                f"{len(questions)} prompts and {len(pictures)} lists of images for a session of batch "
-                f"{self.session.batch}"
-            )
+        alone = isinstance(prompts, str | Prompt)
+        questions: list[str | Prompt] = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
+        pictures = self._pictures(questions, images, alone)
         if max_new_tokens < 1:
             raise RuntimeRefusal(f"max_new_tokens is {max_new_tokens}; give 1 or more")
-        if (running := self._running()) is not None:
-            running.close()  # an answer that the caller did not hear to its end, and still holds
-        prefill = self._prefill(questions, pictures)
-        answer = self._answer(prefill, max_new_tokens, Sampler(sampling or Sampling()))
-        self._running = weakref.ref(answer)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        with self._alone():
+            self._end_answer()
+            prefill = self._prefill(questions, pictures)
+            stoppers = [Stopper(stops) for _ in questions]
+            answer = self._answer(prefill, max_new_tokens, Sampler(sampling or Sampling()), stoppers)
+            self._running, self._asker = weakref.ref(answer), threading.get_ident()
         return answer
 
-    def _prefill(self, questions: list[str], pictures: list[list[Picture]]) -> Prefill:
+    def _alone(self) -> _Alone:
+        return _Alone(self._lock)
+
+    def _end_answer(self) -> None:
+        """Close an answer that the caller did not hear to its end, and still holds."""
+        running = self._running()
+        if running is None or running.gi_frame is None:
+            return
+        if self._asker != threading.get_ident() or running.gi_running:
+            raise RuntimeRefusal(
+                "another thread's answer is being generated in this session; wait for its end, or open a session for "
+                "each thread"
+            )
+        running.close()
+
+    def _pictures(self, questions: list[str | Prompt], images: Any, alone: bool) -> list[list[Picture]]:
+        """Of every row."""
+        rows = [as_pictures(images)] if alone else [as_pictures(row) for row in images]
+        rows = rows or [[] for _ in questions]
+        if len(questions) != self.session.batch or len(rows) != len(questions):
+            raise RuntimeRefusal(
+                f"{len(questions)} prompts and {len(rows)} lists of images for a session of batch {self.session.batch}"
+            )
+        for index, question in enumerate(questions):
+            if isinstance(question, Prompt):
+                if rows[index]:
+                    raise RuntimeRefusal("a Prompt has its pictures among its parts; leave images out")
+                rows[index] = question.pictures
+            elif not isinstance(question, str):
+                raise RuntimeRefusal(f"a prompt is of type {type(question).__name__}; give a text or a Prompt")
+            words = question.parts if isinstance(question, Prompt) else (question,)
+            if not rows[index] and not any(isinstance(word, str) and word.strip() for word in words):
+                raise RuntimeRefusal("the prompt is empty; ask something, or give a picture")
+        return rows
+
+    def _prefill(self, questions: list[str | Prompt], pictures: list[list[Picture]]) -> Prefill:
         session = self.session
         videos = [[i for i, picture in enumerate(row) if isinstance(picture, Video)] for row in pictures]
         if any(videos) and session.contract.video_token_id is None:
@@ -114,7 +214,8 @@ class Chat:
         try:
             fresh = []
             for row, question, brings, films in zip(self._rows, questions, pictures, videos, strict=True):
-                fresh.append(row.ask(question, len(brings), films))
+                asks = question.content() if isinstance(question, Prompt) else question
+                fresh.append(row.ask(asks, len(brings), films))
                 asked.append(row)
             expanded = [session.prompter.expand_images(i, t) for i, t in zip(fresh, brought, strict=True)]
             self._feed_cut_short()
@@ -133,9 +234,10 @@ class Chat:
             session.decode(np.maximum(self._pending, 0), cut_short)
         self._pending[:] = -1
 
-    def _answer(self, prefill: Prefill, limit: int, sample: Sampler) -> Generator[Step, None, None]:
+    def _answer(
+        self, prefill: Prefill, limit: int, sample: Sampler, stoppers: Sequence[Stopper]
+    ) -> Generator[Step, None, None]:
         session, eos = self.session, set(self.session.contract.eos_token_ids)
-        tokenizer = session.prompter.tokenizer
         streams = [session.prompter.decode_stream() for _ in range(session.batch)]
         said = ["" for _ in range(session.batch)]
         live = np.ones(session.batch, dtype=bool)
@@ -150,9 +252,10 @@ class Chat:
                 for row in np.flatnonzero(was_live):
                     token = int(tokens[row])
                     reason = self._end_reason(token, index, limit, room, eos)
-                    if token not in eos:
-                        texts[row] = streams[row].step(tokenizer, token) or ""
-                        said[row] += texts[row]
+                    new = "" if token in eos else streams[row].step(token)
+                    texts[row], stopped = stoppers[int(row)].take(new, last=reason is not None)
+                    reason = "stop" if stopped else reason
+                    said[row] += texts[row]
                     if reason is not None:
                         ended[row], live[row] = reason, False
                         self._pending[row] = -1 if reason == "eos" else token
@@ -174,3 +277,17 @@ class Chat:
         if index + 1 == limit:
             return "length"
         return "capacity" if room < 1 else None
+
+
+class _Alone:
+    """A lock that is not waited for."""
+
+    def __init__(self, lock: threading.Lock):
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeRefusal("another thread is using this session; wait for it, or open a session for each thread")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()

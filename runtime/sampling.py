@@ -44,7 +44,12 @@ class Sampler:
         self._generator = np.random.default_rng(sampling.seed)
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
-        """logits [B, V] -> token ids int64 [B]."""
+        """logits [B, V] -> token ids int64 [B]. Raises RuntimeRefusal where they are no numbers."""
+        if np.isnan(logits).any() or np.isposinf(logits).any():
+            raise RuntimeRefusal(
+                "the model returned NaN or infinity in place of logits: its weights overflow the bundle's dtype, or "
+                "its picture settings are damaged; export it again, with --dtype float32 where the dtype is float16"
+            )
         if self._sampling.temperature == 0:
             return logits.argmax(axis=-1).astype(np.int64)
         return np.array([self._draw(row) for row in logits.astype(np.float64)], dtype=np.int64)
@@ -59,8 +64,8 @@ def token_probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     order = np.argsort(-logits, kind="stable")
     if sampling.top_k:
         order = order[: sampling.top_k]
-    scaled = logits[order] / sampling.temperature
-    kept = np.exp(scaled - scaled[0])
+    with np.errstate(over="ignore"):  # a temperature close to 0 leaves the best token alone
+        kept = np.exp((logits[order] - logits[order[0]]) / sampling.temperature)
     kept /= kept.sum()
     if sampling.top_p < 1:
         before = np.cumsum(kept) - kept

@@ -34,8 +34,11 @@ def make_backend(name: str, threads: int = 0, cuda_graphs: str = "auto") -> Back
     return OrtBackend(name, threads)
 
 
-def choose_backend(name: str, bundle: Bundle, threads: int = 0, cuda_graphs: str = "auto") -> Backend:
-    """Create a backend for a bundle; for ``auto`` the first that can run it, which one and why on stderr.
+def choose_backend(
+    name: str, bundle: Bundle, threads: int = 0, cuda_graphs: str = "auto", verbose: bool = False
+) -> Backend:
+    """Create a backend for a bundle; for ``auto`` the first that can run it. ``verbose`` says on stderr which, and why
+    not the others.
 
     Raises:
         RuntimeRefusal: the backend that was asked for cannot start here, or none can run the bundle; says why.
@@ -50,7 +53,8 @@ def choose_backend(name: str, bundle: Bundle, threads: int = 0, cuda_graphs: str
         except RuntimeRefusal as refusal:
             passed_over.append(f"{candidate}: {_short(refusal, bundle.folder)}")
             continue
-        print(f"backend {candidate}" + "".join(f"; not {reason}" for reason in passed_over), file=sys.stderr)
+        if verbose:
+            print(f"backend {candidate}" + "".join(f"; not {reason}" for reason in passed_over), file=sys.stderr)
         return backend
     raise RuntimeRefusal(f"no backend can run {bundle.folder} here ({'; '.join(passed_over)})")
 

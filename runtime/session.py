@@ -11,9 +11,10 @@ import numpy as np
 from vlmtrim.graphs.bundle import Bundle
 from vlmtrim.graphs.contract import IMAGES, TOKENS, cache_names
 from vlmtrim.runtime import dtypes
-from vlmtrim.runtime.backends.base import Backend, Tensor
+from vlmtrim.runtime.backends.base import Backend, Chain, Graph, Tensor
 from vlmtrim.runtime.crossing import Crossing, CrossProcessor
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.measure.machine import return_memory
 from vlmtrim.runtime.processors.base import Pictures, load_processor
 from vlmtrim.runtime.prompt import Prompter
 
@@ -69,8 +70,9 @@ class Lengths:
 class Session:
     """A bundle opened on a backend, holding one conversation per row.
 
-    Every call appends to the caches; :meth:`reset` starts anew. ``batch`` rows run together and must bring the same
-    number of images to a step; their prompts may differ in length.
+    Every call appends to the caches; :meth:`reset` starts anew, :meth:`close` (or the end of ``with``) frees them. One
+    thread at a time: :class:`vlmtrim.runtime.Chat` refuses a second one. ``batch`` rows run together and must bring the
+    same number of images to a step; their prompts may differ in length.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, batch: int = 1):
@@ -82,19 +84,40 @@ class Session:
             raise RuntimeRefusal(f"batch {batch} is outside the bundle's {low} to {high}; export with --max-batch")
         backend.check(bundle.folder, self.contract)
         self.batch = batch
-        self.prompter = Prompter(bundle.folder, self.contract.image_token_id, self.contract.video_token_id)
-        self.processor = load_processor(bundle.folder, self.contract)
-        self._vision = None  # opened with the first image: text-only use should not pay for it
-        self._embed = backend.open(bundle.folder, self.contract, "embed")
-        self._decoder = backend.open(bundle.folder, self.contract, "decoder")
+        self.prompter = Prompter(bundle.files, self.contract)
+        self.processor = load_processor(bundle.files, self.contract)
+        # The vision graph is opened with the first image: text-only use should not pay for it.
+        self._graphs = {name: backend.open(bundle.folder, self.contract, name) for name in ("embed", "decoder")}
+        self._open = True
         self.caches = backend.make_caches(self.contract, batch)
-        self._decoder.bind_caches(self.caches)
+        self._graphs["decoder"].bind_caches(self.caches)
         self._selects = any(tensor.name == "visual_positions" for tensor in self.contract.graphs["decoder"].inputs)
         self._hidden = int(self.contract.graphs["embed"].outputs[0].shape[-1])
         self.reset()
 
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free graphs, weights and caches. What is run afterwards is refused."""
+        self._open = False
+        self._graphs.clear()
+        self.caches = {}
+        return_memory()
+
+    def _graph(self, name: str) -> Graph | Chain:
+        if not self._open:
+            raise RuntimeRefusal("the session is closed; open the bundle again")
+        if name not in self._graphs:
+            self._graphs[name] = self.backend.open(self.bundle.folder, self.contract, name)
+        return self._graphs[name]
+
     def reset(self) -> None:
         """Forget the conversation; the caches are reused."""
+        self._graph("decoder")
         zero = np.zeros(self.batch, dtype=np.int64)
         self.lengths = Lengths(zero.copy(), [zero.copy() for _ in self.contract.groups])
         self.times = Times()
@@ -104,11 +127,9 @@ class Session:
 
     def encode_images(self, pictures: Pictures) -> Tensor:
         """Pictures -> features on the device, [B, N, D], pictures in row order."""
-        if self._vision is None:
-            self._vision = self.backend.open(self.bundle.folder, self.contract, "vision")
         dtype = self.contract.dtype
         feeds = {n: dtypes.cast(v, dtype) if v.dtype == np.float32 else v for n, v in pictures.inputs.items()}
-        features = self._vision.run(feeds)["image_features"]
+        features = self._graph("vision").run(feeds)["image_features"]
         return self.backend.reshape(features, (self.batch, self._visual(pictures), self._hidden))
 
     def _visual(self, pictures: Pictures | None) -> int:
@@ -251,7 +272,7 @@ class Session:
         tokens, visual = ids.shape[1], self._visual(pictures)
         merged = {} if self._crossing else {"image_features": features, "visual_positions": visual_positions}
         feeds: dict[str, Tensor] = {
-            "inputs_embeds": self._embed.run({"input_ids": ids, **merged})["inputs_embeds"],
+            "inputs_embeds": self._graph("embed").run({"input_ids": ids, **merged})["inputs_embeds"],
             "position_ids": positions[0],
             "last_index": np.maximum(counts - 1, 0),
         }
@@ -269,7 +290,7 @@ class Session:
         if self._crossing:
             feeds["image_features"] = features
             feeds |= self._crossing.feeds(ids, counts, pictures, dict(enumerate(windows)))
-        outputs = self._decoder.run(feeds)
+        outputs = self._graph("decoder").run(feeds)
         self.lengths.positions = positions[1]
         added = {index: np.where(counts > 0, n - (tokens - counts), 0) for index, n in enumerate(grown)}
         kept = None

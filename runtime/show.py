@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,13 +19,25 @@ from vlmtrim.runtime.session import Prefill
 PANEL = 480  # pixels, at least, of a drawn picture's height
 GAP = 12
 CAPTION = 28
+WIDEST = 4096  # pixels of a drawn picture, where it is so long that PANEL would need more
+PROBE = 1 << 20  # bytes, about those of a drawing: a place that takes them has room for one
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 DIMMED = 0.22  # of its brightness
 # From low to high score: a dark-to-light ramp that also reads in grey and for colour-blind eyes.
 HEAT = np.array([(13, 8, 70), (110, 20, 135), (190, 55, 100), (245, 125, 35), (252, 240, 120)], np.float64)
 
 
 def check_target(path: str | Path, contract: Contract, pictures: int) -> None:
-    """Raise RuntimeRefusal now if a drawing could not be made or written later."""
+    """Raise RuntimeRefusal now if a drawing could not be made or written later; a file is written, and removed."""
     target = Path(path)
     if contract.image_grid is None:
         raise RuntimeRefusal(
@@ -31,10 +46,46 @@ def check_target(path: str | Path, contract: Contract, pictures: int) -> None:
         )
     if not pictures:
         raise RuntimeRefusal("--show-kept draws the prompt's pictures; give at least one --image")
-    if target.suffix.lower() not in Image.registered_extensions():
+    if target.suffix.lower() not in FORMATS:
         raise RuntimeRefusal(f"--show-kept cannot write {target.name}; give a file name that ends in .png")
-    if not target.parent.is_dir():
-        raise RuntimeRefusal(f"--show-kept: there is no folder {target.parent}; make it first")
+    try:
+        if not target.parent.is_dir():
+            raise RuntimeRefusal(f"--show-kept: there is no folder {target.parent}; make it first")
+        if target.exists() and not target.is_file():
+            raise RuntimeRefusal(f"--show-kept: {target} is no file; give the name of one")
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    with _beside(target) as stream:
+        stream.write(bytes(PROBE))
+
+
+def save_drawing(drawing: Image.Image, path: str | Path) -> None:
+    """Write a drawing whole or not at all. Raises RuntimeRefusal where it cannot be written."""
+    target = Path(path)
+    with _beside(target, keep=True) as stream:
+        drawing.save(stream, format=FORMATS[target.suffix.lower()])
+
+
+@contextmanager
+def _beside(target: Path, keep: bool = False) -> Iterator[BinaryIO]:
+    """A new file beside ``target``, which it becomes where it is to be kept; else, and in case of an error, it goes."""
+    target = Path(os.path.realpath(target))  # through a link, as writing would
+    partial = target.with_name(f".{target.name[:200]}.partial-{os.getpid()}")
+    try:
+        try:
+            with open(partial, "xb") as stream:
+                yield stream
+            if keep:
+                os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a drawing larger than the format can hold
+        raise _unwritable(target, error) from error
+
+
+def _unwritable(target: Path, error: Exception) -> RuntimeRefusal:
+    why = error.strerror if isinstance(error, OSError) and error.strerror else "it is too large for its format"
+    return RuntimeRefusal(f"--show-kept cannot write {target} ({why}); give another place, or a name that ends in .png")
 
 
 def draw_kept(views: Sequence[View], prefill: Prefill, row: int = 0) -> Image.Image:
@@ -60,7 +111,7 @@ def draw_kept(views: Sequence[View], prefill: Prefill, row: int = 0) -> Image.Im
 
 
 def _strip(picture: Image.Image, kept: np.ndarray, scores: np.ndarray | None) -> Image.Image:
-    factor = -(-PANEL // picture.height)
+    factor = max(1, min(-(-PANEL // picture.height), WIDEST // picture.width))
     size = (picture.width * factor, picture.height * factor)
     pixels = np.asarray(picture.resize(size, Image.Resampling.NEAREST), np.float64)
     light = np.where(kept, 1.0, DIMMED)

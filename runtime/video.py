@@ -1,17 +1,23 @@
-"""A video as a model sees it: frames at equal distances in time."""
+"""A video as a model sees it: frames at equal distances in time. And what counts as the pictures of a question."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from vlmtrim.runtime.errors import RuntimeRefusal
-from vlmtrim.runtime.image import load_image
+from vlmtrim.runtime.image import TAKEN, Picture, load_image
 
-Picture = str | Path | Image.Image
+MOST_FRAMES = 4096
+# Of all frames together (768 MB of RGB), a hundred of 1920 x 1080 or a thousand of 512 x 512.
+MOST_PIXELS = 256 * 1024 * 1024
+SLOWEST, FASTEST = 1e-3, 1e3  # frames a second
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,7 @@ class Video:
     """Frames in order, of one size.
 
     Attributes:
-        frames: image files or Pillow images, at least one.
+        frames: pictures as :func:`load_image` takes them, at least one and at most MOST_FRAMES.
         fps: frames a second, as they are given here (of a film, those that were taken out of it).
     """
 
@@ -28,23 +34,79 @@ class Video:
 
     @staticmethod
     def of(paths: Sequence[str | Path], fps: float) -> Video:
-        """A video of the files in the order given; folders stand for their files by name."""
-        files = [sorted(path.iterdir()) if (path := Path(name)).is_dir() else [path] for name in paths]
-        return Video([file for group in files for file in group], fps)
+        """A video of the files in the order given; folders stand for their files by name. Raises RuntimeRefusal."""
+        return Video([file for name in paths for file in _files(name)], fps)
 
     def load(self) -> Video:
         """The same with every frame opened as RGB. Raises RuntimeRefusal where they cannot be one video."""
         if not self.frames:
             raise RuntimeRefusal("a video without frames; give at least one")
-        if not self.fps > 0:
-            raise RuntimeRefusal(f"a video of {self.fps} frames a second; give a number above 0")
-        frames = tuple(load_image(frame) for frame in self.frames)
-        sizes = {frame.size for frame in frames}
-        if len(sizes) > 1:
-            raise RuntimeRefusal(f"the frames of a video have {len(sizes)} sizes, among them {sorted(sizes)[:2]}")
-        return Video(frames, float(self.fps))
+        if len(self.frames) > MOST_FRAMES:
+            raise RuntimeRefusal(f"a video of {len(self.frames)} frames; give at most {MOST_FRAMES}")
+        if isinstance(self.fps, bool) or not isinstance(self.fps, int | float) or not SLOWEST <= self.fps <= FASTEST:
+            raise RuntimeRefusal(
+                f"a video of {self.fps!r} frames a second; give a number above 0, from {SLOWEST:g} to {FASTEST:g}"
+            )
+        frames: list[Image.Image] = []
+        for number, source in enumerate(self.frames, 1):
+            try:
+                frames.append(load_image(source))
+            except RuntimeRefusal as refusal:
+                raise RuntimeRefusal(f"frame {number} of a video of {len(self.frames)}: {refusal}") from refusal
+            width, height = frames[0].size
+            if width * height * len(self.frames) > MOST_PIXELS:
+                raise RuntimeRefusal(
+                    f"a video of {len(self.frames)} frames of {width} x {height} pixels; all together may have "
+                    f"{MOST_PIXELS // 1_000_000} million: give fewer frames, or scale them down"
+                )
+            if frames[-1].size != (width, height):
+                sizes = [(width, height), frames[-1].size]
+                raise RuntimeRefusal(f"the frames of a video have 2 sizes or more, among them {sorted(sizes)}")
+        return Video(tuple(frames), float(self.fps))
 
 
 def load_picture(source: Picture | Video) -> Image.Image | Video:
     """Open a picture, or every frame of a video. Raises RuntimeRefusal."""
     return source.load() if isinstance(source, Video) else load_image(source)
+
+
+def as_pictures(images: Any) -> list[Picture | Video]:
+    """The pictures of one question as a list; one that is given alone is a list of one.
+
+    Args:
+        images: a picture as :func:`load_image` takes it, a video, or an iterable of them.
+
+    Raises:
+        RuntimeRefusal: naming the type that is none of these.
+    """
+    if _is_picture(images):
+        return [images]
+    if not isinstance(images, Iterable) or isinstance(images, dict | np.ndarray):
+        raise RuntimeRefusal(f"pictures are given as {_kind(images)}; {TAKEN}, a Video, or a list of them")
+    found = list(images)
+    for number, picture in enumerate(found, 1):
+        if not _is_picture(picture):
+            raise RuntimeRefusal(f"picture {number} is given as {_kind(picture)}; {TAKEN}, or a Video")
+    return found
+
+
+def _is_picture(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim in (2, 3)
+    kinds = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | Video
+    return isinstance(value, kinds) or hasattr(value, "read")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.ndim} dimensions"
+    return "None" if value is None else type(value).__name__
+
+
+def _files(name: str | Path) -> list[Path]:
+    """The files that a path of a video stands for."""
+    path = Path(name)
+    try:
+        return sorted(path.iterdir()) if path.is_dir() else [path]
+    except OSError as error:
+        raise RuntimeRefusal(f"the folder {path} cannot be read ({error.strerror}); give one with frames") from error

@@ -167,8 +167,8 @@ class Torch:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         family, checkpoint = load_family("llava"), args.work / "checkpoint"
         self.model = family.MODEL_CLASS.from_pretrained(checkpoint, dtype="auto").eval().to(self.device)
-        pictures = load_processor(bundle.folder, bundle.contract)([generated_picture(i) for i in range(args.images)])
-        prompter = Prompter(bundle.folder, bundle.contract.image_token_id)
+        pictures = load_processor(bundle.files, bundle.contract)([generated_picture(i) for i in range(args.images)])
+        prompter = Prompter(bundle.files, bundle.contract)
         ids = prompter.expand_images(Conversation(prompter).ask(PROMPT, args.images), pictures.tokens)
         self.ids = torch.tensor([bench.fill(ids, args.tokens, bundle.contract)])
         self.pixels = torch.from_numpy(pictures.inputs["pixel_values"]).to(self.model.dtype)

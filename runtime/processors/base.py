@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vlmtrim.graphs.contract import Contract
+from vlmtrim.graphs.reading import Folder
 from vlmtrim.runtime.errors import RuntimeRefusal
 
 
@@ -43,7 +44,7 @@ class View:
 class Processor(ABC):
     """The pictures' way into a bundle of one family; does what the checkpoint's Hugging Face processor does."""
 
-    def __init__(self, folder: Path, contract: Contract):
+    def __init__(self, files: Folder, contract: Contract):
         self.contract = contract
 
     @abstractmethod
@@ -78,9 +79,13 @@ class Processor(ABC):
         return start[:, None] + np.arange(ids.shape[1]), start + counts
 
 
-def load_processor(folder: Path, contract: Contract) -> Processor:
-    """The processor of a bundle's family. Raises RuntimeRefusal where this vlmtrim has none."""
+def load_processor(files: Folder, contract: Contract) -> Processor:
+    """The processor of a bundle's family.
+
+    Raises RuntimeRefusal where this vlmtrim has none, BundleError where the bundle's image-processor settings are none,
+    or are not those of its vision graph.
+    """
     names = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
     if contract.family not in names:
         raise RuntimeRefusal(f"the bundle is of family {contract.family!r}; this vlmtrim runs {', '.join(names)}")
-    return importlib.import_module(f"{__package__}.{contract.family}").Processor(folder, contract)
+    return importlib.import_module(f"{__package__}.{contract.family}").Processor(files, contract)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from vlmtrim.graphs.contract import Contract
-from vlmtrim.runtime.image import ImageProcessor
+from vlmtrim.graphs.reading import Folder
+from vlmtrim.runtime.image import ImageProcessor, expect_inputs
 from vlmtrim.runtime.processors import base
 from vlmtrim.runtime.processors.base import Pictures
 
@@ -17,9 +17,11 @@ from vlmtrim.runtime.processors.base import Pictures
 class Processor(base.Processor):
     """``pixel_values`` float32 [I, 3, H, W]."""
 
-    def __init__(self, folder: Path, contract: Contract):
-        super().__init__(folder, contract)
-        self._image_processor = ImageProcessor.from_folder(folder)
+    def __init__(self, files: Folder, contract: Contract):
+        super().__init__(files, contract)
+        self._image_processor = ImageProcessor.from_folder(files)
+        size = self._image_processor.height, self._image_processor.width
+        expect_inputs(files, contract, {"pixel_values": (None, 3, *size)})
 
     def __call__(self, images: Sequence[Image.Image]) -> Pictures:
         """RGB pictures -> inputs of the vision graph."""

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from vlmtrim.graphs.contract import Contract
+from vlmtrim.graphs.reading import BundleError, Folder
 from vlmtrim.runtime.errors import RuntimeRefusal
-from vlmtrim.runtime.image import ImageProcessor, image_settings
+from vlmtrim.runtime.image import ImageProcessor, expect_inputs
+from vlmtrim.runtime.image_settings import ImageSettings
 from vlmtrim.runtime.processors import base
 from vlmtrim.runtime.processors.base import Pictures, View
 
 # Resolutions (height, width) of settings that name none.
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+MOST_PINPOINTS = 256  # LLaVA-OneVision's 36 are the most of any checkpoint
 
 Size = tuple[int, int]  # height, width
 
@@ -29,15 +32,15 @@ class Processor(base.Processor):
     bit-equal tiles, the same tokens in the same order. Tiles that only pad a batch of pictures are not made.
     """
 
-    def __init__(self, folder: Path, contract: Contract):
-        super().__init__(folder, contract)
-        raw = image_settings(folder)
+    def __init__(self, files: Folder, contract: Contract):
+        super().__init__(files, contract)
         # do_pad means padding tiles here, nothing about the picture
-        self._tile = dataclasses.replace(ImageProcessor.from_folder(folder), pad_to_square=False)
-        self._pinpoints = [(int(h), int(w)) for h, w in raw.get("image_grid_pinpoints") or PINPOINTS]
-        assert contract.image_grid is not None
+        self._tile = dataclasses.replace(ImageProcessor.from_folder(files), pad_to_square=False)
+        self._pinpoints = ImageSettings.read(files).pairs("image_grid_pinpoints", MOST_PINPOINTS) or list(PINPOINTS)
+        if contract.image_grid is None:
+            raise BundleError(f"{files.path / 'contract.json'}: image_grid is null; llava_next needs that of a tile")
         self._patches = contract.image_grid  # of one tile
-        self._check(folder)
+        self._check(files)
 
     def __call__(self, images: Sequence[Image.Image]) -> Pictures:
         """RGB pictures -> inputs of the vision graph. Raises RuntimeRefusal where they are more than it takes."""
@@ -109,17 +112,17 @@ class Processor(base.Processor):
         lines = np.concatenate([grid, np.full((len(grid), 1), newline)], axis=1)
         return np.concatenate([first * patches.size + patches.ravel(), lines.ravel()]).astype(np.int64)
 
-    def _check(self, folder: Path) -> None:
+    def _check(self, files: Folder) -> None:
         rows, columns = self._patches
         down, across = self._tile.height, self._tile.width
-        pixels = self.contract.graphs["vision"].inputs[0].shape[2:]
+        expect_inputs(files, self.contract, {"pixel_values": (None, 3, down, across), "feature_index": (None,)})
         whole = not any(height % down or width % across for height, width in self._pinpoints)
         most = max(h // down * rows * (w // across * columns + 1) for h, w in self._pinpoints)
-        if (down, across) != pixels or not whole or rows * columns + most != self.contract.image_tokens:
-            raise RuntimeRefusal(
-                f"{folder}: tiles of {down} x {across} pixels for {list(self._pinpoints)} "
-                f"(preprocessor_config.json) do not fit the model, whose config has other image_grid_pinpoints or "
-                f"tiles of {pixels[0]} x {pixels[1]}; take both files from one checkpoint and export again"
+        if not whole or rows * columns + most != self.contract.image_tokens or "T" not in self.contract.dims:
+            raise BundleError(
+                f"{files.path}: tiles of {down} x {across} pixels for {list(self._pinpoints)} "
+                f"(preprocessor_config.json) do not fit the model, whose config has other image_grid_pinpoints; "
+                "take both files from one checkpoint and export again"
             )
 
 

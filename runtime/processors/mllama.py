@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from vlmtrim.graphs.contract import PADDING, SEES_NOTHING, Contract
+from vlmtrim.graphs.reading import Folder
 from vlmtrim.runtime.crossing import CrossProcessor, View
-from vlmtrim.runtime.image import image_settings
+from vlmtrim.runtime.image import expect_inputs, normalised
+from vlmtrim.runtime.image_settings import BILINEAR, ImageSettings
 from vlmtrim.runtime.processors.base import Pictures
+
+MOST_TILES = 64  # of a picture; the checkpoints have 4
 
 
 class Processor(CrossProcessor):
@@ -21,18 +24,27 @@ class Processor(CrossProcessor):
     reduces it least, the picture at its top left, black filling normalised like the picture.
     """
 
-    def __init__(self, folder: Path, contract: Contract):
-        super().__init__(folder, contract)
-        raw = image_settings(folder)
-        self._tile = int(raw["size"]["height"])
-        self._tiles = int(raw["max_image_tiles"])
-        self._resample = Image.Resampling(raw.get("resample", Image.Resampling.BILINEAR))
-        self._scale = float(raw.get("rescale_factor", 1 / 255)) if raw.get("do_rescale", True) else None
-        normalise = raw.get("do_normalize", True)
-        self._mean, self._std = (
-            np.array(raw[name], dtype=np.float32)[:, None, None] if normalise else None
-            for name in ("image_mean", "image_std")
-        )
+    def __init__(self, files: Folder, contract: Contract):
+        super().__init__(files, contract)
+        settings = ImageSettings.read(files)
+        size = settings.sides("size", ("height", "width"))
+        self._tile = size.get("height", 0)
+        if not self._tile or size.get("width") != self._tile:
+            raise settings.refuse(f"size is {size}; expected height and width of a square tile")
+        self._tiles = settings.integer("max_image_tiles", 1, MOST_TILES)
+        self._resample = settings.resample(BILINEAR)
+        values = settings.normalisation()
+        self._scale, self._mean, self._std = values.scale, values.mean, values.std
+        shapes = {
+            "pixel_values": (None, self._tiles, 3, self._tile, self._tile),
+            "aspect_ratio_ids": (None,),
+            "aspect_ratio_mask": (None, self._tiles),
+        }
+        expect_inputs(files, contract, shapes)
+        if contract.image_tokens % self._tiles:
+            raise settings.refuse(
+                f"max_image_tiles is {self._tiles}, of which {contract.image_tokens} features cannot be made"
+            )
         sizes = range(1, self._tiles + 1)
         # (rows, columns) of tiles; a picture's aspect-ratio id is its place in this list, counted from 1.
         self._canvases = [(rows, columns) for rows in sizes for columns in sizes if rows * columns <= self._tiles]
@@ -44,7 +56,8 @@ class Processor(CrossProcessor):
         mask = np.zeros((len(images), self._tiles), dtype=np.int64)
         for index, image in enumerate(images):
             canvas = self._canvas(image)
-            tiles = self._split(self._normalised(self._fitted(image, canvas)), canvas)
+            values = normalised(np.asarray(self._fitted(image, canvas)), self._scale, self._mean, self._std)
+            tiles = self._split(values, canvas)
             pixels[index, : len(tiles)] = tiles
             mask[index, : len(tiles)] = 1
             ids[index] = self._canvases.index(canvas) + 1
@@ -101,12 +114,6 @@ class Processor(CrossProcessor):
         black = Image.new("RGB", (width, height))
         black.paste(image.resize(size, resample=self._resample))
         return black
-
-    def _normalised(self, image: Image.Image) -> np.ndarray:
-        pixels = np.asarray(image)
-        values = pixels.astype(np.float64) * self._scale if self._scale is not None else pixels
-        values = values.astype(np.float32).transpose(2, 0, 1)
-        return values if self._mean is None or self._std is None else (values - self._mean) / self._std
 
     def _split(self, values: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
         """[3, height, width] -> [tiles, 3, H, H], row by row."""

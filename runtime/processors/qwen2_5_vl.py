@@ -6,19 +6,18 @@ Qwen2_5_VLModel (``get_vision_window_index``, ``get_rope_index``), in numpy.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vlmtrim.graphs.contract import Contract
+from vlmtrim.graphs.reading import BundleError, Folder, number, shown
 from vlmtrim.runtime.errors import RuntimeRefusal
-from vlmtrim.runtime.image import image_settings, normalised
+from vlmtrim.runtime.image import expect_inputs, normalised
+from vlmtrim.runtime.image_settings import LARGEST_PATCH, MOST_PIXELS, MOST_TOGETHER, ImageSettings
 from vlmtrim.runtime.processors import base
 from vlmtrim.runtime.processors.base import Pictures
 from vlmtrim.runtime.video import Video
@@ -42,18 +41,31 @@ class _Grid:
 class Processor(base.Processor):
     """Inputs as :mod:`vlmtrim.export.tracing.qwen_vl` states them; grids are (rows, columns, time of each frame)."""
 
-    def __init__(self, folder: Path, contract: Contract):
-        super().__init__(folder, contract)
-        settings = image_settings(folder)
-        self._settings = settings
-        self._patch, self._merge = int(settings.get("patch_size", 14)), int(settings.get("merge_size", 2))
-        self._frames_per_token = int(settings.get("temporal_patch_size", 2))
-        size = settings.get("size") or {}
-        self._least = int(settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56)
-        self._most = int(settings.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280)
-        self._vision: dict[str, Any] = json.loads((folder / "config.json").read_text())["vision_config"]
-        shapes = {tensor.name: tensor.shape for tensor in contract.graphs["vision"].inputs}
-        self._window = math.isqrt(int(shapes["window_tokens"][1])) if "window_tokens" in shapes else 0
+    def __init__(self, files: Folder, contract: Contract):
+        super().__init__(files, contract)
+        settings = ImageSettings.read(files)
+        self._patch = settings.integer("patch_size", 1, LARGEST_PATCH, 14)
+        self._merge = settings.integer("merge_size", 1, MOST_TOGETHER, 2)
+        self._frames_per_token = settings.integer("temporal_patch_size", 1, MOST_TOGETHER, 2)
+        size = settings.sides("size", (), MOST_PIXELS)
+        self._least = settings.integer("min_pixels", 1, MOST_PIXELS, size.get("shortest_edge", 56 * 56))
+        self._most = settings.integer("max_pixels", 1, MOST_PIXELS, size.get("longest_edge", 28 * 28 * 1280))
+        self._resample, self._values = settings.resample(), settings.normalisation()
+        config = files.json("config.json").get("vision_config")
+        where = f"{files.path / 'config.json'}: vision_config"
+        if not isinstance(config, dict):
+            raise BundleError(f"{where} is {shown(config)}; expected an object")
+        self._tokens_per_second = number(config.get("tokens_per_second", 4), f"{where}.tokens_per_second", 1e-3, 1e3)
+        values, patches = 3 * self._frames_per_token * self._patch**2, self._merge**2
+        shapes: dict[str, tuple[int | None, ...]] = {
+            "pixel_values": (None, patches, values),
+            "patch_positions": (None, patches, 2),
+            "frame_ids": (None,),
+        }
+        self._window = _window_side(contract)
+        if self._window:
+            shapes |= {"window_tokens": (None, self._window**2), "window_slots": (None,)}
+        expect_inputs(files, contract, shapes)
 
     def __call__(self, images: Sequence[Image.Image | Video]) -> Pictures:
         """RGB pictures and videos -> inputs of the vision graph."""
@@ -98,7 +110,7 @@ class Processor(base.Processor):
     def _interval(self, fps: float) -> np.float32:
         """Positions between two frames of a video."""
         seconds = np.float32(self._frames_per_token / fps)
-        return np.float32(self._vision.get("tokens_per_second", 4)) * seconds
+        return np.float32(self._tokens_per_second) * seconds
 
     def _prepare(self, image: Image.Image | Video) -> tuple[np.ndarray, _Grid]:
         """(patches [tokens, G, C T p p], grid) of a picture or a video."""
@@ -122,10 +134,8 @@ class Processor(base.Processor):
 
     def _pixels(self, image: Image.Image, frames: int) -> np.ndarray:
         """float32 [3, height, width]."""
-        settings = self._settings
-        scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else None
-        both = (settings["image_mean"], settings["image_std"]) if settings.get("do_normalize", True) else (None, None)
-        return normalised(np.asarray(self._resized(image, frames)), scale, *both)
+        values = self._values
+        return normalised(np.asarray(self._resized(image, frames)), values.scale, values.mean, values.std)
 
     def _resized(self, image: Image.Image, frames: int) -> Image.Image:
         """The picture at a size that tokens fill; ``frames`` of them share what the bundle takes of one picture."""
@@ -140,7 +150,7 @@ class Processor(base.Processor):
                 f"a picture of {image.width} x {image.height} pixels makes {tokens} visual tokens at least, the bundle "
                 f"takes {share} of {of}; crop it, give fewer frames, or export with more --image-tokens"
             )
-        return image.resize((width, height), resample=int(self._settings.get("resample", Image.Resampling.BICUBIC)))
+        return image.resize((width, height), resample=self._resample)
 
     def _patch_positions(self, frame: _Grid) -> np.ndarray:
         """Row and column [tokens, G, 2] of a frame's patches."""
@@ -148,6 +158,14 @@ class Processor(base.Processor):
         places = np.indices((frame.rows * merge, frame.columns * merge)).transpose(1, 2, 0)
         blocks = places.reshape(frame.rows, merge, frame.columns, merge, 2).transpose(0, 2, 1, 3, 4)
         return blocks.reshape(-1, merge**2, 2)
+
+
+def _window_side(contract: Contract) -> int:
+    """Tokens along a side of an attention window; 0 where the vision graph takes none."""
+    for tensor in contract.graphs["vision"].inputs:
+        if tensor.name == "window_tokens" and tensor.shape and isinstance(tensor.shape[-1], int):
+            return math.isqrt(tensor.shape[-1])
+    return 0
 
 
 def _fitting_size(height: int, width: int, side: int, least: int, most: int) -> tuple[int, int]:

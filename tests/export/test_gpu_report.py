@@ -13,6 +13,7 @@ from vlmtrim.export.families import llava
 from vlmtrim.export.oracles.reference import Reference
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.contract import CacheGroup, Macs
+from vlmtrim.graphs.reading import Folder
 from vlmtrim.runtime.image import generated_picture
 from vlmtrim.runtime.measure.check import Turn
 from vlmtrim.runtime.measure.machine import Peak
@@ -28,7 +29,7 @@ def test_fastv_in_pytorch_drops_what_the_reference_drops(fastv_bundle, attention
     )
     model = llava.MODEL_CLASS.from_pretrained(fastv_bundle, dtype=torch.float32, attn_implementation=attention).eval()
     run = TorchFastV(model, contract.selection["k"], contract.selection["r"], attention)
-    pixels = load_processor(fastv_bundle, contract)([picture]).inputs["pixel_values"]
+    pixels = load_processor(Folder(fastv_bundle), contract)([picture]).inputs["pixel_values"]
     logits = [run.prefill(torch.tensor([ids]), torch.from_numpy(pixels))]
     logits += [run.decode(torch.tensor([[token]])) for token in tokens]
     np.testing.assert_array_equal(run.kept.numpy(), expected.kept)

@@ -148,7 +148,7 @@ def test_a_chat_takes_videos_beside_pictures(bundle, session):
     rendered = session.prompter.render(
         [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}]
     )
-    assert rendered == "USER: <|vision_start|><|video_pad|><|vision_end|>a ASSISTANT:"
+    assert rendered.text == "USER: <|vision_start|><|video_pad|><|vision_end|>a ASSISTANT:"
     assert VIDEO not in session.prompter.encode(rendered, True) and IMAGE in session.prompter.encode(rendered, True)
 
 

@@ -264,5 +264,5 @@ def test_a_contract_of_another_schema_names_both_schemas(folder):
     raw["schema"] = 77
     (folder / "contract.json").write_text(json.dumps(raw))
     seal(folder)
-    with pytest.raises(BundleError, match=r"schema 77.*schema 1"):
+    with pytest.raises(BundleError, match=r"schema 77.*schema 2"):
         open_bundle(folder)

@@ -31,7 +31,7 @@ def machine(monkeypatch, tmp_path):
 def test_auto_takes_tensorrt_where_its_engines_are(machine, fastv_bundle, tmp_path, capsys):
     bundle = open_bundle(machine.with_engines(fastv_bundle, tmp_path / "bundle"))
     capsys.readouterr()
-    assert choose_backend("auto", bundle).name == "tensorrt"
+    assert choose_backend("auto", bundle, verbose=True).name == "tensorrt"
     assert capsys.readouterr().err == "backend tensorrt\n"
 
 
@@ -39,14 +39,14 @@ def test_auto_takes_tensorrt_rtx_where_the_engines_are_its_own(monkeypatch, fast
     machine = Machine(monkeypatch, tmp_path / "home", rtx=True)
     bundle = open_bundle(machine.with_engines(fastv_bundle, tmp_path / "bundle"))
     capsys.readouterr()
-    assert choose_backend("auto", bundle).name == "tensorrt-rtx"
+    assert choose_backend("auto", bundle, verbose=True).name == "tensorrt-rtx"
     assert capsys.readouterr().err == (
         "backend tensorrt-rtx; not tensorrt: vision.engine is made for tensorrt-rtx 10.15.1, this is tensorrt 10.15.1\n"
     )
 
 
 def test_auto_says_why_every_faster_backend_is_passed_over(machine, fastv_bundle, capsys):
-    assert choose_backend("auto", open_bundle(fastv_bundle)).name == "ort-cpu"
+    assert choose_backend("auto", open_bundle(fastv_bundle), verbose=True).name == "ort-cpu"
     said = capsys.readouterr().err
     assert said.startswith("backend ort-cpu; not tensorrt: the bundle has no engines; not tensorrt-rtx: ")
     assert "not ort-cuda: backend ort-cuda needs ONNX Runtime's CUDAExecutionProvider" in said and said.count("\n") == 1

@@ -88,7 +88,7 @@ def test_a_view_of_other_size_is_refused():
 def test_what_a_graph_returns_is_held_to_the_contract(fastv_bundle):
     """A graph may declare one shape and compute another; ONNX Runtime only warns."""
     session = runtime.open(fastv_bundle).session
-    embed = session._embed
+    embed = session._graph("embed")
     embed.spec = dataclasses.replace(
         embed.spec, outputs=(dataclasses.replace(embed.spec.outputs[0], shape=("B", "S", 7)),)
     )

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlmtrim.graphs.reading import BundleError, Folder
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import ImageProcessor, load_image
 
@@ -58,7 +59,7 @@ def pair(request, tmp_path_factory):
     """(our processor, transformers' processor) of the same settings file."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS[request.param]))
-    return ImageProcessor.from_folder(folder), reference(request.param)
+    return ImageProcessor.from_folder(Folder(folder)), reference(request.param)
 
 
 def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -106,23 +107,23 @@ def test_old_settings_with_plain_numbers_mean_the_same(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**CROPPED, "size": 56, "crop_size": 56}))
     image = picture(90, 70)
     expected = reference("clip")(image, return_tensors="np")["pixel_values"][0]
-    np.testing.assert_array_equal(ImageProcessor.from_folder(tmp_path)(image), expected)
+    np.testing.assert_array_equal(ImageProcessor.from_folder(Folder(tmp_path))(image), expected)
 
 
 def test_settings_inside_the_processor_config_are_found(tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": CROPPED}))
-    assert ImageProcessor.from_folder(tmp_path).shortest_edge == 56
+    assert ImageProcessor.from_folder(Folder(tmp_path)).shortest_edge == 56
 
 
 def test_a_folder_without_settings_is_refused_by_name(tmp_path):
-    with pytest.raises(RuntimeRefusal, match=r"preprocessor_config\.json"):
-        ImageProcessor.from_folder(tmp_path)
+    with pytest.raises(BundleError, match=r"preprocessor_config\.json"):
+        ImageProcessor.from_folder(Folder(tmp_path))
 
 
 def test_settings_without_a_fixed_size_are_refused(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**CROPPED, "do_center_crop": False}))
-    with pytest.raises(RuntimeRefusal, match="height and width"):
-        ImageProcessor.from_folder(tmp_path)
+    with pytest.raises(BundleError, match="height and width"):
+        ImageProcessor.from_folder(Folder(tmp_path))
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
@@ -165,7 +166,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, size):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body)
     with pytest.raises(RuntimeRefusal, match="limit") as caught:
         load_image(path)
-    assert str(size[0]) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_pillows_own_limit_is_restored_after_success_and_refusal(tmp_path):

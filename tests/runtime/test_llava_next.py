@@ -18,6 +18,7 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 from vlmtrim.export.families import llava_next
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.job_contract import build_contract
+from vlmtrim.graphs.reading import BundleError, Folder
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.processors.llava_next import Processor
 
@@ -31,7 +32,7 @@ REAL = LlavaNextConfig(
 def make(config: LlavaNextConfig, folder, max_seq_len: int = 1024) -> Processor:
     llava_next.write_tiny_processor(folder, config)
     job = Job(model="", output="", max_seq_len=max_seq_len)
-    return Processor(folder, build_contract(job, llava_next, config, torch.float32, folder))
+    return Processor(Folder(folder), build_contract(job, llava_next, config, torch.float32, folder))
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +196,17 @@ def test_image_settings_of_another_model_are_refused(tmp_path, change):
     contract = make(llava_next.tiny_config(), tmp_path).contract
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(RuntimeRefusal, match="do not fit the model"):
-        Processor(tmp_path, contract)
+    with pytest.raises(BundleError, match=r"do not fit the model|the vision graph takes"):
+        Processor(Folder(tmp_path), contract)
 
 
 def test_settings_without_resolutions_mean_transformers_own(tmp_path):
     contract = make(REAL, tmp_path, max_seq_len=4096).contract
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "image_grid_pinpoints"}))
-    assert Processor(tmp_path, contract)([Image.new("RGB", (700, 200))]).tokens == (len(packed(REAL, [(200, 700)])),)
+    assert Processor(Folder(tmp_path), contract)([Image.new("RGB", (700, 200))]).tokens == (
+        len(packed(REAL, [(200, 700)])),
+    )
 
 
 @pytest.mark.parametrize(

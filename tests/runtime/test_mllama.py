@@ -14,7 +14,8 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from vlmtrim.graphs.contract import PADDING, SEES_NOTHING
+from vlmtrim.graphs.contract import PADDING, SEES_NOTHING, GraphSpec, TensorSpec
+from vlmtrim.graphs.reading import Folder
 from vlmtrim.runtime.crossing import View
 from vlmtrim.runtime.processors.mllama import Processor
 
@@ -44,8 +45,15 @@ def settings_of(**changed):
 def make(folder, **changed):
     raw = settings_of(**changed)
     (folder / "preprocessor_config.json").write_text(json.dumps(raw))
-    contract = SimpleNamespace(image_tokens=raw["max_image_tiles"] * FEATURES, image_token_id=IMAGE)
-    return Processor(folder, contract), MllamaImageProcessorPil(**raw)
+    tiles, side = raw["max_image_tiles"], 56
+    inputs = (
+        TensorSpec("pixel_values", "float32", ("I", tiles, 3, side, side)),
+        TensorSpec("aspect_ratio_ids", "int64", ("I",)),
+        TensorSpec("aspect_ratio_mask", "int64", ("I", tiles)),
+    )
+    graphs = {"vision": GraphSpec("vision.onnx", inputs, ())}
+    contract = SimpleNamespace(image_tokens=tiles * FEATURES, image_token_id=IMAGE, dtype="float32", graphs=graphs)
+    return Processor(Folder(folder), contract), MllamaImageProcessorPil(**raw)
 
 
 def picture(size):

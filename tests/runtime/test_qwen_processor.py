@@ -27,7 +27,7 @@ def bundle(request, export_tiny):
 
 @pytest.fixture(scope="module")
 def processor(bundle):
-    return load_processor(bundle.folder, bundle.contract)
+    return load_processor(bundle.files, bundle.contract)
 
 
 def sized(width, height, seed=0):
