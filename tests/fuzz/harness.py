@@ -29,9 +29,7 @@ class Report:
     slowest: float = 0.0
 
     def __str__(self) -> str:
-        counts = " ".join(
-            f"{kind} {self.tally[kind]}" for kind in ("refused", "ran", "traceback", "crash", "hang", "memory")
-        )
+        counts = " ".join(f"{kind} {self.tally[kind]}" for kind in KINDS)
         return (
             f"{sum(self.tally.values())} tried: {counts}; peak {self.peak / 1e6:.0f} MB, slowest {self.slowest:.1f} s"
         )

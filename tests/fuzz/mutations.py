@@ -146,9 +146,7 @@ def mutated_onnx(data: bytes, draw: random.Random) -> bytes:
     model = onnx.ModelProto.FromString(data)
     for _ in range(draw.choice([1, 1, 2, 3])):
         graph = model.graph
-        action = draw.choice(
-            ["operator", "attribute", "dims", "external", "edge", "remove", "boundary", "constant", "type"]
-        )
+        action = draw.choice(_ACTIONS)
         node = graph.node[draw.randrange(len(graph.node))] if graph.node else None
         weight = graph.initializer[draw.randrange(len(graph.initializer))] if graph.initializer else None
         if action == "operator" and node is not None:
