@@ -96,7 +96,7 @@ def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) ->
         traced = dict(graphs(prepared, report, traces))
         for graph in traced.values():
             weights.check_bindings(graph, matched, prepared.tensors, prepared.dtype)
-        with _stage(report, f"weights ({prepared.plan.taking})") as show:
+        with _stage(report, "weights") as show:
             stored = weights.store(prepared.tensors, prepared.dtype, folder, show, job.link_weights, job.clip_overflow)
         with _stage(report, "save"):
             for name, graph in traced.items():

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         prog="bench-vlm",
         description="Measure bundles side by side: vision, prefill, decode, TTFT, TPOT, bandwidth, memory, and what "
         "pruning gains over the unpruned bundle where one is among them.",
-        epilog="Example: bench-vlm bundles/demo-none bundles/demo-fastv-k2-r0.5 --new-tokens 32",
+        epilog="Example: bench-vlm bundles/demo-dense bundles/demo-fastv-k2-r0.5 --new-tokens 32",
     )
     p.add_argument("bundle", nargs="+", help="bundle folders; they take turns in every round")
     p.add_argument(

@@ -7,13 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from vlmtrim.export import arguments, memory, weights
 from vlmtrim.export.cli import main
 from vlmtrim.export.families import llava
 from vlmtrim.export.weights import large
 from vlmtrim.graphs import FastV
+from vlmtrim.runtime.errors import RuntimeRefusal
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,6 +99,13 @@ def test_unknown_family_is_refused_with_the_families_there_are(run):
         ("--max-batch", "0"),
         ("--max-batch", "-2"),
         ("--images", "0"),
+        ("--image-tokens", "-1"),
+        ("--max-memory", "nan"),
+        ("--max-memory", "inf"),
+        ("--max-memory", "0"),
+        ("--max-memory", "-1"),
+        ("--eos-token-id", "-1"),
+        ("--eos-token-id", "272"),
         ("--images", "64"),
         ("--seed", "-1"),
     ],
@@ -227,7 +237,8 @@ def test_the_plan_of_a_7b_model_tells_the_pruned_cache_bytes(llava_7b, r, kept):
     found = re.findall(r"caches(?: \d)? +([\d.]+) MB", out)
     assert found == [f"{value / 1e6:.1f}" for value in (early, late, early + late)]
     assert f"unpruned: {dense / 1e6:.1f} MB" in out
-    parameters = float(re.search(r"\(([\d.]+) M parameters, float16, linked", out)[1])
+    parameters = float(re.search(r"\(([\d.]+) M parameters, float16, copies", out)[1])
+    assert "disk            14128.9 MB" in out
     assert 7000 < parameters < 7100  # LLaVA-1.5-7B has 7.06 billion
 
 
@@ -257,15 +268,128 @@ def test_max_memory_refuses_before_the_work(run, tmp_path):
 
 def test_a_dry_run_counts_the_operators_that_the_export_writes(run, tmp_path):
     argv = ["--model", "tiny:llava", "--k", "1", "--r", "0.5"]
-    status, out, _ = run(*argv, "--dry-run")
+    status, out, _ = run(*argv, "--dry-run", "--operators")
     assert status == 0
     assert run(*argv, "--output", str(tmp_path / "b"))[0] == 0
     nodes = json.loads((tmp_path / "b" / "job.json").read_text())["nodes"]
-    assert nodes["decoder"]["RMSNormalization"] == 9 and nodes["decoder"]["RotaryEmbedding"] == 8
+    # Two a layer and one behind them; the last layer's first is computed for all rows and for the last one.
+    assert nodes["decoder"]["RMSNormalization"] == 10 and nodes["decoder"]["RotaryEmbedding"] == 8
     said = " ".join(out.split())
     for name, counts in nodes.items():
         listed = ", ".join(f"{operator} {count}" for operator, count in counts.items())
         assert f"{name}: {sum(counts.values())} nodes: {listed}" in said
+
+
+def test_operators_are_counted_in_a_dry_run_alone(run, tiny):
+    check_refused(run("--model", tiny, "--operators"), "--operators", "--dry-run")
+
+
+# Finding 19: what takes no look at the model's code takes no import of it.
+EARLY = [
+    ["--k", "100"],
+    ["--k", "-1"],
+    ["--r", "1"],
+    ["--max-batch", "0"],
+    ["--images", "0"],
+    ["--image-tokens", "-1"],
+    ["--max-seq-len", "1"],
+    ["--max-seq-len", "1025"],
+    ["--max-memory", "nan"],
+    ["--engine-shards", "2"],
+    ["--method", "trimmed-llama"],
+    ["--ratio", "0.5"],
+    ["--output", "."],
+    ["--output", "/proc/bundle"],
+    ["--model", "nonsense"],
+    ["--model", "tiny:nope"],
+    ["--model", "tiny:mllama"],
+    ["--model", "tiny:llava", "--k", "4"],
+    ["--model", "tiny:mllama", "--method", "trimmed-llama", "--ratio", "2"],
+    ["--engine", "tensorrt"],
+    ["--list"],
+    ["--help"],
+]
+REFUSING = """
+import json, sys
+import vlmtrim.export.arguments as arguments
+from vlmtrim.export.cli import main
+arguments.find_library = lambda name: (_ for _ in ()).throw(arguments.RuntimeRefusal(name + " is not installed"))
+for argv in json.loads(sys.argv[2]):
+    try:
+        status = main(["--model", sys.argv[1], *argv])
+    except SystemExit as stop:
+        status = stop.code
+    print("status", status)
+    loaded = sorted({"torch", "transformers", "onnx_ir"} & set(sys.modules))
+    assert not loaded, (argv, loaded)
+"""
+
+
+def test_bad_arguments_are_refused_before_torch_is_imported(tiny, tmp_path):
+    command = [sys.executable, "-c", REFUSING, tiny, json.dumps(EARLY)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("status")]
+    expected = ["0" if argv[0] in ("--list", "--help") else "1" if argv[0] == "--engine" else "2" for argv in EARLY]
+    assert found == expected, done.stderr
+    assert len(done.stderr.splitlines()) == len(EARLY) - 2
+
+
+def test_a_dry_run_says_that_the_engines_library_is_missing(run, tiny, monkeypatch):
+    def missing(name):
+        raise RuntimeRefusal(f"{name} is not installed")
+
+    monkeypatch.setattr(arguments, "find_library", missing)
+    argv = ["--model", tiny, "--engine", "tensorrt"]
+    status, out, err = run(*argv, "--dry-run")
+    assert status == 0 and "engines" in out and "tensorrt is not installed" in err
+    check_refused(run(*argv), "tensorrt is not installed", status=1)
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_bundle_that_does_not_fit_is_refused_before_the_trace(run, tmp_path, monkeypatch, link):
+    """Finding 16: what is free is compared with what is written, and links write nothing."""
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
+    monkeypatch.setattr(weights.taking, "_clone", lambda *_: False)
+    argv = ["--model", "demo", "--output", str(tmp_path / "b"), *["--link-weights"] * link]
+    status, out, err = run(*argv, "--dry-run")
+    assert status == 0 and "3.0 MB are free" in out
+    assert ("linked to the checkpoint's files" if link else "copies of the checkpoint's files") in out
+    if not link:
+        status, out, err = run(*argv)
+        assert status == 2 and "needs about" in err and "--link-weights" in err and "trace" not in err
+    assert not list(tmp_path.glob("*b*"))
+
+
+def test_a_checkpoint_without_an_end_token_exports_with_a_warning(run, tmp_path):
+    from vlmtrim import runtime
+    from vlmtrim.export.weights import tiny
+
+    folder = tiny.write_checkpoint(llava, tmp_path / "c")
+    for name in ("config.json", "generation_config.json"):
+        raw = json.loads((folder / name).read_text())
+        raw.get("text_config", {})["eos_token_id"] = raw["eos_token_id"] = None
+        (folder / name).write_text(json.dumps(raw))
+    argv = ["--model", str(folder), "--output", str(tmp_path / "b")]
+    status, _, err = run(*argv)
+    assert status == 0 and "warning" in err and "--eos-token-id" in err
+    chat = runtime.open(tmp_path / "b")
+    for _ in range(2):  # a second turn follows an answer that no token ended
+        steps = list(chat.generate("What?", max_new_tokens=5))
+        assert len(steps) == 5 and steps[-1].ended == ("length",)
+    argv += ["--dry-run", "--eos-token-id", "7", "--eos-token-id", "9"]
+    status, out, err = run(*argv)
+    assert status == 0 and "warning" not in err and "(7, 9)" in out
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "two"}', '{"eos_token_id": [2, 999]}'])
+def test_generation_settings_that_cannot_be_are_refused(run, tiny, text):
+    path = Path(tiny) / "generation_config.json"
+    path.write_text(text)
+    try:
+        check_refused(run("--model", tiny, "--dry-run"), "eos" if "eos" in text else "generation_config.json")
+    finally:
+        path.unlink()
 
 
 def test_engine_shards_that_cannot_be_are_refused(run, tiny):

@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
 
-from vlmtrim.export import pipeline
+from vlmtrim.export import cli, pipeline
 from vlmtrim.export.families import llava
 from vlmtrim.export.job import Job
 from vlmtrim.export.weights import tiny
@@ -59,8 +61,8 @@ def killed_at(stage, job, checkpoint, traces):
         def stop(report, name):
             if name == stage:
                 die()
-            with real(report, name):
-                yield
+            with real(report, name) as show:
+                yield show
 
         pipeline._stage = stop
         if stage == LAST:
@@ -102,3 +104,49 @@ def test_a_shared_trace_writes_the_same_files(checkpoint, traces, stages, tmp_pa
     shared = pipeline.export(job(checkpoint, tmp_path / "shared", method=FastV(k=1)), checkpoint, traces)
     sums = [open_bundle(folder).sums for folder in (alone, shared)]
     assert {name for name in sums[0] if sums[0][name] != sums[1][name]} == {"job.json"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_command_with_nothing_left(number, tmp_path):
+    """Finding 21; what a kill -9 leaves in the temporary folder is for the next run (tests/graphs/test_staging.py)."""
+    temporary, outputs = tmp_path / "tmp", tmp_path / "outputs"
+    temporary.mkdir()
+    outputs.mkdir()
+    command = [
+        sys.executable,
+        "-m",
+        "vlmtrim.export.cli",
+        "--model",
+        "demo",
+        "--output",
+        str(outputs / "deep" / "bundle"),
+    ]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("trace decoder"):
+                break
+        assert os.listdir(outputs) == ["deep"] and len(os.listdir(temporary)) == 1
+        process.send_signal(number)
+        said = process.stderr.read()
+    assert process.returncode == 128 + number
+    assert said.splitlines()[-1] == "export-vlm: interrupted; nothing was written"
+    assert os.listdir(outputs) == os.listdir(temporary) == []
+
+
+def test_who_ignores_a_hangup_goes_on():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli.ends_as_interrupts():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_termination_is_an_interrupt_and_the_handler_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt) as caught, cli.ends_as_interrupts():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.args == (signal.SIGTERM,)
+    assert signal.getsignal(signal.SIGTERM) is before

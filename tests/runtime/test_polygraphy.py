@@ -1,6 +1,5 @@
 """The bundle's files in NVIDIA's Polygraphy: inspected, and run on inputs of a real conversation."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,19 +19,33 @@ def polygraphy(*argv):
     return done.stdout
 
 
-def test_inspect_shows_the_contract(fastv_bundle):
-    """``onnx`` refuses to read weights out of a hard-linked file; their names and shapes need none of them."""
+def test_inspect_shows_the_contract_and_reads_the_weights(fastv_bundle):
+    """A default bundle opens as it is: none of its files has a second hard link, which ``onnx`` refuses to read."""
     contract = open_bundle(fastv_bundle).contract
     for name in ("vision", "embed", "decoder"):
-        text = polygraphy("inspect", "model", fastv_bundle / f"{name}.onnx", "--ignore-external-data")
+        text = polygraphy("inspect", "model", fastv_bundle / f"{name}.onnx")
         assert "ONNX Opset: 24" in text
         for tensor in (*contract.graphs[name].inputs, *contract.graphs[name].outputs):
             assert f"{tensor.name} [dtype={tensor.dtype}" in text
 
 
-def test_inspect_reads_the_weights_of_a_copied_bundle(fastv_bundle, tmp_path):
-    folder = shutil.copytree(fastv_bundle, tmp_path / "copy")
-    assert "Opset: 24" in polygraphy("inspect", "model", folder / "decoder.onnx")
+def test_onnx_loads_every_weight(fastv_bundle):
+    import onnx
+    from safetensors import safe_open
+
+    model = onnx.load(fastv_bundle / "decoder.onnx")
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    with safe_open(fastv_bundle / "model.safetensors", "np") as file:
+        (name,) = (name for name in file.keys() if name.endswith("layers.3.mlp.up_proj.weight"))  # noqa: SIM118
+        stored = file.get_tensor(name)
+    assert any(array.shape == stored.shape and (array == stored).all() for array in held.values())
+
+
+def test_a_linked_bundle_shows_its_graph_alone(export_tiny):
+    folder = export_tiny("linked", link_weights=True)
+    text = polygraphy("inspect", "model", folder / "decoder.onnx", "--ignore-external-data")
+    assert "ONNX Opset: 24" in text
+    assert (folder / "model.safetensors").stat().st_nlink > 1
 
 
 def test_onnx_runtime_runs_the_graphs_on_the_inputs_of_a_conversation(fastv_bundle, tmp_path):

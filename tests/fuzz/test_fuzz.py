@@ -1,0 +1,41 @@
+"""A bounded part of the fuzzing, the same every time; ``scripts/fuzz.py`` goes on from there."""
+
+from __future__ import annotations
+
+import pytest
+import targets
+
+
+@pytest.fixture(scope="module")
+def folders(fastv_bundle, dense_bundle, export_tiny):
+    """Bundles of several families and methods."""
+    return [
+        fastv_bundle,
+        dense_bundle,
+        export_tiny("fuzz-qwen", family="qwen2_5_vl", k=1, r=0.5),
+        export_tiny("fuzz-mllama", family="mllama", method="trimmed-llama", ratio=0.25),
+    ]
+
+
+def test_mutants_of_bundles_run_or_are_refused(folders):
+    report = targets.bundles(folders, 120, seed=1)
+    assert report.clean, report.failures[:3]
+    assert report.tally["refused"] > 40 and report.tally["ran"] > 5
+
+
+def test_damaged_and_odd_pictures_are_seen_or_refused(folders):
+    report = targets.pictures(folders, 150, seed=1)
+    assert report.clean, report.failures[:3]
+    assert report.tally["refused"] > 10 and report.tally["ran"] > 10
+
+
+def test_whatever_is_typed_stays_text(folders):
+    report = targets.prompts(folders, 150, seed=1)
+    assert report.clean, report.failures[:3]
+    assert report.tally["ran"] > 100
+
+
+def test_templates_run_or_are_refused():
+    report = targets.templates(150, seed=1)
+    assert report.clean, report.failures[:3]
+    assert report.tally["refused"] > 10 and report.tally["ran"] > 10
