@@ -83,8 +83,6 @@ class Oracle:
             worst, best = score[order[wanted - 1]], score[order[wanted]]
             margins[order[:wanted]] = (score[order[:wanted]] - best) / worst
             margins[order[wanted:]] = (worst - score[order[wanted:]]) / worst
-        if 0 < wanted < limit:  # one more is given up
-            margins[order[wanted - 1]] = min(margins[order[wanted - 1]], slack[count - wanted + 1])
-        if wanted < limit:  # one fewer
-            margins[order[wanted]] = min(margins[order[wanted]], slack[count - wanted])
+        # Rank i stays while the smallest count - i sums to more than may be given up.
+        margins[order[:limit]] = margins[order[:limit]].minimum(slack[count - torch.arange(limit)])
         return margins

@@ -144,7 +144,7 @@ class Layerwise:
         """Let a layer run on its choice, with caches of ``capacity``; tokens that do not stay get nothing added."""
         ops, index, parts = self.ops, layer.index, self._parts[layer.index]
         new_key = self.new_key(layer)
-        region = (downstream(parts.normed) & upstream(parts.added)) - upstream(new_key)
+        region = (_states(parts.normed) & upstream(parts.added)) - upstream(new_key)
         taken = gather_tokens(ops, parts.normed, choice.indices)
         taken.type, taken.shape = parts.normed.type, self._shape(parts.normed, f"Sk{index}")
         window = graph_input(self._model, "key_positions.0")
@@ -243,7 +243,7 @@ def _parts(model: ir.Model, layers: list[Layer], layer: Layer) -> _Parts:
     key, value = layer.key_update.inputs[1], layer.value_update.inputs[1]
     assert key is not None and value is not None
     normed = _projected(key)
-    if normed is not _projected(value) or normed.producer() not in downstream(seam):
+    if normed is not _projected(value) or not (normed is seam or normed.producer() in downstream(seam)):
         raise GraphError(f"keys and values of attention {layer.index} are not projections of the same states")
     one_row = layer.query.producer() not in downstream(normed)
     state, ids = normed, graph_input(model, "position_ids")
@@ -258,6 +258,18 @@ def _parts(model: ir.Model, layers: list[Layer], layer: Layer) -> _Parts:
         if readers[0].op_type == "Add" and (state if one_row else seam) in readers[0].inputs:
             return _Parts(seam, normed, added, state, ids, _rotary(layer.query), _rotary(key), one_row)
         added = readers[0].outputs[0]
+
+
+def _states(value: ir.Value) -> set[ir.Node]:
+    """Nodes that depend on what ``value`` holds, not on its shape alone."""
+    found: set[ir.Node] = set()
+    stack = [value]
+    while stack:
+        for node, _ in stack.pop().uses():
+            if node not in found and node.op_type != "Shape":
+                found.add(node)
+                stack.extend(node.outputs)
+    return found
 
 
 def _projected(value: ir.Value) -> ir.Value:

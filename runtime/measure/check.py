@@ -169,6 +169,7 @@ def compare(
         rows.append(_compare_layers(turn, found, expected, tolerance, differed))
     for index, layers in enumerate(groups):
         selected = index > 0 or (len(groups) > 1 and max(layers) > min(groups[1]))  # holds what follows a selection
+        selected = selected or found.kept_by_layer is not None
         if selected and not same_tokens:
             what = _cache_row_name(layers)
             rows.append(Row(turn, what, 0.0, tolerance, True, "not comparable: other tokens were kept"))
