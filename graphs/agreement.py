@@ -83,6 +83,10 @@ def _groups(contract: Contract) -> Iterator[str]:
             yield f"groups[{index}].capacity is {group.capacity}, max_seq_len {contract.max_seq_len}"
         if group.removed and not selects:
             yield f"groups[{index}].removed is {group.removed:g}, and the decoder selects nothing"
+        if group.chooses and (group.source != TOKENS or len(group.layers) > 1 or group.removed):
+            yield f"groups[{index}] chooses and is not one layer that is filled by tokens"
+        if group.most < 1 and group.source == TOKENS and not group.chooses:
+            yield f"groups[{index}].most is {group.most:g}, and it chooses nothing"
         if group.removed >= 1 or group.most <= 0:
             yield f"groups[{index}] keeps nothing of a picture"
 

@@ -6,7 +6,7 @@ nothing else: they know tensors, dimensions and cache groups, never the name of 
 Symbolic dimensions
     B  batch rows             S  tokens of this step          N  visual tokens of this step, per row
     I  images                 W0, W1, ...  live window of cache group 0, 1, ...
-    Sk tokens of this step that survive the selection
+    Sk tokens of this step that survive the selection; Sk0, Sk1, ... in cache group 0, 1, ... where layers choose alone
     Nk image features of this step that enter the caches, at most
 
 Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C_g capacity of group g)
@@ -45,6 +45,10 @@ Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C
     logits                          [B, V]                    model     of each row's last real token
     kept_indices                    [B, Sk]                   int64     indices in S that survive (selecting graphs)
     visual_scores                   [B, N]                    float32   what the selection ranked the visual tokens by
+    kept_indices.g                  [B, Sk_g]                 int64     indices in S that the layer of a choosing group
+                                                                        keeps: text and visual tokens, ascending, and
+                                                                        filling behind them
+    kept_counts.g                   [B]                       int64     how many visual tokens it keeps, row by row
     kept_features                   [B, Nk]                   int64     indices in N of the features that went into the
                                                                         caches, ascending (graphs that select features)
     kept_counts                     [B]                       int64     how many of them count, row by row
@@ -111,7 +115,7 @@ class GraphSpec:
 
 
 def most_features(features: int, share: float) -> int:
-    """Image features of ``features`` that enter caches bounded by ``share``: rounded down, so that parts fit too."""
+    """Image features, or visual tokens, that enter caches bounded by ``share``: rounded down, so that parts fit too."""
     return int(features * share + 1e-9)
 
 
@@ -122,8 +126,9 @@ class CacheGroup:
     Attributes:
         removed: share of visual tokens that is gone before the first layer of the group.
         source: what adds an entry: TOKENS (self-attention) or IMAGES (cross-attention to image features).
-        most: of a group filled by images, the share of a step's features that it takes at most; how many it takes
-            depends on the data, and the graph returns it.
+        most: of a group filled by images, or one that chooses, the share of a step's features or visual tokens that it
+            takes at most; how many it takes may depend on the data, and the graph returns it.
+        chooses: whether its one layer chooses by itself which of a step's visual tokens it keeps.
     """
 
     layers: tuple[Size, ...]
@@ -133,6 +138,7 @@ class CacheGroup:
     removed: Share = 0.0
     source: Source = TOKENS
     most: Share = 1.0
+    chooses: bool = False
 
     def length(self, tokens: int, visual: int) -> int:
         """Cache entries that a step adds to this group (at most, where it is bounded).
@@ -143,7 +149,8 @@ class CacheGroup:
         """
         if self.source == IMAGES:
             return most_features(visual, self.most)
-        return tokens - visual + kept_count(visual, self.removed)
+        kept = most_features(visual, self.most) if self.chooses else kept_count(visual, self.removed)
+        return tokens - visual + kept
 
     def nbytes(self, batch: int, dtype: str) -> int:
         """Bytes of all key and value caches of the group."""
@@ -180,6 +187,16 @@ class Macs:
     def spared(self, tokens: int, keys: int) -> int:
         """What the last layer leaves out of ``tokens`` that attend to ``keys`` each."""
         return (tokens - 1) * (self.token - self.written + self.pair * keys)
+
+    def choosing(self, tokens: int, kept: int, width: int) -> int:
+        """Of a layer that computes queries, values and output for the tokens that it keeps, the rest for all of them;
+        without what it scores them by."""
+        shared = self.token - self.written // 2 - self.pair * width  # keys and MLP; queries and output: pair x width
+        return shared * tokens + (self.token - shared) * kept + self.pair * kept * kept
+
+    def choosing_last(self, tokens: int, kept: int) -> int:
+        """The same of the last layer: keys of all tokens, values of those that it keeps, one row of all else."""
+        return self.written // 2 * (tokens + kept) + self.token - self.written + self.pair * kept
 
     def crossing(self, tokens: int, features: int) -> int:
         """Of one cross-attention layer in a prefill: every token attends to every feature of the step."""
@@ -237,6 +254,11 @@ class Contract:
         return self.groups[-1].removed
 
     @property
+    def removes(self) -> bool:
+        """Whether a cache may hold less than all visual tokens, or image features."""
+        return any(group.removed > 0 or group.most < 1 or group.chooses for group in self.groups)
+
+    @property
     def crosses(self) -> bool:
         """Whether pictures reach the decoder through cross-attention instead of as tokens of the sequence."""
         return any(group.source == IMAGES for group in self.groups)
@@ -260,14 +282,20 @@ class Contract:
         """
         if self.macs is None:
             return None
-        own = [(len(group.layers), group.length(tokens, visual)) for group in self.groups if group.source == TOKENS]
-        total = self.macs.prefill(own)
+        own = [group for group in self.groups if group.source == TOKENS and not group.chooses]
+        total = self.macs.prefill((len(group.layers), group.length(tokens, visual)) for group in own)
+        width = self.graphs["decoder"].inputs[0].shape[2]
+        assert isinstance(width, int)
         for group in self.groups:
+            if group.chooses:
+                total += self.macs.choosing(tokens, group.length(tokens, visual), width)
             if group.source == IMAGES:
                 later = (len(group.layers) - 1) * self.macs.crossing(tokens, group.length(tokens, visual))
                 total += self.macs.crossing(tokens, visual) + later
         last = max(self.groups, key=lambda group: max(group.layers))
         keys = last.length(tokens, visual)
+        if last.chooses:
+            return total - self.macs.choosing(tokens, keys, width) + self.macs.choosing_last(tokens, keys)
         return total - self.macs.spared(keys if last.source == TOKENS else tokens, keys)
 
     def step_bytes(self, entries: Sequence[int]) -> int | None:
@@ -333,6 +361,11 @@ def decoder_spec(
     if crosses and selects:
         outputs.append(TensorSpec("kept_features", "int64", ("B", "Nk")))
         outputs.append(TensorSpec("kept_counts", "int64", ("B",)))
+    elif any(group.chooses for group in groups):
+        inputs.append(TensorSpec("visual_positions", "int64", ("B", "N")))
+        for index in (index for index, group in enumerate(groups) if group.chooses):
+            outputs.append(TensorSpec(f"kept_indices.{index}", "int64", ("B", f"Sk{index}")))
+            outputs.append(TensorSpec(f"kept_counts.{index}", "int64", ("B",)))
     elif selects:
         inputs.append(TensorSpec("visual_positions", "int64", ("B", "N")))
         outputs.append(TensorSpec("kept_indices", "int64", ("B", "Sk")))

@@ -60,6 +60,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is str:
         return reading.text(value, where)
+    if kind is bool:
+        return reading.boolean(value, where)
     raise TypeError(f"{where}: a schema cannot hold {kind}; annotate numbers with a Range")
 
 

@@ -185,6 +185,7 @@ def _record(chat: Chat, steps: list[Step], opened: float) -> dict[str, Any]:
         "visual": prefill.visual,
         "kept": prefill.kept,
         "removed": prefill.visual - prefill.kept,
+        "kept_by_layer": None if prefill.kept_by_layer is None else prefill.layers_that_keep(0).sum(axis=1).tolist(),
         "backend": chat.session.backend.name,
         "selection": chat.session.contract.selection,
         "times": {

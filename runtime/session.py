@@ -12,6 +12,7 @@ from vlmtrim.graphs.bundle import Bundle
 from vlmtrim.graphs.contract import IMAGES, TOKENS, cache_names
 from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.backends.base import Backend, Chain, Graph, Tensor
+from vlmtrim.runtime.choosing import Choosing
 from vlmtrim.runtime.crossing import Crossing, CrossProcessor
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.measure.machine import return_memory
@@ -36,12 +37,13 @@ class Prefill:
     Attributes:
         logits: [B, V] of each row's last token.
         visual, kept: visual tokens (or image features) of this step, and how many the last layers keep; where that
-            depends on the data, of the row that keeps most.
+            depends on the data, of the row that keeps most, and where every layer chooses, its mean over the layers.
         kept_indices: per row, indices into its new tokens that survive, ascending; None where nothing is selected.
         visual_positions: indices of the visual tokens among each row's new tokens, [B, N].
         visual_scores: what the visual tokens were ranked by, float32 [B, N]; None where nothing is selected.
         kept_features: per row, indices into the step's image features that the caches took, ascending; None where
             pictures are tokens.
+        kept_by_layer: per layer and row, indices into its new tokens that survive, where layers choose by themselves.
     """
 
     logits: np.ndarray
@@ -51,9 +53,16 @@ class Prefill:
     visual_positions: np.ndarray
     visual_scores: np.ndarray | None
     kept_features: list[np.ndarray] | None = None
+    kept_by_layer: list[list[np.ndarray]] | None = None
+
+    def layers_that_keep(self, row: int) -> np.ndarray:
+        """Which of a row's visual tokens each layer keeps, bool [layers, N]; of no layer where none chooses."""
+        return np.array([np.isin(self.visual_positions[row], rows[row]) for rows in self.kept_by_layer or []])
 
     def survivors(self, row: int) -> np.ndarray:
-        """Which of a row's visual tokens survive, bool [N]; all of them where nothing is selected."""
+        """Which of a row's visual tokens survive, in any layer, bool [N]; all of them where nothing is selected."""
+        if self.kept_by_layer is not None:
+            return np.asarray(self.layers_that_keep(row).any(axis=0))
         if self.kept_indices is None:
             return np.ones(self.visual_positions.shape[1], dtype=bool)
         return np.isin(self.visual_positions[row], self.kept_indices[row])
@@ -92,6 +101,7 @@ class Session:
         self.caches = backend.make_caches(self.contract, batch)
         self._graphs["decoder"].bind_caches(self.caches)
         self._selects = any(tensor.name == "visual_positions" for tensor in self.contract.graphs["decoder"].inputs)
+        self._choosing = Choosing(self.contract, backend)
         self._hidden = int(self.contract.graphs["embed"].outputs[0].shape[-1])
         logits = next(tensor for tensor in self.contract.graphs["decoder"].outputs if tensor.name == "logits")
         self._vocabulary = int(logits.shape[-1])
@@ -163,7 +173,8 @@ class Session:
         outputs, kept_features = self._step(ids, counts, visual_positions, features, positions, pictures)
         logits = self.backend.to_host(outputs["logits"])
         kept_indices = scores = None
-        if self._selects:
+        kept_by_layer = self._choosing.kept(outputs, counts, visual)
+        if self._selects and not self._choosing:
             kept = self.backend.to_host(outputs["kept_indices"])
             self._check_kept(kept.shape[1], ids.shape[1], visual)
             kept_indices = [row[row < count] for row, count in zip(kept, counts, strict=True)]
@@ -173,7 +184,14 @@ class Session:
         kept_visual = self.contract.groups[-1].length(visual, visual)
         if kept_features is not None:
             kept_visual = max(map(len, kept_features))
-        return Prefill(logits, visual, kept_visual, kept_indices, visual_positions, scores, kept_features)
+        if kept_by_layer is not None:
+            text = counts - visual
+            kept_visual = max(
+                round(np.mean([len(rows[row]) for rows in kept_by_layer]) - text[row]) for row in range(self.batch)
+            )
+        return Prefill(
+            logits, visual, kept_visual, kept_indices, visual_positions, scores, kept_features, kept_by_layer
+        )
 
     def decode(self, tokens: np.ndarray, live: np.ndarray | None = None) -> np.ndarray:
         """Run one token per row (int64 [B]); returns logits [B, V].
@@ -300,6 +318,7 @@ class Session:
         outputs = self._graph("decoder").run(feeds)
         self.lengths.positions = positions[1]
         added = {index: np.where(counts > 0, n - (tokens - counts), 0) for index, n in enumerate(grown)}
+        added |= self._choosing.added(outputs, counts, visual)
         kept = None
         if self._crossing:
             kept, taken = self._crossing.took(outputs, self.backend, self.lengths.entries)

@@ -91,12 +91,16 @@ def _unwritable(target: Path, error: Exception) -> RuntimeRefusal:
 def draw_kept(views: Sequence[View], prefill: Prefill, row: int = 0) -> Image.Image:
     """One drawing of a prompt's pictures, below each other; right of each its scores, where the prefill has any.
 
+    Where layers choose by themselves, a patch is as bright as the share of the layers that keep it.
+
     Args:
         views: what the model saw (``Processor.views``), in order.
         prefill: of the step that brought the pictures.
         row: of the batch.
     """
     kept = prefill.survivors(row)
+    if prefill.kept_by_layer is not None:  # the share of the layers that keep each
+        kept = prefill.layers_that_keep(row).mean(axis=0)
     scores = None if prefill.visual_scores is None else prefill.visual_scores[row]
     strips = [
         _strip(view.image.convert("RGB"), kept[view.tokens], None if scores is None else scores[view.tokens])
@@ -114,8 +118,10 @@ def _strip(picture: Image.Image, kept: np.ndarray, scores: np.ndarray | None) ->
     factor = max(1, min(-(-PANEL // picture.height), WIDEST // picture.width))
     size = (picture.width * factor, picture.height * factor)
     pixels = np.asarray(picture.resize(size, Image.Resampling.NEAREST), np.float64)
-    light = np.where(kept, 1.0, DIMMED)
-    panels = [(pixels * _spread(light, size)[..., None], f"{kept.sum()} of {kept.size} visual tokens kept")]
+    light = DIMMED + (1.0 - DIMMED) * kept
+    each = "" if kept.dtype == bool else " in a layer, on average"
+    caption = f"{kept.sum():.4g} of {kept.size} visual tokens kept{each}"
+    panels = [(pixels * _spread(light, size)[..., None], caption)]
     if scores is not None:
         grey = pixels.mean(-1, keepdims=True)
         heat = 0.7 * _spread(_heat(scores), size) + 0.3 * grey

@@ -152,7 +152,18 @@ def export(args: argparse.Namespace, layers: int | None, engine: str) -> None:
     make_checkpoint(args.work / name, args.like, layers)
     bundle = args.work / f"{name}-bundle"
     command = [sys.executable, "-m", "vlmtrim.export.cli", "--model", str(args.work / name), "--output", str(bundle)]
-    command += ["--k", str(args.k), "--r", str(args.r), "--dtype", args.dtype, "--engine", engine, "--force"]
+    command += [
+        "--k",
+        str(args.k),
+        "--r",
+        str(args.r),
+        "--dtype",
+        args.dtype,
+        "--engine",
+        engine,
+        "--force",
+        "--link-weights",
+    ]
     cost = watch(command)
     record: dict[str, Any] = json.loads((bundle / "job.json").read_text())
     checksums = cost.seconds - sum(record["stages"].values())

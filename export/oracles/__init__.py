@@ -8,10 +8,23 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an oracle kept of a step: ascending indices that later layers take, or those of every layer.
+
+    margins: of every layer's choice, by how much of its threshold a visual token would have to change to change sides.
+    """
+
+    tokens: Tensor | None = None
+    layers: list[Tensor] | None = None
+    margins: list[Tensor] | None = None
 
 
 def load_oracle(selection: Mapping[str, Any]) -> Any:

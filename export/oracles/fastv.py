@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmtrim.export.oracles import causal
+from vlmtrim.export.oracles import Kept, causal
 from vlmtrim.export.oracles.rules import Seen, load_rule
 
 
@@ -24,7 +24,7 @@ class Oracle:
         self._k, self._r, self._seed = selection["k"], selection["r"], selection["seed"]
         self._rule = load_rule(selection["score"])
 
-    def layers(self, text: Any, cache: Any, hidden: Tensor, positions: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+    def layers(self, text: Any, cache: Any, hidden: Tensor, positions: Tensor, visual: Tensor) -> tuple[Tensor, Kept]:
         """(hidden states [1, T, D] of the survivors, their ascending indices); ``hidden`` [1, S, D]."""
         kept = torch.arange(hidden.shape[1])
         watched = text.layers[max(self._k - 1, 0)].self_attn
@@ -51,7 +51,7 @@ class Oracle:
         finally:
             for handle in handles:
                 handle.remove()
-        return hidden, kept
+        return hidden, Kept(kept)
 
     def _choose(self, seen: Seen, visual: Tensor, tokens: int) -> Tensor:
         """Ascending indices that survive."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, DynamicCache
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from vlmtrim.export.oracles import load_oracle
+from vlmtrim.export.oracles import Kept, load_oracle
 from vlmtrim.runtime.measure.check import Recording, Turn
 
 
@@ -53,8 +53,15 @@ class Reference:
         for _ in range(steps):
             tokens.append(int(all_logits[-1].argmax()))
             all_logits.append(self._forward(torch.tensor([[tokens[-1]]]), {})[0])
-        kept_array = None if kept is None else kept.numpy()
-        return Recording(kept_array, caches, torch.stack(all_logits).numpy()), tokens
+        arrays = lambda tensors: None if tensors is None else [tensor.numpy() for tensor in tensors]  # noqa: E731
+        return Recording(
+            None if kept.tokens is None else kept.tokens.numpy(),
+            caches,
+            torch.stack(all_logits).numpy(),
+            visual=np.array([i for i, token in enumerate(turn.ids) if token == self._visual_token and turn.images]),
+            kept_by_layer=arrays(kept.layers),
+            layer_margins=arrays(kept.margins),
+        ), tokens
 
     def _inputs(self, turn: Turn) -> dict[str, Tensor]:
         """What the model's own processor makes of a turn's pictures."""
@@ -64,7 +71,7 @@ class Reference:
         """[N, D], in the order of the prompt."""
         return torch.cat(list(self.model.get_image_features(**pictures).pooler_output))
 
-    def _forward(self, ids: Tensor, pictures: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, ids: Tensor, pictures: dict[str, Tensor]) -> tuple[Tensor, Kept]:
         """(logits [V] of the last token, kept indices); ``pictures`` as the model's own processor made them."""
         positions = self._positions(ids, pictures)
         self._position = int(positions.max()) + 1
@@ -72,7 +79,7 @@ class Reference:
             output = self.model(
                 input_ids=ids, **pictures, position_ids=positions, past_key_values=self._cache, use_cache=True
             )
-            return output.logits[0, -1], None
+            return output.logits[0, -1], Kept()
         hidden = self._text.embed_tokens(ids)
         visual = torch.zeros(0, dtype=torch.int64)
         if pictures:

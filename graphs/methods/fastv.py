@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from vlmtrim.graphs.contract import TOKENS, CacheGroup, kept_count
 from vlmtrim.graphs.errors import GraphError
@@ -12,9 +12,6 @@ from vlmtrim.graphs.later import anatomy, ir, select, split
 from vlmtrim.graphs.methods import flag
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.rules import Step, load_rule, rule_names
-
-if TYPE_CHECKING:
-    from vlmtrim.graphs.surgery.anatomy import Layer
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class FastV:
         self._check_depth(len(layers))
         if any(value.name == "visual_positions" for value in model.graph.inputs):
             raise GraphError("the decoder already selects visual tokens; start from the unpruned export")
-        capacity = _capacity(layers)
+        capacity = split.common_capacity(layers)
         saved = visual_tokens - kept_count(visual_tokens, self.r)
         if not 0 <= saved < capacity:
             raise GraphError(f"visual_tokens={visual_tokens} does not fit caches of {capacity} tokens")
@@ -139,14 +136,6 @@ class FastV:
     def _check_depth(self, layers: int) -> None:
         if self.k >= layers:
             raise GraphError(f"k is {self.k}, the decoder has {layers} layers: give 0 to {layers - 1}")
-
-
-def _capacity(layers: list[Layer]) -> int:
-    capacities = {layer.key_cache.shape[2] for layer in layers if layer.key_cache.shape is not None}
-    capacity = capacities.pop() if len(capacities) == 1 else None
-    if not isinstance(capacity, int):
-        raise GraphError("the caches must share one static capacity before a selection is inserted")
-    return capacity
 
 
 METHOD = FastV

@@ -92,6 +92,10 @@ class SideInputs:
                     self._check_reads_shape(node, index)
                 node.replace_input_with(index, self._substitute(value))
 
+    def derive(self, value: ir.Value) -> ir.Value:
+        """What ``value`` is for the new roots; what depends on them is cloned."""
+        return self._substitute(value)
+
     def _substitute(self, value: ir.Value) -> ir.Value:
         if value not in self._substitutes:
             producer = value.producer()

@@ -98,3 +98,12 @@ def rename_dims(node: ir.Node, rename: Mapping[str, str | int]) -> None:
 def drop_unused(model: ir.Model) -> None:
     """Remove nodes that no output needs."""
     RemoveUnusedNodesPass()(model)
+
+
+def common_capacity(layers: list[Layer]) -> int:
+    """Capacity of all caches. Raises GraphError where they differ."""
+    capacities = {layer.key_cache.shape[2] for layer in layers if layer.key_cache.shape is not None}
+    capacity = capacities.pop() if len(capacities) == 1 else None
+    if not isinstance(capacity, int):
+        raise GraphError("the caches must share one static capacity before a selection is inserted")
+    return capacity

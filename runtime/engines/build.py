@@ -25,6 +25,7 @@ from vlmtrim.graphs.contract import Contract, GraphSpec
 from vlmtrim.runtime.engines import fingerprint, user_cache
 from vlmtrim.runtime.engines import profiles as profile_rules
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.progress import running
 
 # Library -> (modules that may provide it, extra that installs it).
 LIBRARIES = {
@@ -94,8 +95,10 @@ def rebuild(folder: str | Path, library: str) -> dict[str, Any]:
         fresh.replace(bundle.file(SUMS))
         for name in old:
             bundle.file(name).unlink()
-    entries = build_engines(bundle.folder, bundle.contract, library)
-    seal(bundle.folder)
+    with running(f"engines ({library})"):
+        entries = build_engines(bundle.folder, bundle.contract, library)
+    with running("checksums") as show:
+        seal(bundle.folder, show)
     return entries
 
 

@@ -122,7 +122,7 @@ class Subject:
     @property
     def pruned(self) -> bool:
         """Whether visual tokens, or image features, are removed."""
-        return self.contract.removed > 0 or (self.contract.crosses and self.contract.selection is not None)
+        return self.contract.removes
 
     def run(self) -> Sample:
         """One conversation."""

@@ -36,6 +36,7 @@ class Recording:
     Dh] per layer after the prefill; logits [1 + steps, V]: prefill, then each greedy token fed back; visual, scores:
     indices of the turn's visual tokens and what they were ranked by, [N] each, where that side tells; margins [N]: of a
     choice that has no single score, how far each image feature is from the other side, relative to its threshold.
+    kept_by_layer, layer_margins: the same of every layer where layers choose by themselves; margins of visual tokens.
     """
 
     kept: np.ndarray | None
@@ -44,6 +45,15 @@ class Recording:
     visual: np.ndarray | None = None
     scores: np.ndarray | None = None
     margins: np.ndarray | None = None
+    kept_by_layer: list[np.ndarray] | None = None
+    layer_margins: list[np.ndarray] | None = None
+
+    def same_choices(self, other: Recording) -> bool:
+        """Whether both kept the same tokens, in every layer; true where either does not tell."""
+        pairs = [(self.kept, other.kept)] if self.kept is not None and other.kept is not None else []
+        if self.kept_by_layer is not None and other.kept_by_layer is not None:
+            pairs += zip(self.kept_by_layer, other.kept_by_layer, strict=True)
+        return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,15 @@ def record(session: Session, turn: Turn, tokens: int | Sequence[int], row: int =
     selected = prefill.kept_indices or (prefill.kept_features if session.contract.selection else None)
     kept = None if selected is None else selected[row]
     scores = None if prefill.visual_scores is None else prefill.visual_scores[row]
-    return Recording(kept, caches, np.stack(logits).astype(np.float32), prefill.visual_positions[row], scores), fed
+    visual, by_layer = prefill.visual_positions[row], prefill.kept_by_layer
+    return Recording(
+        kept,
+        caches,
+        np.stack(logits).astype(np.float32),
+        visual,
+        scores,
+        kept_by_layer=None if by_layer is None else [rows[row] for rows in by_layer],
+    ), fed
 
 
 def compare_turns(
@@ -116,8 +134,7 @@ def compare_turns(
     for turn, (found, expected) in zip(turns, pairs, strict=True):
         differed = differed and not turn.opens
         rows.append(compare(turn.name, found, expected, groups, dtype, differed))
-        if found.kept is not None and expected.kept is not None:
-            differed = differed or not np.array_equal(found.kept, expected.kept)
+        differed = differed or not found.same_choices(expected)
     return rows
 
 
@@ -147,8 +164,12 @@ def compare(
         rows.append(_compare_kept(turn, found, expected, tolerance))
         if differed and not rows[-1].passed and expected.margins is not None:  # chosen among other features
             rows[-1] = Row(turn, rows[-1].what, 0.0, tolerance, True, "not comparable: other features are held")
+    if found.kept_by_layer is not None and expected.kept_by_layer is not None:
+        same_tokens = found.same_choices(expected) and not differed
+        rows.append(_compare_layers(turn, found, expected, tolerance, differed))
     for index, layers in enumerate(groups):
         selected = index > 0 or (len(groups) > 1 and max(layers) > min(groups[1]))  # holds what follows a selection
+        selected = selected or found.kept_by_layer is not None
         if selected and not same_tokens:
             what = _cache_row_name(layers)
             rows.append(Row(turn, what, 0.0, tolerance, True, "not comparable: other tokens were kept"))
@@ -202,6 +223,24 @@ def _compare_kept(turn: str, found: Recording, expected: Recording, tolerance: f
     ties = int((gaps <= tolerance).sum())
     note = f"{common}; {ties} of the {len(gaps)} others within {tolerance:.0e} of the threshold score (ties)"
     return _row(turn, what, float(gaps.max()), tolerance, note)
+
+
+def _compare_layers(turn: str, found: Recording, expected: Recording, tolerance: float, differed: bool) -> Row:
+    """What every layer kept, up to the first that differs, since later ones judge other states: it must be by ties."""
+    assert found.kept_by_layer is not None and expected.kept_by_layer is not None
+    what, pairs = "kept tokens", zip(found.kept_by_layer, expected.kept_by_layer, strict=True)
+    layer = next((i for i, (have, want) in enumerate(pairs) if not np.array_equal(have, want)), None)
+    layers = len(expected.kept_by_layer)
+    if layer is None or differed:
+        note = "not comparable: other tokens are held" if differed else f"all {layers} layers equal"
+        return Row(turn, what, 0.0, tolerance, True, note)
+    margins, visual = (expected.layer_margins or found.layer_margins), expected.visual
+    if margins is None or visual is None:
+        return Row(turn, what, 1.0, tolerance, False, f"layer {layer} differs; neither side tells the margins")
+    apart = np.setxor1d(found.kept_by_layer[layer], expected.kept_by_layer[layer])
+    gap = dict(zip(visual.tolist(), margins[layer].tolist(), strict=True))
+    worst = max(gap.get(token, np.inf) for token in apart.tolist())
+    return _row(turn, what, worst, tolerance, f"layer {layer} of {layers}: {len(apart)} tokens by that much of a tie")
 
 
 def tie_gaps(one: Recording, other: Recording) -> np.ndarray:

@@ -89,7 +89,7 @@ def test_a_kill_at_any_stage_leaves_no_bundle_and_the_next_run_cleans_up(stages,
 @pytest.mark.parametrize("number", [0, 2, 5, 6, COUNT - 2])
 def test_a_kill_while_replacing_leaves_the_old_bundle_whole(stages, checkpoint, traces, tmp_path, number):
     output = tmp_path / "bundle"
-    pipeline.export(job(checkpoint, output, r=0.25), checkpoint, traces)
+    pipeline.export(job(checkpoint, output, method=FastV(r=0.25)), checkpoint, traces)
     killed_at(stages[number], job(checkpoint, output, force=True), checkpoint, traces)
     assert open_bundle(output).contract.removed == 0.25
     pipeline.export(job(checkpoint, output, force=True), checkpoint, traces)
@@ -100,8 +100,8 @@ def test_a_kill_while_replacing_leaves_the_old_bundle_whole(stages, checkpoint, 
 def test_a_shared_trace_writes_the_same_files(checkpoint, traces, stages, tmp_path):
     """What the accuracy report asks is what export-vlm makes: a trace of its own gives the same checksums."""
     assert traces, stages
-    alone = pipeline.export(job(checkpoint, tmp_path / "alone", k=1), checkpoint)
-    shared = pipeline.export(job(checkpoint, tmp_path / "shared", k=1), checkpoint, traces)
+    alone = pipeline.export(job(checkpoint, tmp_path / "alone", method=FastV(k=1)), checkpoint)
+    shared = pipeline.export(job(checkpoint, tmp_path / "shared", method=FastV(k=1)), checkpoint, traces)
     sums = [open_bundle(folder).sums for folder in (alone, shared)]
     assert {name for name in sums[0] if sums[0][name] != sums[1][name]} == {"job.json"}
 
