@@ -2,8 +2,8 @@
 """Prefill, decode and caches of ZipVL beside dense and FastV, at lengths where attention starts to count.
 
 Random decoders of 0.5 B widths on ONNX Runtime's CPU, everything interleaved in one run, ratios to dense of medians.
-The longer the sequence, the fewer layers, to bound the time: FastV prunes all but k of them, ZipVL all, so FastV's ratios
-are of these depths and not of 24 layers.
+The longer the sequence, the fewer layers, to bound the time: FastV prunes all but k of them and ZipVL all, so FastV's
+ratios are of these depths and not of 24 layers.
 
     scripts/bench_zipvl.py --sizes 576x24 2880x6 8000x3
 """
