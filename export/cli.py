@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from vlmtrim.export import arguments
+from vlmtrim.export import arguments, calibration
 from vlmtrim.export.job import DTYPES, ENGINES, Job, Refusal
 from vlmtrim.export.requirements import missing_extra
 from vlmtrim.graphs.errors import GraphError
@@ -77,6 +77,13 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     )
     p.add_argument("--dry-run", action="store_true", help="print job, contract and sizes; load no weights")
     p.add_argument("--operators", action="store_true", help="with --dry-run: trace the graphs and count operators")
+    p.add_argument(
+        "--calibrate",
+        default=None,
+        metavar="FOLDER",
+        help="zipvl: measure what every layer keeps on the pictures of a folder (NAME.txt beside a picture is its "
+        "question), bound each by its mean and one deviation, and put budgets.json into the bundle",
+    )
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     return p
 
@@ -140,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise Refusal(problem)
         job = arguments.make_job(args)
         arguments.check(job)
+        calibration.check(job)
         if not args.dry_run:
             check_target(job.output, job.force)
     except (Refusal, TargetError) as error:

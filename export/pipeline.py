@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +72,10 @@ class Prepared:
         return memory.lines(self.plan, self.contract, self.job.max_batch, parameters)
 
 
-def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) -> Path:
-    """Run a job on the checkpoint in ``source``; returns the bundle's folder.
+def export(
+    job: Job, source: Path, traces: dict[str, ir.Model] | None = None, files: Mapping[str, str] | None = None
+) -> Path:
+    """Run a job on the checkpoint in ``source``; returns the bundle's folder. ``files`` are put into it as well.
 
     ``traces`` serves many exports that differ in nothing but the selection: give every call the same dict, and the
     model is traced by the first call only.
@@ -111,7 +113,8 @@ def export(job: Job, source: Path, traces: dict[str, ir.Model] | None = None) ->
             _copy_settings(source, folder, prepared.dtype)
             if hasattr(prepared.family, "adapt_settings"):
                 prepared.family.adapt_settings(folder, contract)
-            (folder / "contract.json").write_text(contract.to_json())
+            for name, text in {"contract.json": contract.to_json(), **(files or {})}.items():
+                (folder / name).write_text(text)
         if job.engine != "none":
             with _stage(report, f"engines ({job.engine})"):
                 build_engines(folder, contract, job.engine)

@@ -7,8 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from vlmtrim.export import calibration, pipeline, weights
 from vlmtrim.export import checkpoint as checkpoints
-from vlmtrim.export import pipeline, weights
 from vlmtrim.export.arguments import LENGTH_OF_THE_MODEL
 from vlmtrim.export.job import Job
 from vlmtrim.graphs.lint import node_counts
@@ -33,7 +33,12 @@ def execute(job: Job) -> Path:
     """Export; returns the bundle's folder."""
     with scratch() as folder:
         job, source, _, _ = _read(job, folder, with_weights=True)
-        return pipeline.export(job, source)
+        if job.calibrate is None:
+            return pipeline.export(job, source)
+        traces: dict[str, Any] = {}
+        job, budgets = calibration.calibrate(job, lambda exact: pipeline.export(exact, source, traces), folder)
+        same = job.dtype == "float32"  # what was traced for measuring serves the bundle where the dtype is its own
+        return pipeline.export(job, source, traces if same else None, {calibration.FILE: budgets})
 
 
 def dry_run(job: Job, operators: bool = False) -> str:

@@ -29,7 +29,9 @@ class Image:
 
 
 class Prompt:
-    """A question with pictures between its words: ``Prompt("Is", Image("a.png"), "larger than", Image("b.png"), "?")``.
+    """A question with pictures between its words: ``Prompt("Is ", Image("a.png"), " larger than ", Image("b.png"))``.
+
+    The model sees them in this order, whatever the chat template does with pictures. Spaces beside them are yours.
 
     Args:
         parts: texts, :class:`Image` and :class:`Video`, in order.

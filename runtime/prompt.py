@@ -6,7 +6,6 @@ nobody forges a turn or moves a picture. The template alone writes control token
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from itertools import count
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.reading import BundleError, Folder, shown
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.template import ChatTemplate
+from vlmtrim.runtime.tokenizing import TextStream, control_tokens, encode, load, renamed
 
 # The prompt of LLaVA-1.5 (its model card), for checkpoints that ship no template.
 DEFAULT_TEMPLATE = (
@@ -64,18 +63,20 @@ class Prompter:
     def __init__(self, files: Folder, contract: Contract):
         self._source = files.bytes("tokenizer.json")
         self._file = files.path / "tokenizer.json"
-        self.tokenizer = _tokenizer(self._source, str(self._file))
+        self.tokenizer = load(self._source, str(self._file))
         token = self.tokenizer.id_to_token(contract.image_token_id)
         if token is None:
             raise BundleError(f"{self._file} has no token {contract.image_token_id}, the image token")
         self.image_token: str = token
         self._image_token_id = contract.image_token_id
         self._video_token_id = contract.video_token_id
+        video = None if self._video_token_id is None else self.tokenizer.id_to_token(self._video_token_id)
+        self._marks = {"image": token, "video": video or token}
         self.most_characters = CHARACTERS_A_TOKEN * contract.max_seq_len
         self._settings = files.json("tokenizer_config.json") if "tokenizer_config.json" in files else {}
         template = _template_text(files, self._settings)
         self._template = ChatTemplate(template, self.most_characters + CHARACTERS_OF_TEMPLATE)
-        self._control = frozenset(self.tokenizer.get_added_tokens_decoder())
+        self._control = control_tokens(self.tokenizer)
 
     def special(self, name: str) -> str:
         """Text of a special token, e.g. ``bos_token``; empty where there is none."""
@@ -85,7 +86,8 @@ class Prompter:
 
     def render(self, messages: list[Message], now: datetime | None = None) -> Rendered:
         """A conversation that the assistant is about to answer; ``now`` is for templates that write a date."""
-        texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+        parts = [part for message in messages for part in message["content"] if part["type"] == "text"]
+        texts = [part["text"] for part in parts]
         for text in texts:
             if any("\ud800" <= char <= "\udfff" for char in text):
                 raise RuntimeRefusal("the prompt is no valid Unicode text (a lone surrogate); give UTF-8")
@@ -96,7 +98,31 @@ class Prompter:
                 "shorten the prompt, reset the conversation, or export with a larger --max-seq-len"
             )
         when = now or datetime.now()
-        return _with_spans(self._write(messages, when), self._pieces(messages, when), texts)
+        return _with_spans(self._write(messages, when), self._pieces(messages, when), parts)
+
+    def placed(self, content: list[Message]) -> list[Message]:
+        """A question's parts so that the template leaves its pictures where they are.
+
+        Templates that write pictures first, as LLaVA's do, get one text with the marks in it; ``typed`` are the spans
+        of that text which people wrote.
+        """
+        kinds = [part["type"] for part in content]
+        if self._keeps_order or kinds == sorted(kinds, key="text".__eq__):
+            return content
+        text, typed = "", []
+        for part in content:
+            words = part["text"] if part["type"] == "text" else self._marks[part["type"]]
+            if part["type"] == "text":
+                typed.append((len(text), len(text) + len(words)))
+            text += words
+        return [{"type": "text", "text": text, "typed": typed}]
+
+    @cached_property
+    def _keeps_order(self) -> bool:
+        """Whether the template writes a picture between two texts there."""
+        words = {"type": "text", "text": "words"}
+        pieces = self._pieces([{"role": "user", "content": [words, {"type": "image"}, words]}], datetime.now())
+        return pieces[1::2] == [" 0 ", " 1 "] and self.image_token in pieces[2]
 
     def _write(self, messages: list[Message], now: datetime) -> str:
         return self._template.render(
@@ -127,7 +153,7 @@ class Prompter:
         """
         bos = self.special("bos_token")
         add = opening and not (bos and rendered.text.startswith(bos))
-        found = _encode(self.tokenizer, rendered.text, add)
+        found = encode(self.tokenizer, rendered.text, add)
         if any(_overlap(span, rendered.spans) for span in self._controls(found)):
             found = self._spelled_out(rendered, add)
         return [self._image_token_id if token == self._video_token_id else token for token in found.ids]
@@ -141,16 +167,16 @@ class Prompter:
     def _spelled_out(self, rendered: Rendered, add: bool) -> Any:
         """The encoding by a tokenizer that knows the control tokens under other names, which nobody can guess; the
         template's are written so."""
-        renamed, names = self._secret
+        tokenizer, names = self._secret
         at, parts = 0, []
         for start, end in (*rendered.spans, (len(rendered.text),) * 2):
             parts += [self._renamed(rendered.text[at:start], names), rendered.text[start:end]]
             at = end
-        return _encode(renamed, "".join(parts), add)
+        return encode(tokenizer, "".join(parts), add)
 
     def _renamed(self, template: str, names: Mapping[int, str]) -> str:
         """A piece of the template with its control tokens under their secret names."""
-        found, at, parts = _encode(self.tokenizer, template, False), 0, []
+        found, at, parts = encode(self.tokenizer, template, False), 0, []
         for token, (start, end) in zip(found.ids, found.offsets, strict=True):
             if token in names and start < end:
                 parts += [template[at:start], names[token]]
@@ -160,25 +186,7 @@ class Prompter:
     @cached_property
     def _secret(self) -> tuple[Tokenizer, dict[int, str]]:
         """A tokenizer like the bundle's whose control tokens have other names, and the name of each by its id."""
-        raw = json.loads(self._source)
-        nonce = secrets.token_hex(8)
-        contents = {entry["id"]: entry["content"] for entry in raw["added_tokens"]}
-        names = {number: f"\ue000{nonce}{index}\ue001" for index, number in enumerate(contents)}
-        by_content = {content: names[number] for number, content in contents.items()}
-        for entry in raw["added_tokens"]:
-            entry["content"] = names[entry["id"]]
-        model = raw["model"]
-        vocabulary = model.get("vocab")
-        if isinstance(vocabulary, dict):
-            model["vocab"] = {by_content.get(content, content): number for content, number in vocabulary.items()}
-        elif isinstance(vocabulary, list):
-            model["vocab"] = [[by_content.get(content, content), score] for content, score in vocabulary]
-        if model.get("unk_token") in by_content:
-            model["unk_token"] = by_content[model["unk_token"]]
-        renamed = _tokenizer(json.dumps(raw).encode(), str(self._file))
-        if any(renamed.token_to_id(name) != number for number, name in names.items()):
-            raise BundleError(f"{self._file}: control tokens are not where their ids say, so text cannot be kept apart")
-        return renamed, names
+        return renamed(self._source, self._control, str(self._file))
 
     def decode_stream(self) -> TextStream:
         """Incremental decoder: holds bytes back until they form characters."""
@@ -194,27 +202,6 @@ class Prompter:
         for token in ids:
             expanded += [token] * (next(counts) if token == self._image_token_id else 1)
         return expanded
-
-
-class TextStream:
-    """Token ids of one answer -> text, as soon as their bytes form characters."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._held: list[int] = []  # since the last text
-
-    def step(self, token: int) -> str:
-        """What the token adds to the text; empty while bytes are missing."""
-        self._held.append(token)
-        try:
-            text = self._stream.step(self._tokenizer, token) or ""
-        except Exception:  # bytes that form no text, which a model may say too: decoded on their own, and begun anew
-            text = self._tokenizer.decode(self._held)
-            self._stream = DecodeStream(skip_special_tokens=True)
-        if text:
-            self._held.clear()
-        return text
 
 
 class Conversation:
@@ -248,7 +235,7 @@ class Conversation:
             content: list[Message] = [{"type": "video" if i in videos else "image"} for i in range(images)]
             content.append({"type": "text", "text": prompt})
         else:
-            content = list(prompt)
+            content = self._prompter.placed(list(prompt))
         if self._messages and self._messages[-1]["role"] == "user":
             self.answer("")  # nobody waited for it
         opening = self._messages == self._system
@@ -286,55 +273,39 @@ def _named(part: Message, marks: Iterator[str]) -> Message:
     return {**part, "text": next(marks)} if part["type"] == "text" else part
 
 
-def _with_spans(text: str, pieces: Sequence[str], texts: Sequence[str]) -> Rendered:
+def _with_spans(text: str, pieces: Sequence[str], texts: Sequence[Message]) -> Rendered:
     """A rendered conversation with the places of its texts, which templates may trim. Where they do more than that to
     them, the conversation is put together from the pieces."""
     around, spans, at = pieces[::2], [], 0
     wrote = [texts[int(number)] for number in pieces[1::2]]
-    for before, whole, behind in zip(around, wrote, around[1:], strict=False):
+    for before, part, behind in zip(around, wrote, around[1:], strict=False):
+        whole = part["text"]
         trims = (whole, whole.strip(), whole.lstrip(), whole.rstrip())
         form = next((form for form in trims if text.startswith(before + form + behind, at)), None)
         if form is None:
             break
-        spans.append((at + len(before), at + len(before) + len(form)))
-        at = spans[-1][1]
-    if len(spans) == len(wrote) and text[at:] == around[-1]:
-        return Rendered(text, tuple(spans))
+        spans += _typed(part, form, at + len(before))
+        at += len(before) + len(form)
+    else:
+        if text[at:] == around[-1]:
+            return Rendered(text, tuple(spans))
     text, spans = around[0], []
-    for whole, behind in zip(wrote, around[1:], strict=True):
-        spans.append((len(text), len(text) + len(whole)))
-        text += whole + behind
+    for part, behind in zip(wrote, around[1:], strict=True):
+        spans += _typed(part, part["text"], len(text))
+        text += part["text"] + behind
     return Rendered(text, tuple(spans))
+
+
+def _typed(part: Message, form: str, at: int) -> list[Span]:
+    """What people wrote of a text that stands at ``at``, trimmed to ``form``: all but the marks of its pictures."""
+    cut = part["text"].index(form)
+    typed = part.get("typed", [(0, len(part["text"]))])
+    kept = ((max(start - cut, 0), min(end - cut, len(form))) for start, end in typed)
+    return [(at + start, at + end) for start, end in kept if start < end]
 
 
 def _overlap(span: Span, others: Sequence[Span]) -> bool:
     return any(span[0] < end and start < span[1] for start, end in others)
-
-
-def _tokenizer(source: bytes, where: str) -> Tokenizer:
-    """Of a tokenizer.json; the library raises bare exceptions, and its panics are no Exception at all."""
-    try:
-        tokenizer = Tokenizer.from_buffer(source)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise BundleError(f"{where} is no tokenizer: {_first_line(error)}") from error
-    return tokenizer
-
-
-def _encode(tokenizer: Tokenizer, text: str, add: bool) -> Any:
-    try:
-        return tokenizer.encode(text, add_special_tokens=add)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise RuntimeRefusal(f"the bundle's tokenizer fails: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _template_text(files: Folder, settings: Mapping[str, Any]) -> str:

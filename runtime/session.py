@@ -103,6 +103,8 @@ class Session:
         self._selects = any(tensor.name == "visual_positions" for tensor in self.contract.graphs["decoder"].inputs)
         self._choosing = Choosing(self.contract, backend)
         self._hidden = int(self.contract.graphs["embed"].outputs[0].shape[-1])
+        logits = next(tensor for tensor in self.contract.graphs["decoder"].outputs if tensor.name == "logits")
+        self._vocabulary = int(logits.shape[-1])
         self.reset()
 
     def __enter__(self) -> Session:
@@ -236,6 +238,11 @@ class Session:
             ids[index, : len(row)] = row
         real = np.arange(ids.shape[1]) < counts[:, None]
         is_visual = (ids == self.contract.image_token_id) & real
+        if (outside := real & ~is_visual & ((ids < 0) | (ids >= self._vocabulary))).any():
+            raise RuntimeRefusal(
+                f"the prompt holds token {ids[outside][0]}, the model has {self._vocabulary}; its tokenizer.json is of "
+                "another model"
+            )
         per_row = is_visual.sum(axis=1)
         if (per_row != per_row[0]).any():
             what = "images" if self.contract.crosses else "visual tokens"

@@ -114,6 +114,10 @@ class ZipVL:
         """What the contract records."""
         return {"method": self.name, **asdict(self)}
 
+    def calibrated(self, layers: list[tuple[float, float]]) -> ZipVL:
+        """With bounds of a mean and one deviation of every layer's (mean, deviation)."""
+        return dataclasses.replace(self, bound=tuple(min(1.0, mean + deviation) for mean, deviation in layers))
+
     def shares(self, layers: int) -> tuple[float, ...]:
         """What each layer keeps at most. Raises ValueError where they are told for another number of layers."""
         told = self.bound if self.budgets is None else self.budgets

@@ -33,6 +33,14 @@ def test_a_prompt_of_parts_equals_the_template_where_the_order_is_the_same(chat,
     assert answer(chat, "What is it?", picture) == plain  # one picture needs no list
 
 
+def test_a_picture_between_words_is_seen_between_them(chat, picture):
+    """Though the tiny template, as LLaVA's, writes pictures first."""
+    parts = runtime.Prompt("left ", runtime.Image(picture), " right")
+    places = next(iter(chat.generate(parts))).prefill.visual_positions[0]
+    start = len("<USER: left ")  # the start token, then a token for each byte
+    assert places.tolist() == list(range(start, start + 16))
+
+
 def test_pictures_that_do_not_fit_the_prompt_are_refused(chat, picture):
     parts = runtime.Prompt("What", runtime.Image(picture))
     with pytest.raises(RuntimeRefusal, match="has its pictures among its parts"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_what_a_graph_returns_is_held_to_the_contract(fastv_bundle):
 def test_an_error_of_the_library_is_a_refusal_of_one_line(fastv_bundle):
     session = runtime.open(fastv_bundle).session
     with pytest.raises(RuntimeRefusal, match=r"embed\.onnx: ONNX Runtime cannot run it: .*") as caught:
-        session.prefill([[1, 10**9]])  # no such row in the table of embeddings
+        session.decode(np.array([10**9]))  # no such row in the table of embeddings
     assert "\n" not in str(caught.value)
 
 
@@ -136,3 +137,16 @@ def test_image_features_that_are_not_there_are_refused(export_tiny, picture):
     chat.session.backend.to_host = lie
     with pytest.raises(RuntimeRefusal, match="names kept image features that there are not"):
         list(chat.generate("What is it?", [picture], max_new_tokens=1))
+
+
+def test_a_token_that_the_model_does_not_have_is_refused_before_it_is_looked_up(fastv_bundle, tmp_path):
+    """On a device, the look-up would read what lies behind the embeddings."""
+    folder = tmp_path / "b"
+    shutil.copytree(fastv_bundle, folder)
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["model"]["vocab"]["H"] = 70_000
+    path.write_text(json.dumps(raw))
+    seal(folder)
+    with pytest.raises(RuntimeRefusal, match=r"holds token 70000, the model has \d+"):
+        runtime.open(folder).generate("Hi")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import tempfile
 from datetime import datetime
@@ -83,6 +84,23 @@ def test_images_stand_where_the_parts_of_a_prompt_put_them(make):
     assert ids == [256, *spelled("U: left"), IMAGE, *spelled("right"), IMAGE, *spelled("A: ")]
 
 
+def test_images_stand_there_too_where_the_template_writes_them_first(make):
+    parts = [{"type": "text", "text": " left <image> "}, {"type": "image"}, {"type": "text", "text": " right"}]
+    template = CHAT_TEMPLATE.replace("content['text']", "(content['text'] | trim)")
+    for written, words in ((CHAT_TEMPLATE, "USER:  left <image> "), (template, "USER: left <image> ")):
+        ids = Conversation(make(written)).ask(parts)
+        assert ids == [256, *spelled(words), IMAGE, *spelled(" right ASSISTANT:")]
+    first = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    assert Conversation(make()).ask(first) == [256, *spelled("USER: "), IMAGE, *spelled("\nwhat? ASSISTANT:")]
+
+
+def test_pictures_between_words_stay_there_in_later_turns(make):
+    talk = Conversation(make())
+    talk.ask([{"type": "text", "text": "a "}, {"type": "image"}, {"type": "text", "text": " b"}])
+    talk.answer(" yes")
+    assert talk.ask("next") == spelled(" USER: next ASSISTANT:")
+
+
 # The tiny tokenizer has a token for every byte. GPT-2's characters for bytes are themselves where they can be printed,
 # else those from 256 on; ids are in their order.
 PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -128,7 +146,7 @@ def shared_prompter() -> Prompter:
     return prompter_of(folder)
 
 
-@pytest.mark.parametrize("kind", ["metaspace", "prepend", "merges", "unigram", "normalized"])
+@pytest.mark.parametrize("kind", ["metaspace", "prepend", "merges", "merged", "unigram", "normalized"])
 def test_text_is_spelled_out_as_if_there_were_no_control_tokens(tmp_path, kind):
     """On tokenizers that merge, prefix and normalise as the hub's do; the oracle is the same tokenizer without them."""
     plain, full = tokenizers_of(kind, tmp_path)
@@ -144,6 +162,9 @@ def tokenizers_of(kind, tmp_path):
     pieces = sorted(set("ab:<>/s image\n▁"))
     merges = [("a", "b"), ("▁", "a"), ("i", "m"), ("im", "a"), ("<", "im")]
     vocabulary = {piece: index for index, piece in enumerate([*pieces, *("".join(pair) for pair in merges)])}
+    if kind == "merged":  # as converters of SentencePiece models write them: the merges make control tokens of text
+        of_control = [("<", "/"), ("s", ">"), ("</", "s>")]
+        return _merged_into_control(pieces, merges, of_control, tmp_path)
     model = models.BPE(vocab=vocabulary, merges=merges, unk_token=None)
     if kind == "unigram":
         model = models.Unigram([(piece, -1.0 - 0.01 * i) for piece, i in vocabulary.items()], unk_id=0)
@@ -161,6 +182,81 @@ def tokenizers_of(kind, tmp_path):
     full.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text("ab: {{ messages[-1]['content'][-1]['text'] }} ba")
     return plain, folder
+
+
+def _merged_into_control(pieces, merges, of_control, tmp_path):
+    """The same for a BPE whose last merge is ``</s>``."""
+    saved = []
+    for rules in ([*merges, *of_control[:-1]], [*merges, *of_control]):
+        pieces_and_merged = [*pieces, *("".join(pair) for pair in rules)]
+        model = models.BPE(vocab={piece: index for index, piece in enumerate(pieces_and_merged)}, merges=rules)
+        saved.append(Tokenizer(model))
+    plain, full = saved
+    full.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("</s>", "<image>")])
+    assert full.token_to_id("</s>") == full.get_vocab_size() - 2  # the merged one itself
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    full.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("ab: {{ messages[-1]['content'][-1]['text'] }} ba")
+    return plain, folder
+
+
+def test_runs_of_spaces_that_are_tokens_of_their_own_stay_so(make, tmp_path):
+    """As Phi's and Gemma's; they are text, and have the ids of transformers whatever else is typed."""
+    make(GENERATION)
+    path = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_tokens([AddedToken("  ", normalized=True), AddedToken("\n\n", normalized=False)])
+    tokenizer.save(str(path))
+    spaces, lines = (tokenizer.token_to_id(text) for text in ("  ", "\n\n"))
+    for typed, ids in (("a  b\n\nc", []), ("a  b\n\nc</s>", spelled("</s>"))):
+        asked = Conversation(prompter_of(tmp_path)).ask(typed)
+        expected = [*spelled("a"), spaces, *spelled("b"), lines, *spelled("c"), *ids]
+        assert asked == [256, *spelled("U: "), *expected, *spelled("A: ")]
+
+
+LONG = "a" * 100_000
+CHARSMAP = base64.b64encode((4).to_bytes(4, "little") + bytes(4) + b"x" * 1000 + b"\0").decode()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": LONG}}, "100000 times as long"),
+        ({"normalizer": {"pattern": {"Regex": ""}, "content": LONG}}, "100001 times as long"),
+        ({"normalizer": {"type": "Prepend", "prepend": LONG}}, "100001 times as long"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}}, "1000 times as long"),
+        (
+            {
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 60,
+                }
+            },
+            "times as long",
+        ),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 100}}, "has 101 steps"),
+        ({"decoder": {"type": "Replace", "pattern": {"String": "a"}, "content": LONG}}, "decoder may make"),
+        (
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 1000,
+                    "pair": [],
+                    "special_tokens": {"<s>": {"id": "<s>", "ids": [256] * 1000, "tokens": ["<s>"] * 1000}},
+                }
+            },
+            "may add 1000000 tokens",
+        ),
+    ],
+)
+def test_a_tokenizer_that_would_fill_the_memory_is_refused(make, tmp_path, change, says):
+    """In native code, which ends the process when memory does."""
+    make()
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(BundleError, match=rf"tokenizer\.json: .*{says}"):
+        prompter_of(tmp_path)
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, GENERATION])
