@@ -46,12 +46,12 @@ def check(job: Job) -> None:
     questions(Path(job.calibrate))
 
 
-def measure(bundle: Path, asked: Sequence[tuple[Path, str]]) -> dict[str, Any]:
+def measure(bundle: Path, asked: Sequence[tuple[Any, str]]) -> dict[str, Any]:
     """Mean and deviation over the pictures of the share of visual tokens that every layer keeps.
 
     Args:
         bundle: exported with the method's exact form, so that nothing is cut.
-        asked: pictures and their questions.
+        asked: pictures, as :meth:`vlmtrim.runtime.Chat.generate` takes them, and their questions.
     """
     from vlmtrim import runtime
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlmtrim import runtime
-from vlmtrim.export import pipeline
+from vlmtrim.export import calibration, pipeline
 from vlmtrim.export.checkpoint import DEMO
 from vlmtrim.export.demo import task
 from vlmtrim.export.demo.measure import change
@@ -93,22 +93,10 @@ def kept_shares(contract: Any, prefill: runtime.Prefill, row: int) -> list[float
 
 
 def calibrate(folder: Path, examples: list[task.Example], file: Path) -> None:
-    """Mean and deviation of what every layer keeps, as ``--bound FILE`` and ``--budgets FILE`` read them."""
-    bundle = open_bundle(folder)
-    batch = bundle.contract.dims["B"][1]
-    chat = runtime.Chat(runtime.Session(bundle, runtime.make_backend("ort-cpu"), batch))
-    shares = []
-    for start in range(0, len(examples) - batch + 1, batch):
-        some = examples[start : start + batch]
-        chat.reset()
-        step = next(chat.generate([e.question.text for e in some], [[e.image] for e in some], max_new_tokens=1))
-        shares += [step.prefill.layers_that_keep(row).mean(axis=1) for row in range(batch)]
-    layers = [
-        {"mean": float(m), "deviation": float(d)} for m, d in zip(np.mean(shares, 0), np.std(shares, 0), strict=True)
-    ]
-    selection = dict(bundle.contract.selection or {})
-    file.write_text(json.dumps({"selection": selection, "prompts": len(shares), "layers": layers}, indent=1) + "\n")
-    print(f"{file}: {len(shares)} prompts", file=sys.stderr)
+    """What every layer keeps, as ``--bound FILE`` and ``--budgets FILE`` read it."""
+    found = calibration.measure(folder, [(example.image, example.question.text) for example in examples])
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{file}: {found['prompts']} prompts", file=sys.stderr)
 
 
 if __name__ == "__main__":
