@@ -25,7 +25,6 @@ from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
-    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -35,12 +34,13 @@ from PIL import (
 
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.reading import BundleError, Folder
+from vlmtrim.runtime.decoding import check_scans, upright_rgb
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image_settings import ImageSettings
 
 # A file may unpack to this many pixels (64 M = 192 MB of RGB); a decompression bomb asks for far more.
 MAX_PIXELS = 64 * 1024 * 1024
-# A picture that is read from memory, a stream or a data: URL may have this many bytes.
+# A picture may have this many bytes, whether it is a file, in memory, a stream or a data: URL.
 MAX_BYTES = 512 << 20
 # A picture stretched to more pixels than this is stretched only where the crop keeps it.
 MAX_STRETCHED = 16 * 1024 * 1024
@@ -53,7 +53,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 # any other one goes before it; catch_warnings around a call would not do, it is not safe among threads.
 warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 
-_EIGHT_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 16-bit grey -> 8-bit, rounded
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/|(?:https?|ftps?|file):", re.IGNORECASE)
 _DATA = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
@@ -64,7 +63,8 @@ Picture: TypeAlias = str | os.PathLike | bytes | bytearray | memoryview | Binary
 def load_image(source: Picture) -> Image.Image:
     """Open a picture as RGB, turned upright.
 
-    16-bit grey is scaled to 8 bit, floating point from 0..1; every other mode as Pillow's ``convert("RGB")`` does it.
+    16-bit grey is scaled to 8 bit, floating point from 0..1; transparent parts are laid on white, as transformers'
+    image processors lay them; every other mode as Pillow's ``convert("RGB")`` does it.
 
     Args:
         source: path or contents of a file, an open binary file, uint8 [H, W, 3] (RGB) or [H, W], or a Pillow image.
@@ -74,13 +74,15 @@ def load_image(source: Picture) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         with _refusing("the picture"):
-            return _upright_rgb(source, "the picture")
+            _check_size(*source.size, "the picture")
+            return upright_rgb(source, "the picture")
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, bytes | bytearray | memoryview):
         return _opened(io.BytesIO(source), "the picture")
     if isinstance(source, str | os.PathLike):
-        return _opened(_existing(source), _said(source))
+        with _existing(source) as stream:
+            return _opened(stream, _said(source))
     if hasattr(source, "read"):
         return _opened(io.BytesIO(_contents(source)), _said(getattr(source, "name", "the picture")))
     raise RuntimeRefusal(f"a picture is given as {type(source).__name__}; {TAKEN}")
@@ -118,8 +120,8 @@ def picture_argument(text: str) -> str | bytes:
         raise RuntimeRefusal("a data: URL whose contents are no base64; give it whole") from error
 
 
-def _existing(source: str | os.PathLike) -> Path:
-    """Path of a regular file. Raises RuntimeRefusal."""
+def _existing(source: str | os.PathLike) -> BinaryIO:
+    """A regular file, opened. Raises RuntimeRefusal."""
     if isinstance(source, str):
         _refuse_url(source)
     try:
@@ -129,7 +131,14 @@ def _existing(source: str | os.PathLike) -> Path:
         found = False
     if not found:
         raise RuntimeRefusal(f"no picture at {_said(source)}; give the path of an image file")
-    return path
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise RuntimeRefusal(f"{_said(source)} cannot be read ({error.strerror}); give another picture") from error
+    if os.fstat(stream.fileno()).st_size > MAX_BYTES:
+        stream.close()
+        raise RuntimeRefusal(f"{_said(source)} {_TOO_LONG}")
+    return stream
 
 
 def _refuse_url(text: str) -> None:
@@ -158,8 +167,11 @@ def _contents(stream: Any) -> bytes:
 
 def _bounded(data: bytes, name: str) -> bytes:
     if len(data) > MAX_BYTES:
-        raise RuntimeRefusal(f"{name} has more than {MAX_BYTES >> 20} MB; scale the picture down first")
+        raise RuntimeRefusal(f"{name} {_TOO_LONG}")
     return data
+
+
+_TOO_LONG = f"has more than {MAX_BYTES >> 20} MB; scale the picture down first"
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -170,9 +182,12 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
-def _opened(source: Path | BinaryIO, name: str) -> Image.Image:
-    with _refusing(name), Image.open(source, formats=FORMATS) as image:
-        return _upright_rgb(image, name)
+def _opened(stream: BinaryIO, name: str) -> Image.Image:
+    with _refusing(name), Image.open(stream, formats=FORMATS) as image:
+        _check_size(*image.size, name)
+        if image.format in ("JPEG", "MPO"):
+            check_scans(stream, name)
+        return upright_rgb(image, name)
 
 
 @contextmanager
@@ -202,27 +217,6 @@ def _check_size(width: int, height: int, name: str) -> None:
         )
     if width < 1 or height < 1:
         raise RuntimeRefusal(f"{name} has {width} x {height} pixels; give one that has any")
-
-
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    _check_size(*image.size, name)
-    image.load()
-    return _eight_bit(ImageOps.exif_transpose(image), name).convert("RGB")
-
-
-def _eight_bit(image: Image.Image, name: str) -> Image.Image:
-    """Grey of more than 8 bit scaled to them, which Pillow's ``convert`` would clip; every other picture as it is."""
-    if image.mode == "F":
-        values = np.asarray(image)
-        if not ((values >= 0) & (values <= 1)).all():  # also where one is NaN
-            raise RuntimeRefusal(f"{name} holds floating-point values outside 0 to 1; scale them to it, or save 8 bit")
-        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
-    if image.mode == "I" or image.mode.startswith("I;"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise RuntimeRefusal(f"{name} holds integers outside 16 bit (0 to 65535); scale them to it, or save 8 bit")
-        return Image.fromarray(_EIGHT_BIT[values])
-    return image
 
 
 def generated_picture(seed: int) -> Image.Image:

@@ -91,15 +91,17 @@ def test_pixels_are_bit_equal_at_any_size(pair, width, height, seed):
     check_equal(pair, picture(width, height, seed=seed))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-def test_a_file_of_any_mode_is_read_as_rgb(pair, mode, tmp_path):
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "P and alpha"])
+def test_a_file_of_any_mode_is_what_transformers_makes_of_it(pair, mode, tmp_path):
+    """Transparent parts are laid on white, as by ``processor(images=Image.open(path))``."""
     path = tmp_path / "picture.png"
-    picture(80, 64, mode).save(path)
+    alpha = {"transparency": bytes(range(256))} if mode == "P and alpha" else {}
+    picture(80, 64, "RGBA").convert(mode.split()[0]).save(path, **alpha)
     loaded = load_image(path)
     assert loaded.mode == "RGB"
     ours, theirs = pair
     with Image.open(path) as image:
-        expected = theirs(image.convert("RGB"), return_tensors="np")["pixel_values"][0]
+        expected = theirs(image, do_convert_rgb=True, return_tensors="np")["pixel_values"][0]
     np.testing.assert_array_equal(ours(loaded), np.asarray(expected, dtype=np.float32))
 
 
