@@ -138,7 +138,9 @@ class Layerwise:
         order = ops("ScatterElements", self._numbers, ops("Where", is_kept, slot, behind), self._numbers, axis=1)
         size = ops("Add", self._text_count, most)
         indices = ops.slice(order, ops.const([0]), size, axis=1)
-        return Choice(indices, ops("Where", is_kept, slot, size), count, size)
+        # At most T: engines are asked for their shapes with positions that repeat, of which fewer are taken out.
+        slots = ops("Min", ops("Where", is_kept, slot, size), size)
+        return Choice(indices, slots, count, size)
 
     def rewrite(self, layer: Layer, choice: Choice, capacity: int) -> None:
         """Let a layer run on its choice, with caches of ``capacity``; tokens that do not stay get nothing added."""
