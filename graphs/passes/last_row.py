@@ -14,7 +14,6 @@ from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.anatomy import find_layers, graph_input, graph_output, seam_before
 from vlmtrim.graphs.surgery.region import SideInputs, downstream, upstream
-from vlmtrim.graphs.surgery.select import gather_tokens
 from vlmtrim.graphs.surgery.split import rename_dims
 
 _ALONG = ("axis", "batch_dims")  # what says of a gather that it runs along the tokens
@@ -40,8 +39,8 @@ def last_row(model: ir.Model) -> ir.Model:
 
     ops = Ops("last")
     index = ops("Unsqueeze", last_index, ops.const([1]))
-    row = gather_tokens(ops, seam, index)
-    row.type, row.shape = seam.type, ir.Shape(("B", 1, *list(seam.shape or ())[2:]))
+    # GatherElements: TensorRT-RTX 1.7 cannot build a GatherND of what a selection's GatherND has just gathered.
+    row = _of_last(ops, seam, index, 1)
     roots = {layer.key: layer.key, layer.value: layer.value, seam: row, embeds: row}  # what is read of the caches stays
     if not layer.crosses:  # a query's place in the caches is that of the last token
         roots[layer.write_indices] = ops("Add", layer.write_indices, last_index)

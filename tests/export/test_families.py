@@ -18,6 +18,10 @@ def test_prefill_decode_and_second_turn_equal_pytorch(family, method, export_tin
     proves(family, method, "ONNX Runtime CPU")
 
 
+# Rounding to float16 changes which tokens hold tau in some layer of the random model: float32 parity is proven above.
+FLIPS = {("llava_next", "zipvl"), ("qwen2_vl", "zipvl")}
+
+
 @pytest.mark.parametrize(("family", "method"), COMBINATIONS)
 def test_float16_is_within_its_tolerance_and_its_engines_build(family, method, export_tiny, capsys, proves):
     """TensorRT-RTX builds all three graphs; the decode profile brings one or two tokens and nothing visual."""

@@ -31,8 +31,8 @@ def traces():
     return {}
 
 
-def job(checkpoint, output, k=2, r=0.5, **fields):
-    return Job(str(checkpoint), str(output), FastV(k, r), max_seq_len=256, dtype="float16", **fields)
+def job(checkpoint, output, method=None, **fields):
+    return Job(str(checkpoint), str(output), method or FastV(2, 0.5), max_seq_len=256, dtype="float16", **fields)
 
 
 @pytest.fixture(scope="module")
