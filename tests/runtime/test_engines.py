@@ -121,9 +121,10 @@ def test_more_visual_winners_than_one_topk_takes_build(tmp_path, r):
 
 
 def test_every_graph_of_a_bfloat16_chain_builds(export_tiny):
-    """Vision, embedding and both pieces of the decoder, a winner-side TopK behind three layers."""
+    """Vision, embedding and both pieces of the decoder, a winner-side TopK behind three layers of five: directly before
+    the last layer, which gathers its row from what was just gathered, TensorRT-RTX 1.7 cannot build it in bfloat16."""
     fields = {"k": 3, "r": 0.9, "dtype": "bfloat16", "engine": "tensorrt-rtx", "engine_shards": 2}
-    bundle = open_bundle(export_tiny("chain-bfloat16", {"text": "qwen2"}, **fields))
+    bundle = open_bundle(export_tiny("chain-bfloat16", {"text": "qwen2", "layers": 5}, **fields))
     prints = fingerprint.read(bundle.folder)
     assert set(prints) == {f"{name}.engine" for name in ("vision", "embed", "decoder-0", "decoder-1")}
     for name in ("embed.engine", "decoder-0.engine", "decoder-1.engine"):
