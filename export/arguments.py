@@ -29,6 +29,8 @@ def make_job(args: argparse.Namespace) -> Job:
         method = make_method(args.method, **{name: getattr(args, name) for name in parameters(args.method)})
     except ValueError as error:
         raise Refusal(str(error)) from error
+    if args.output == "":
+        raise Refusal("--output is empty; give a folder, or leave it out")
     fields["output"] = args.output or default_output(args.model, method.label if method else "dense")
     fields["eos_token_ids"] = tuple(args.eos_token_ids or ())
     return Job(**{**fields, "method": method})
@@ -51,6 +53,9 @@ def check(job: Job) -> None:
     layers, positions = text.get("num_hidden_layers"), text.get("max_position_embeddings")
     if isinstance(positions, int) and job.max_seq_len > positions:
         raise Refusal(f"--max-seq-len is {job.max_seq_len}; the model takes 2 to {positions} tokens")
+    vocabulary = text.get("vocab_size")
+    if isinstance(vocabulary, int) and max(job.eos_token_ids, default=0) >= vocabulary:
+        raise Refusal(f"--eos-token-id is {max(job.eos_token_ids)}; the model has tokens 0 to {vocabulary - 1}")
     if isinstance(layers, int) and job.method is not None and "cross_attention_layers" not in text:
         try:
             job.method.groups((CacheGroup(tuple(range(layers)), 1, 1, 1),), 0)

@@ -296,6 +296,8 @@ EARLY = [
     ["--max-seq-len", "1025"],
     ["--max-memory", "nan"],
     ["--engine-shards", "2"],
+    ["--eos-token-id", "272"],
+    ["--output", ""],
     ["--method", "trimmed-llama"],
     ["--ratio", "0.5"],
     ["--output", "."],
