@@ -141,7 +141,8 @@ def test_a_real_config_is_planned(tmp_path, capsys):
         },
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    argv = ["--model", str(tmp_path), "--dry-run", "--max-seq-len", "16384", "--images", "2", "--r", "0.75"]
+    argv = ["--model", str(tmp_path), "--dry-run", "--operators"]
+    argv += ["--max-seq-len", "16384", "--images", "2", "--r", "0.75"]
     assert cli.main(argv) == 0
     printed = "".join(capsys.readouterr())
     assert f"layers 2-2, {16384 - 5856 + 1464} tokens" in printed
