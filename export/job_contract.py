@@ -49,6 +49,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     }
     dims |= family.vision_dims(shape, most_images * job.max_batch)
     dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}
+    guide = getattr(method, "guide", None)
     decoder = decoder_spec(
         dtype=name,
         hidden=shape.hidden,
@@ -56,6 +57,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         groups=groups,
         selects=method is not None,
         position_axes=shape.position_axes,
+        guided=guide is not None,
     )
     return Contract(
         family=family.__name__.rpartition(".")[2],
@@ -76,6 +78,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         video_token_id=shape.video_token_id,
         eos_token_ids=_eos_ids(job, source, config, shape.vocabulary),
         macs=decoder_macs(config.text_config),
+        guide=guide,
         producer=f"vlmtrim {importlib.metadata.version('vlmtrim')}",
     )
 

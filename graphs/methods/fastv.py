@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -91,13 +92,16 @@ class FastV:
         )
         return (dataclasses.replace(whole, layers=whole.layers[: self.k]), later) if self.k else (later,)
 
-    def __call__(self, model: ir.Model, visual_tokens: int = 0) -> ir.Model:
+    def __call__(
+        self, model: ir.Model, visual_tokens: int = 0, rank: Callable[[Step], ir.Value] | None = None
+    ) -> ir.Model:
         """Insert the selection into a decoder graph, in place, and return it.
 
         Args:
             model: decoder with the boundary of :mod:`vlmtrim.graphs.contract`, one cache group, no selection yet.
             visual_tokens: visual tokens that a sequence of full length is assumed to hold; the later caches shrink
                 by what is removed of them. 0 leaves every capacity as it is.
+            rank: a ranking float32 [B, N] in place of the rule's.
         """
         layers = anatomy.find_layers(model)
         self._check_depth(len(layers))
@@ -124,7 +128,7 @@ class FastV:
             sizes=sizes,
             seed=self.seed,
         )
-        ranking = load_rule(self.rule).score(step)
+        ranking = (rank or load_rule(self.rule).score)(step)
         keep = select.keep_best(ops, ranking, visual, sizes, self.r)
         survivors = select.compact(ops, keep, last_index, sizes)
         split.split_at(model, ops, seam, layers, self.k, survivors, capacity - saved)
