@@ -27,12 +27,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     _check_limits(job, shape, config, family)
     name = str(dtype).removeprefix("torch.")
     capacity = job.max_seq_len
-    dense = groups = dense_groups(shape, capacity, job.images)
-    if method is not None:
-        try:
-            groups = method.groups(dense, job.images * shape.image_tokens)
-        except ValueError as error:
-            raise Refusal(str(error)) from error
+    groups = _groups(job, shape)
     crosses = bool(shape.cross_layers)
     least = min((group.length(0, shape.image_tokens) for group in groups if group.source == IMAGES), default=1)
     if least < 1:
@@ -91,6 +86,17 @@ def _bounded(job: Job, shape: Any) -> Any:
         return shape
     tokens = job.image_tokens or max(1, job.max_seq_len // (2 * job.images))  # half of the sequence is left to text
     return dataclasses.replace(shape, image_tokens=min(tokens, shape.image_tokens))
+
+
+def _groups(job: Job, shape: Any) -> tuple[CacheGroup, ...]:
+    """Cache groups of the job's model. Raises Refusal where the method does not fit."""
+    dense = dense_groups(shape, job.max_seq_len, job.images)
+    if job.method is None:
+        return dense
+    try:
+        return job.method.groups(dense, job.images * shape.image_tokens)
+    except ValueError as error:
+        raise Refusal(str(error)) from error
 
 
 def dense_groups(shape: Any, capacity: int, images: int) -> tuple[CacheGroup, ...]:
