@@ -74,7 +74,17 @@ def missing_library(job: Job) -> str | None:
 
 
 def check_method(job: Job, family: str) -> None:
-    """Raises Refusal where the method does not remove what the family's pictures are made of."""
+    """Raises Refusal where the method does not remove what the family's pictures are made of, or does not emit."""
+    if job.emit_guide and job.method is not None:
+        raise Refusal(
+            f"--emit-guide returns attention to all visual tokens, and method {job.method.name} removes some; give "
+            "--method none, and let this bundle guide a larger one (--method guided)"
+        )
+    if job.emit_guide and checkpoints.prunes(family) == IMAGES:
+        raise Refusal(
+            f"--emit-guide returns attention to visual tokens of the sequence; the pictures of the family {family} are "
+            "features of cross-attention, and no guided method takes them"
+        )
     if job.method is None or job.method.name in methods_of(family):
         return
     tokens, features = "visual tokens of the sequence", "image features that cross-attention layers attend to"

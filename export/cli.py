@@ -76,6 +76,12 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
         metavar="ID",
         help="token that ends an answer, repeated for several (default: those that the checkpoint names)",
     )
+    p.add_argument(
+        "--emit-guide",
+        action="store_true",
+        help="with --method none: the decoder also returns its attention, so that the bundle can guide a larger one "
+        "(run-vlm LARGE --guide SMALL)",
+    )
     p.add_argument("--dry-run", action="store_true", help="print job, contract and sizes; load no weights")
     p.add_argument("--operators", action="store_true", help="with --dry-run: trace the graphs and count operators")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")

@@ -16,6 +16,8 @@ from vlmtrim.export.job import Job, Refusal, check_numbers
 from vlmtrim.graphs.contract import IMAGES, CacheGroup, Contract, decoder_spec
 
 _DYNAMIC_ROPE = ("dynamic", "longrope")
+# Rows of a prompt whose attention is summed at most, the last ones: they cost rows x window x heads floats in a layer.
+SCORED_ROWS = 256
 
 
 def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, source: Path) -> Contract:
@@ -42,6 +44,8 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         # A picture of the sequence may bring less than image_tokens; every one for cross-attention brings as many.
         "N": (0, most_images * shape.image_tokens if crosses else capacity),
     }
+    if job.emit_guide:
+        dims["R"] = 0, min(SCORED_ROWS, capacity)
     dims |= family.vision_dims(shape, most_images * job.max_batch)
     dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}
     guide = getattr(method, "guide", None)
@@ -53,6 +57,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         selects=method is not None,
         position_axes=shape.position_axes,
         guided=guide is not None,
+        emits=job.emit_guide,
     )
     return Contract(
         family=family.__name__.rpartition(".")[2],

@@ -95,6 +95,9 @@ def _guide(contract: Contract) -> Iterator[str]:
     takes = any(tensor.name == "guide_scores" for tensor in contract.graphs["decoder"].inputs)
     if takes and contract.guide is None:
         yield "the decoder takes guide_scores, and guide does not say who provides them"
+    emits = any(tensor.name == "key_scores" for tensor in contract.graphs["decoder"].outputs)
+    if emits and (contract.removes or contract.crosses):
+        yield "the decoder returns key_scores, and does not hold all visual tokens"
     if not takes and contract.guide is not None:
         yield f"guide is {shown(contract.guide)}, and the decoder takes no guide_scores"
 
@@ -118,6 +121,7 @@ def _decoder(contract: Contract) -> Iterator[str]:
         selects=bool(outputs.keys() & {"kept_indices", "kept_features"}),
         position_axes=axes,
         guided=contract.guide is not None,
+        emits="key_scores" in outputs,
     )
     for kind, found, wanted in (
         ("inputs", spec.inputs, expected.inputs),

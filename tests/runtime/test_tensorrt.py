@@ -116,6 +116,20 @@ def test_a_chain_with_cross_attention_equals_ort_cpu_to_the_bit(crossing_chain, 
     assert_equal(found, conversation(ort_cpu(), crossing_chain, picture, batch=2))
 
 
+def test_attention_is_summed_over_the_engines_of_a_chain(export_tiny, machine, tmp_path, picture):
+    """Each engine adds its layers' part; replayed steps feed the rows as plain ones do."""
+    fields = {"method": "none", "emit_guide": True, "engine": "tensorrt-rtx", "engine_shards": 3, "max_batch": 2}
+    folder = machine.with_engines(export_tiny("emitting-chain", **fields), tmp_path / "bundle")
+    found = []
+    for backend in (tensorrt.TrtBackend("tensorrt"), ort_cpu()):
+        chat = runtime.Chat(runtime.Session(open_bundle(folder), backend, batch=2))
+        chat.session.attention.on = True
+        steps = list(chat.generate(["What?", "What is it, and why?"], [[picture]] * 2, max_new_tokens=8))
+        found.append(([step.token_ids for step in steps], [], [chat.session.attention.received]))
+    assert_equal(*found)
+    assert found[0][2][0].min() > 0 and machine.cuda.count["replays"] > 3
+
+
 @pytest.mark.parametrize("how", ["auto", "off"])
 def test_bench_vlm_measures_with_and_without_cuda_graphs(machine, dense_bundle, tmp_path, capsys, how):
     folder, out = machine.with_engines(dense_bundle, tmp_path / "bundle"), tmp_path / "out.json"
