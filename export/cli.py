@@ -33,7 +33,7 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     p.add_argument("--list", action=_List, help="print families, presets, methods and what is proven, and exit")
     p.add_argument("--model", required=True, help="demo, a preset (--list), tiny:<family>, folder or hub id")
     _add_method_arguments(p, method)
-    _add_calibration(p)
+    _add_measuring(p)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights; auto keeps the checkpoint's")
     p.add_argument(
         "--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)"
@@ -76,25 +76,24 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
         metavar="ID",
         help="token that ends an answer, repeated for several (default: those that the checkpoint names)",
     )
-    p.add_argument(
-        "--emit-guide",
-        action="store_true",
-        help="with --method none: the decoder also returns its attention, so that the bundle can guide a larger one "
-        "(run-vlm LARGE --guide SMALL)",
-    )
     p.add_argument("--dry-run", action="store_true", help="print job, contract and sizes; load no weights")
     p.add_argument("--operators", action="store_true", help="with --dry-run: trace the graphs and count operators")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     return p
 
 
-def _add_calibration(p: argparse.ArgumentParser) -> None:
+def _add_measuring(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--calibrate",
         default=None,
         metavar="FOLDER",
         help="zipvl: measure what every layer keeps on the pictures of a folder (NAME.txt beside a picture is its "
         "question), bound each by its mean and one deviation, and put budgets.json into the bundle",
+    )
+    p.add_argument(
+        "--emit-guide",
+        action="store_true",
+        help="with --method none: return attention too, to guide a larger bundle (run-vlm LARGE --guide SMALL)",
     )
 
 

@@ -44,8 +44,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         # A picture of the sequence may bring less than image_tokens; every one for cross-attention brings as many.
         "N": (0, most_images * shape.image_tokens if crosses else capacity),
     }
-    if job.emit_guide:
-        dims["R"] = 0, min(SCORED_ROWS, capacity)
+    dims |= {"R": (0, min(SCORED_ROWS, capacity))} if job.emit_guide else {}
     dims |= family.vision_dims(shape, most_images * job.max_batch)
     dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}
     guide = getattr(method, "guide", None)
