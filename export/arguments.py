@@ -106,7 +106,7 @@ def _family_and_text(model: str) -> tuple[str | None, dict[str, Any]]:
     if model.startswith("tiny:"):
         family = model.removeprefix("tiny:")
         return family, {"num_hidden_layers": checkpoints.tiny_layers(family)}
-    folder = checkpoints.DEMO if model == "demo" else Path(model)
+    folder = checkpoints.SHIPPED.get(model, Path(model))
     if not folder.is_dir():
         return None, {}
     raw = checkpoints.read_raw_config(folder)

@@ -108,12 +108,12 @@ def test_bundles_that_do_not_fit_together_are_refused(pair, picture, guide_bundl
         runtime.Guided(small, large, 2)
     both = runtime.Guided(small, large)
     object.__setattr__(small.session.contract, "image_tokens", 15)
-    with pytest.raises(RuntimeRefusal, match=r"bundle has image_tokens 15, bundle 16; a guide must see the same"):
+    with pytest.raises(RuntimeRefusal, match=r"bundle has image_tokens 15, .*bundle 16; a guide must see the same"):
         runtime.Guided(small, large)
     object.__setattr__(small.session.contract, "image_tokens", 16)
     processor = small.session.processor
     small.session.processor = lambda images: Pictures(processor(images).inputs, (9,))
-    with pytest.raises(RuntimeRefusal, match=r"bundle makes \[9\] visual tokens of the pictures, bundle \[16\]"):
+    with pytest.raises(RuntimeRefusal, match=r"bundle makes \[9\] visual tokens of the pictures, .*bundle \[16\]"):
         both.generate("What?", [picture])
     with pytest.raises(RuntimeRefusal, match="export it with --method none --emit-guide"):
         plain.session.attention.on = True
