@@ -31,7 +31,8 @@ def make_job(args: argparse.Namespace) -> Job:
         raise Refusal(str(error)) from error
     if args.output == "":
         raise Refusal("--output is empty; give a folder, or leave it out")
-    fields["output"] = args.output or default_output(args.model, method.label if method else "dense")
+    label = method.label if method else "guide" if args.emit_guide else "dense"
+    fields["output"] = args.output or default_output(args.model, label)
     fields["eos_token_ids"] = tuple(args.eos_token_ids or ())
     return Job(**{**fields, "method": method})
 

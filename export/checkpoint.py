@@ -81,7 +81,7 @@ def load_reference(family: str) -> Any:
 
 
 def resolve(model: str, scratch: Path, weights: bool = True) -> Path:
-    """Folder of the checkpoint that ``model`` names: ``demo``, ``demo-small``, preset, ``tiny:<family>``, folder or hub id.
+    """Folder of the checkpoint that ``model`` names: one of SHIPPED, preset, ``tiny:<family>``, folder or hub id.
 
     Args:
         scratch: where a tiny checkpoint is written.
