@@ -157,7 +157,7 @@ def graphs(
             lint(graph, plan.spec)
         if name == "decoder" and method is not None:
             with _stage(report, f"select ({method.label})"):
-                method(graph, visual_tokens=job.images * contract.image_tokens)
+                method(graph, visual_tokens=job.images * contract.image_tokens, grid=contract.whole_grid)
                 lint(graph, contract.graphs[name])
         yield name, graph
 
