@@ -20,26 +20,26 @@ STEPS = 1024.0
 def score(step: Step) -> ir.Value:
     """float32 [B, N]."""
     ops, one = step.ops, step.ops.const([1])
-    features, number = states.unit_visual(step), states.numbers(step)
+    features, number, none = states.with_none(step)
     cosines = states.cosines(ops, features, features)
     itself = ops("Equal", number, ops("Unsqueeze", number, one))
-    others = ops("Where", itself, ops.const(-2.0, np.float32), cosines)
-    nearest = ops("Sub", ops.const(1.0, np.float32), ops("ReduceMax", others, one, keepdims=1))
+    ignored = ops("Or", itself, ops("Greater", none, ops.const(0.5, np.float32)))
+    others = ops("Where", ignored, ops.const(-2.0, np.float32), cosines)
+    nearest = ops("Sub", ops.const(1.0, np.float32), ops("ReduceMax", others, ops.const([2]), keepdims=0))
+    spent = ops.const(greedy.SPENT, np.float32)
+    nearest = ops("Sub", ops("Unsqueeze", nearest, one), ops("Mul", none, spent))
 
-    def take(ops: Ops, values: ir.Value, count: ir.Value, gap: ir.Value | None = None) -> ir.Value:
-        """Distances [B, 1, N] to the nearest picked token after one more pick; of picked tokens far below all."""
-        steps = ops("Round", ops("Mul", values, ops.const(STEPS, np.float32)))
-        chosen = greedy.best(ops, steps, number, count)
+    def distances(ops: Ops, values: ir.Value) -> ir.Value:
+        """[B, 1, N + 1] from the token of the largest of ``values``; its own is far below all."""
+        chosen = greedy.best(ops, ops("Round", ops("Mul", values, ops.const(STEPS, np.float32))), number)
         distance = ops("Sub", ops.const(1.0, np.float32), ops("MatMul", chosen, cosines))
-        distance = ops("Sub", distance, ops("Mul", chosen, ops.const(greedy.SPENT, np.float32)))
-        return distance if gap is None else ops("Min", gap, distance)
+        return ops("Sub", distance, ops("Mul", chosen, ops.const(greedy.SPENT, np.float32)))
 
     def body(inner: Ops, _: ir.Value, entering: list[ir.Value]) -> list[ir.Value]:
         gap, scores = entering
-        gap = take(inner, gap, inner.const([1]), gap)
+        gap = inner("Min", gap, distances(inner, gap))
         return [gap, inner("Add", scores, greedy.picked(inner, gap))]
 
-    gap = take(ops, nearest, ops("Min", step.sizes.visual, one))
+    gap = ops("Sub", distances(ops, nearest), ops("Mul", none, spent))
     more = ops("Max", ops("Sub", step.sizes.kept_visual, one), ops.const([0]))
-    scores = greedy.repeat(ops, more, [gap, greedy.picked(ops, gap)], body)[1]
-    return ops("Squeeze", scores, one)
+    return states.without_none(step, greedy.repeat(ops, more, [gap, greedy.picked(ops, gap)], body)[1])

@@ -20,19 +20,21 @@ STEPS = 64.0  # to a factor of e
 
 def score(step: Step) -> ir.Value:
     """float32 [B, N]."""
-    features = states.unit_visual(step)
-    return picks(step, states.cosines(step.ops, features, features))
+    features, number, none = states.with_none(step)
+    return picks(step, states.cosines(step.ops, features, features), number, none)
 
 
-def picks(step: Step, kernel: ir.Value) -> ir.Value:
-    """The order of the greedy picks as scores [B, N]; ``kernel`` [B, N, N] with a diagonal of at most 1."""
+def picks(step: Step, kernel: ir.Value, number: ir.Value, none: ir.Value) -> ir.Value:
+    """The order of the greedy picks as scores [B, N]; ``kernel`` [B, N + 1, N + 1], diagonal at most 1, and its tokens'
+    numbers and what is none of them (:func:`vlmtrim.graphs.surgery.states.with_none`)."""
     ops, one = step.ops, step.ops.const([1])
-    number, kept = states.numbers(step), step.sizes.kept_visual
+    kept = step.sizes.kept_visual
     itself = ops("Cast", ops("Equal", number, ops("Unsqueeze", number, one)), to=ir.DataType.FLOAT)
     gain = ops("ReduceSum", ops("Mul", kernel, itself), one, keepdims=1)
-    none = ops("Sub", gain, gain)
+    gain = ops("Sub", gain, ops("Mul", none, ops.const(greedy.SPENT, np.float32)))
+    scores = ops("Mul", gain, ops.const(0.0, np.float32))
     place = ops("Range", ops.const(0), ops("Squeeze", kept, ops.const([0])), ops.const(1))
-    shape = ops.concat(step.sizes.batch, kept, step.sizes.visual)
+    shape = ops.concat(step.sizes.batch, kept, ops("Add", step.sizes.visual, one))
     rows = ops("Expand", ops.const(0.0, np.float32), shape)  # of the Cholesky factor: one a pick
     column = ops("Unsqueeze", place, one)
 
@@ -41,7 +43,7 @@ def picks(step: Step, kernel: ir.Value) -> ir.Value:
         size = inner("Log", inner("Max", gain, inner.const(LEAST, np.float32)))
         steps = inner("Round", inner("Mul", size, inner.const(STEPS, np.float32)))
         left = inner("Sub", steps, inner("Mul", greedy.picked(inner, gain), inner.const(1e6, np.float32)))
-        chosen = greedy.best(inner, left, number, inner.const([1]))
+        chosen = greedy.best(inner, left, number)
         its = inner("ReduceSum", inner("Mul", gain, chosen), inner.const([2]), keepdims=1)
         its = inner("Max", its, inner.const(LEAST, np.float32))
         part = inner("MatMul", rows, inner("Transpose", chosen, perm=[0, 2, 1]))  # [B, M, 1]
@@ -52,4 +54,4 @@ def picks(step: Step, kernel: ir.Value) -> ir.Value:
         here = inner("Cast", inner("Equal", column, turn), to=ir.DataType.FLOAT)  # [M, 1]
         return [gain, inner("Add", scores, greedy.picked(inner, gain)), inner("Add", rows, inner("Mul", here, row))]
 
-    return ops("Squeeze", greedy.repeat(ops, kept, [gain, none, rows], body)[1], one)
+    return states.without_none(step, greedy.repeat(ops, kept, [gain, scores, rows], body)[1])

@@ -17,13 +17,10 @@ from vlmtrim.graphs.ops import Ops
 SPENT = 64.0
 
 
-def best(ops: Ops, values: ir.Value, numbers: ir.Value, count: ir.Value) -> ir.Value:
-    """One-hot row float32 [B, 1, N] of the largest of ``values`` [B, 1, N], of equals the first.
-
-    ``numbers`` are 0 .. N-1; ``count`` [1] is 1, or 0 where there may be no token.
-    """
-    _, index = ops("TopK", values, count, outputs=2, axis=2, largest=1, sorted=1)
-    return ops("Cast", ops("Equal", numbers, index), to=ir.DataType.FLOAT)
+def best(ops: Ops, values: ir.Value, number: ir.Value) -> ir.Value:
+    """One-hot row float32 [B, 1, N] of the largest of ``values`` [B, 1, N], of equals the first; number: 0 .. N-1."""
+    _, index = ops("TopK", values, ops.const([1]), outputs=2, axis=2, largest=1, sorted=1)
+    return ops("Cast", ops("Equal", number, index), to=ir.DataType.FLOAT)
 
 
 def picked(ops: Ops, values: ir.Value) -> ir.Value:

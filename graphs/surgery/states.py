@@ -32,6 +32,24 @@ def cosines(ops: Ops, one: ir.Value, other: ir.Value) -> ir.Value:
     return ops("MatMul", one, ops("Transpose", other, perm=[0, 2, 1]))
 
 
+def with_none(step: Step) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """(embeddings of the visual tokens of length 1, and zeros as one more: float32 [B, N + 1, D], int64 0 .. N, and 1.0
+    for what is no token: float32 [N + 1]). Picks from none must build, too: a step of text has no visual token."""
+    ops = step.ops
+    features = unit_visual(step)
+    shape = ops.concat(step.sizes.batch, ops.const([1]), ops.dim(features, 2))
+    features = ops("Concat", features, ops("Expand", ops.const(0.0, np.float32), shape), axis=1)
+    end = ops("Squeeze", step.sizes.visual, ops.const([0]))
+    number = ops("Range", ops.const(0), ops("Add", end, ops.const(1)), ops.const(1))
+    return features, number, ops("Cast", ops("Equal", number, end), to=ir.DataType.FLOAT)
+
+
+def without_none(step: Step, scores: ir.Value) -> ir.Value:
+    """[B, 1, N + 1] -> [B, N]."""
+    ops = step.ops
+    return ops("Squeeze", ops.slice(scores, ops.const([0]), step.sizes.visual, axis=2), ops.const([1]))
+
+
 def numbers(step: Step) -> ir.Value:
     """0 .. N-1, int64 [N]."""
     ops = step.ops
