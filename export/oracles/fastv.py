@@ -30,7 +30,13 @@ class Oracle:
         kept = torch.arange(hidden.shape[1])
         watched = text.layers[max(self._k - 1, 0)]
         attention = watched.self_attn
-        seen = Seen(attention.head_dim, embeds=hidden[0], positions=positions.squeeze(-2), side=self._side)
+        seen = Seen(
+            attention.head_dim,
+            embeds=hidden[0],
+            positions=positions.squeeze(-2),
+            removed=self._r,
+            side=self._side,
+        )
         handles = [
             attention.register_forward_hook(lambda _, __, output: setattr(seen, "attention", output[1][0])),
             attention.q_proj.register_forward_hook(lambda _, __, output: setattr(seen, "query", output[0])),

@@ -20,7 +20,7 @@ def score(step: Step) -> ir.Value:
     """float32 [B, N]: 2 for what rank takes, 1 for what comes back, and half of topv's score, a share of 1."""
     ops = step.ops
     importance = topv.score(step)
-    table = [_by_rank(n, kept_count(n, step.sizes.removed)) for n in range(step.sizes.most_visual + 1)]
+    table = [by_rank(n, kept_count(n, step.sizes.removed)) for n in range(step.sizes.most_visual + 1)]
     count = ops("Gather", ops.const(table), step.sizes.visual)
     best = select.top(ops, importance, count, max(table), largest=True)
     ones = ops("Expand", ops.const([1]), ops("Shape", best))
@@ -34,6 +34,6 @@ def score(step: Step) -> ir.Value:
     return ops("Add", ops("Cast", whole, to=ir.DataType.FLOAT), half)
 
 
-def _by_rank(visual: int, kept: int) -> int:
+def by_rank(visual: int, kept: int) -> int:
     """How many rank takes, so that with every fourth of the others at most ``kept`` stay."""
     return next((m for m in range(kept, 0, -1) if m - (m - visual) // EVERY <= kept), 0)

@@ -65,7 +65,7 @@ def is_text(step: Step) -> ir.Value:
     return ops("ScatterElements", ops("Cast", real, to=ir.DataType.FLOAT), step.visual_positions, none, axis=1)
 
 
-def pooled(step: Step, side: int) -> ir.Value:
+def cells(step: Step, side: int) -> ir.Value:
     """The cell of ``side`` x ``side`` places that each visual token lies in, a number of its own: int64 [B, N]."""
     ops = step.ops
     if step.grid is not None:

@@ -26,6 +26,7 @@ class Seen:
         entered, normed: [S, D], what entered the scoring layer, and what the norm behind its attention returned.
         seam: [S, D], what enters the first layer behind the selection.
         positions: [S], or [3, S] of time, row and column.
+        removed: share of visual tokens that goes.
         side: rows, and columns, of a picture's visual tokens, where all pictures are alike.
     """
 
@@ -39,6 +40,7 @@ class Seen:
     normed: Tensor | None = None
     seam: Tensor | None = None
     positions: Tensor | None = None
+    removed: float = 0.0
     side: int | None = None
 
 
