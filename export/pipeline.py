@@ -108,7 +108,7 @@ def export(
                 report["nodes"][name] = node_counts(graph)
         if prepared.plan.shards > 1 or shard.picks_one_by_one(traced["decoder"]):
             with _stage(report, "cut decoder"):
-                contract = _cut(traced["decoder"], contract, prepared.plan.shards, folder)
+                contract = _cut(traced["decoder"], contract, max(1, prepared.plan.shards), folder)
         with _stage(report, "settings"):
             _copy_settings(source, folder, prepared.dtype)
             if hasattr(prepared.family, "adapt_settings"):
