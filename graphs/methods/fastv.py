@@ -11,7 +11,7 @@ from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.later import anatomy, ir, select, split
 from vlmtrim.graphs.methods import flag
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.rules import Step, load_rule, rule_names
+from vlmtrim.graphs.rules import ATTENTION, SEED, Step, load_rule, rule_names
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class FastV:
     seed: int = flag(0, "of --score random, and phase of --score stride")
     score: str = flag(
         "last-row",
-        "what ranks visual tokens: attention of the prompt's last token (last-row, default), the same without rotary "
-        "embedding (no-rope) or shared with a uniform stride (coverage); stride and random as baselines",
+        "what ranks visual tokens (--list says how): by default last-row, the attention of the prompt's last token",
         choices=rule_names(),
     )
 
@@ -58,8 +57,12 @@ class FastV:
             raise ValueError(f"seed is {self.seed!r}: give 0 or more")
         if self.score not in rule_names():
             raise ValueError(f"score is {self.score!r}: give one of {', '.join(rule_names())}")
-        if self.k == 0 and load_rule(self.rule).NEEDS_ATTENTION:
-            raise ValueError(f"score {self.score} needs a layer's attention, k is 0: give k of 1 or more, or stride")
+        if self.k == 0 and ATTENTION in self.needs:
+            able = [name for name in rule_names() if ATTENTION not in load_rule(name).NEEDS]
+            raise ValueError(
+                f"score {self.score} needs a layer's attention, k is 0: give k of 1 or more, or one of "
+                f"{', '.join(able)}"
+            )
 
     @property
     def rule(self) -> str:
@@ -67,10 +70,15 @@ class FastV:
         return "stride" if self.k == 0 and self.score == "last-row" else self.score
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What its rule needs, of the names in :mod:`vlmtrim.graphs.rules`."""
+        return load_rule(self.rule).NEEDS
+
+    @property
     def label(self) -> str:
         """Short name for folders and plots."""
         score = "" if self.score == "last-row" else f"-{self.score}"
-        seed = f"-seed{self.seed}" if self.seed and load_rule(self.rule).SEEDED else ""
+        seed = f"-seed{self.seed}" if self.seed and SEED in self.needs else ""
         return f"fastv-k{self.k}-r{self.r:g}{score}{seed}"
 
     def describe(self) -> dict[str, Any]:
@@ -91,13 +99,14 @@ class FastV:
         )
         return (dataclasses.replace(whole, layers=whole.layers[: self.k]), later) if self.k else (later,)
 
-    def __call__(self, model: ir.Model, visual_tokens: int = 0) -> ir.Model:
+    def __call__(self, model: ir.Model, visual_tokens: int = 0, grid: tuple[int, int] | None = None) -> ir.Model:
         """Insert the selection into a decoder graph, in place, and return it.
 
         Args:
             model: decoder with the boundary of :mod:`vlmtrim.graphs.contract`, one cache group, no selection yet.
             visual_tokens: visual tokens that a sequence of full length is assumed to hold; the later caches shrink
                 by what is removed of them. 0 leaves every capacity as it is.
+            grid: rows and columns of a picture's visual tokens, for the scores that need it.
         """
         layers = anatomy.find_layers(model)
         self._check_depth(len(layers))
@@ -118,11 +127,16 @@ class FastV:
         sizes = select.counts(ops, embeds, visual, self.r, most_visual=capacity)
         step = Step(
             ops=ops,
-            before=layers[self.k - 1] if self.k else None,
+            model=model,
+            layers=layers[: self.k],
+            embeds=embeds,
+            seam=seam,
             last_index=last_index,
             visual_positions=visual,
+            position_ids=anatomy.graph_input(model, "position_ids"),
             sizes=sizes,
             seed=self.seed,
+            grid=grid,
         )
         ranking = load_rule(self.rule).score(step)
         keep = select.keep_best(ops, ranking, visual, sizes, self.r)
