@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from vlmtrim.export.requirements import missing_extra
 from vlmtrim.graphs.bundle import Bundle, BundleError, open_bundle
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.guided import drawn_scores
 from vlmtrim.runtime.image import generated_picture, load_image
 from vlmtrim.runtime.measure.check import Parity, Recording, Row, Turn, compare_turns, record
 from vlmtrim.runtime.measure.stages import Recorder, Replayer
@@ -149,11 +151,13 @@ def make_turns(session: Session, prompt: str, images: Sequence[Any]) -> list[Tur
     brought = session.processor(more).tokens if more else ()
     second = prompter.expand_images(talk.ask("And in this one?", len(more)), brought)
     text_only = Conversation(prompter).ask(prompt, 0)
-    return [
+    turns = [
         Turn("picture", first, (opening,)),
         Turn("second turn", second, more, opens=False),
         Turn("text only", text_only),
     ]
+    scores = [drawn_scores(session.contract, [turn.ids]) for turn in turns]
+    return [replace(turn, guide=None if s is None else s[0]) for turn, s in zip(turns, scores, strict=True)]
 
 
 if __name__ == "__main__":

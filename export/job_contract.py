@@ -28,12 +28,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     _check_limits(job, shape, config, family)
     name = str(dtype).removeprefix("torch.")
     capacity = job.max_seq_len
-    dense = groups = dense_groups(shape, capacity, job.images)
-    if method is not None:
-        try:
-            groups = method.groups(dense, job.images * shape.image_tokens)
-        except ValueError as error:
-            raise Refusal(str(error)) from error
+    groups = _groups(job, shape)
     crosses = bool(shape.cross_layers)
     least = min((group.length(0, shape.image_tokens) for group in groups if group.source == IMAGES), default=1)
     if least < 1:
@@ -50,6 +45,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     }
     dims |= family.vision_dims(shape, most_images * job.max_batch)
     dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}
+    guide = getattr(method, "guide", None)
     decoder = decoder_spec(
         dtype=name,
         hidden=shape.hidden,
@@ -57,6 +53,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         groups=groups,
         selects=method is not None,
         position_axes=shape.position_axes,
+        guided=guide is not None,
     )
     contract = Contract(
         family=family.__name__.rpartition(".")[2],
@@ -77,6 +74,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         video_token_id=shape.video_token_id,
         eos_token_ids=_eos_ids(job, source, config, shape.vocabulary),
         macs=decoder_macs(config.text_config),
+        guide=guide,
         producer=f"vlmtrim {importlib.metadata.version('vlmtrim')}",
     )
     _check_needs(method, contract, shape.position_axes)
@@ -104,6 +102,17 @@ def _bounded(job: Job, shape: Any) -> Any:
         return shape
     tokens = job.image_tokens or max(1, job.max_seq_len // (2 * job.images))  # half of the sequence is left to text
     return dataclasses.replace(shape, image_tokens=min(tokens, shape.image_tokens))
+
+
+def _groups(job: Job, shape: Any) -> tuple[CacheGroup, ...]:
+    """Cache groups of the job's model. Raises Refusal where the method does not fit."""
+    dense = dense_groups(shape, job.max_seq_len, job.images)
+    if job.method is None:
+        return dense
+    try:
+        return job.method.groups(dense, job.images * shape.image_tokens)
+    except ValueError as error:
+        raise Refusal(str(error)) from error
 
 
 def dense_groups(shape: Any, capacity: int, images: int) -> tuple[CacheGroup, ...]:

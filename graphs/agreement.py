@@ -17,7 +17,7 @@ LONGEST = 400  # characters of what is said of a contradiction
 
 def check(contract: Contract, where: str = "contract.json") -> None:
     """Raise BundleError naming ``where`` and the first promise that another one contradicts."""
-    for rule in (_graphs, _groups, _decoder, _embed, _vision, _dims, _pictures):
+    for rule in (_graphs, _groups, _guide, _decoder, _embed, _vision, _dims, _pictures):
         for problem in rule(contract):
             said = " ".join(problem.split())  # names in it are a stranger's
             said = said if len(said) <= LONGEST else f"{said[:LONGEST]}..."
@@ -94,6 +94,14 @@ def _groups(contract: Contract) -> Iterator[str]:
             yield f"groups[{index}] keeps nothing of a picture"
 
 
+def _guide(contract: Contract) -> Iterator[str]:
+    takes = any(tensor.name == "guide_scores" for tensor in contract.graphs["decoder"].inputs)
+    if takes and contract.guide is None:
+        yield "the decoder takes guide_scores, and guide does not say who provides them"
+    if not takes and contract.guide is not None:
+        yield f"guide is {shown(contract.guide)}, and the decoder takes no guide_scores"
+
+
 def _decoder(contract: Contract) -> Iterator[str]:
     """The decoder's boundary follows from the groups and four numbers; those are read off it, the rest must match."""
     spec = contract.graphs["decoder"]
@@ -112,6 +120,7 @@ def _decoder(contract: Contract) -> Iterator[str]:
         groups=contract.groups,
         selects=bool(outputs.keys() & {"kept_indices", "kept_features"}),
         position_axes=axes,
+        guided=contract.guide is not None,
     )
     for kind, found, wanted in (
         ("inputs", spec.inputs, expected.inputs),

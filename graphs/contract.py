@@ -20,6 +20,8 @@ Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C
     last_index                      [B]                       int64     index in S of each row's last real token
     visual_positions                [B, N]                    int64     indices in S of the visual tokens, ascending
                                                                         (only in graphs that select)
+    guide_scores                    [B, N]                    float32   what the visual tokens are ranked by, where
+                                                                        that comes from outside (``Contract.guide``)
     write_indices.g                 [B]                       int64     where this step's keys go in group g
     key_positions.g                 [W_g]                     int64     0, 1, 2, ...; its length is the live window
     past_key_values.L.key/.value    [B, KV, C_g, Dh]          model     caches of layer L
@@ -60,10 +62,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from vlmtrim.graphs.macs import Macs
 from vlmtrim.graphs.reading import BundleError, json_object, shown
 from vlmtrim.graphs.schema import Among, Range, decode
 
@@ -72,15 +75,17 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4
 
 # What fills the caches of a group, one entry each.
 TOKENS, IMAGES = "tokens", "images"
+# Who provides guide_scores: the bundle's own vision graph, or another bundle.
+VISION, BUNDLE = "vision", "bundle"
 
 # What the fields of contract.json may hold. Sizes are of 31 bits, as in every library that runs the graphs.
 Size = Annotated[int, Range(0, 2**31 - 1)]
 Count = Annotated[int, Range(1, 2**31 - 1)]
-Macs64 = Annotated[int, Range(0, 2**63 - 1)]
 Share = Annotated[float, Range(0, 1)]
 Dtype = Annotated[str, Among(tuple(DTYPE_BYTES))]
 FloatDtype = Annotated[str, Among(("float32", "float16", "bfloat16"))]
 Source = Annotated[str, Among((TOKENS, IMAGES))]
+Guide = Annotated[str, Among((VISION, BUNDLE))]
 Dim = Size | str
 # In image_numbers and key_images: a feature of no picture (a tile that only fills up), and no feature at all.
 PADDING, NO_ENTRY = -1, -2
@@ -158,52 +163,6 @@ class CacheGroup:
 
 
 @dataclass(frozen=True)
-class Macs:
-    """Multiply-adds of a decoder whose layers are all alike, for predictions and reports; nothing that runs needs them.
-
-    The last layer runs on one token a row, but for the keys and values that later tokens attend to.
-
-    Attributes:
-        token: of one layer's matrices, per token; one for each of their weights.
-        pair: of one layer's attention, per query and key.
-        logits: of the logits of one token.
-        written: the part of ``token`` that keys and values take, in cross-attention layers per image feature.
-    """
-
-    token: Macs64
-    pair: Macs64
-    logits: Macs64
-    written: Macs64 = 0
-
-    def prefill(self, layers: Iterable[tuple[int, int]]) -> int:
-        """Of layers that run on all their tokens in a prefill from empty caches, and the logits of one token; as it is
-        executed, with the whole S x S attention.
-
-        Args:
-            layers: (number of layers, tokens that they run on).
-        """
-        return self.logits + sum(n * (self.token * tokens + self.pair * tokens * tokens) for n, tokens in layers)
-
-    def spared(self, tokens: int, keys: int) -> int:
-        """What the last layer leaves out of ``tokens`` that attend to ``keys`` each."""
-        return (tokens - 1) * (self.token - self.written + self.pair * keys)
-
-    def choosing(self, tokens: int, kept: int, width: int) -> int:
-        """Of a layer that computes queries, values and output for the tokens that it keeps, the rest for all of them;
-        without what it scores them by."""
-        shared = self.token - self.written // 2 - self.pair * width  # keys and MLP; queries and output: pair x width
-        return shared * tokens + (self.token - shared) * kept + self.pair * kept * kept
-
-    def choosing_last(self, tokens: int, kept: int) -> int:
-        """The same of the last layer: keys of all tokens, values of those that it keeps, one row of all else."""
-        return self.written // 2 * (tokens + kept) + self.token - self.written + self.pair * kept
-
-    def crossing(self, tokens: int, features: int) -> int:
-        """Of one cross-attention layer in a prefill: every token attends to every feature of the step."""
-        return (self.token - self.written) * tokens + (self.written + self.pair * tokens) * features
-
-
-@dataclass(frozen=True)
 class Contract:
     """Everything a runtime needs to drive the bundle's graphs.
 
@@ -224,6 +183,7 @@ class Contract:
         video_token_id: the mark of a video in a prompt's template, where the family takes videos.
         eos_token_ids: tokens that end an answer.
         macs: what the decoder computes; None where it is not known.
+        guide: who provides the decoder's guide_scores; None where it takes none.
     """
 
     family: str
@@ -241,6 +201,7 @@ class Contract:
     video_token_id: Size | None = None
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     macs: Macs | None = None
+    guide: Guide | None = None
     schema: Size = SCHEMA
     producer: str = field(default="vlmtrim")
 
@@ -347,11 +308,19 @@ def cache_names(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def decoder_spec(
-    *, dtype: str, hidden: int, vocabulary: int, groups: tuple[CacheGroup, ...], selects: bool, position_axes: int = 1
+    *,
+    dtype: str,
+    hidden: int,
+    vocabulary: int,
+    groups: tuple[CacheGroup, ...],
+    selects: bool,
+    position_axes: int = 1,
+    guided: bool = False,
 ) -> GraphSpec:
     """The decoder's boundary as the table above states it; the exporter's lint holds the graph to it.
 
     ``position_axes``: numbers that a token's position consists of; more than 1 gives [position_axes, B, S].
+    ``guided``: whether it selects by scores that it is given.
     """
     inputs = [
         TensorSpec("inputs_embeds", dtype, ("B", "S", hidden)),
@@ -374,6 +343,8 @@ def decoder_spec(
             outputs.append(TensorSpec(f"kept_counts.{index}", "int64", ("B",)))
     elif selects:
         inputs.append(TensorSpec("visual_positions", "int64", ("B", "N")))
+        if guided:
+            inputs.append(TensorSpec("guide_scores", "float32", ("B", "N")))
         outputs.append(TensorSpec("kept_indices", "int64", ("B", "Sk")))
         outputs.append(TensorSpec("visual_scores", "float32", ("B", "N")))
     for index, group in enumerate(groups):

@@ -132,6 +132,7 @@ class Chat:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
+        guide: np.ndarray | None = None,
     ) -> Iterator[Step]:
         """Ask, and yield the answer token by token.
 
@@ -144,6 +145,8 @@ class Chat:
             max_new_tokens: at most so many tokens per row.
             sampling: greedy when None.
             stop: texts that end an answer, which then holds what stands before them.
+            guide: what the visual tokens are ranked by, float32 [rows, N], where another bundle provides that
+                (:class:`vlmtrim.runtime.Guided`).
 
         Raises:
             RuntimeRefusal: before the first step, where prompt or pictures do not fit.
@@ -156,7 +159,7 @@ class Chat:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         with self._alone():
             self._end_answer()
-            prefill = self._prefill(questions, pictures)
+            prefill = self._prefill(questions, pictures, guide)
             stoppers = [Stopper(stops) for _ in questions]
             answer = self._answer(prefill, max_new_tokens, Sampler(sampling or Sampling()), stoppers)
             self._running, self._asker = weakref.ref(answer), threading.get_ident()
@@ -197,7 +200,9 @@ class Chat:
                 raise RuntimeRefusal("the prompt is empty; ask something, or give a picture")
         return rows
 
-    def _prefill(self, questions: list[str | Prompt], pictures: list[list[Picture]]) -> Prefill:
+    def _prefill(
+        self, questions: list[str | Prompt], pictures: list[list[Picture]], guide: np.ndarray | None
+    ) -> Prefill:
         session = self.session
         videos = [[i for i, picture in enumerate(row) if isinstance(picture, Video)] for row in pictures]
         if any(videos) and session.contract.video_token_id is None:
@@ -221,7 +226,7 @@ class Chat:
                 asked.append(row)
             expanded = [session.prompter.expand_images(i, t) for i, t in zip(fresh, brought, strict=True)]
             self._feed_cut_short()
-            return session.prefill(expanded, processed)
+            return session.prefill(expanded, processed, guide)
         except BaseException:
             for row in asked:
                 row.take_back()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlmtrim.graphs.bundle import Bundle
-from vlmtrim.graphs.contract import IMAGES, TOKENS, cache_names
+from vlmtrim.graphs.contract import BUNDLE, IMAGES, TOKENS, cache_names
 from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.backends.base import Backend, Chain, Graph, Tensor
 from vlmtrim.runtime.choosing import Choosing
@@ -152,12 +152,16 @@ class Session:
             return len(pictures.tokens) * self.contract.image_tokens // self.batch
         return sum(pictures.tokens) // self.batch
 
-    def prefill(self, rows: Sequence[Sequence[int]], pictures: Pictures | None = None) -> Prefill:
+    def prefill(
+        self, rows: Sequence[Sequence[int]], pictures: Pictures | None = None, guide: np.ndarray | None = None
+    ) -> Prefill:
         """Run new tokens of every row, image tokens already repeated.
 
         Args:
             rows: token ids, one sequence per row; shorter rows are padded on the right.
             pictures: all rows' pictures in order, as ``processor`` makes them, or None.
+            guide: what each row's visual tokens are ranked by, float32 [B, N], where the contract's guide is another
+                bundle; for a step without visual tokens it may be left out.
         """
         ids, counts, visual_positions = self._pack(rows)
         marks = visual_positions.shape[1] * self.batch
@@ -165,12 +169,13 @@ class Session:
         if marks != sum(brought):
             raise RuntimeRefusal(f"the prompt holds {marks} image tokens, {len(brought)} image(s) bring {sum(brought)}")
         visual = self._visual(pictures)
+        given = self._guide_scores(guide, visual_positions.shape)
         self._check_room(ids.shape[1], visual, counts)
         start = self.backend.mark()
         features = self._no_features() if pictures is None else self.encode_images(pictures)
         middle = self.backend.mark()
         positions = self.processor.positions(ids, counts, self.lengths.positions, pictures)
-        outputs, kept_features = self._step(ids, counts, visual_positions, features, positions, pictures)
+        outputs, kept_features = self._step(ids, counts, visual_positions, features, positions, pictures, given)
         logits = self.backend.to_host(outputs["logits"])
         kept_indices = scores = None
         kept_by_layer = self._choosing.kept(outputs, counts, visual)
@@ -203,7 +208,8 @@ class Session:
         nothing = np.zeros((self.batch, 0), dtype=np.int64)
         ids, counts = tokens[:, None], live.astype(np.int64)
         positions = self.processor.positions(ids, counts, self.lengths.positions, None)
-        outputs, _ = self._step(ids, counts, nothing, self._no_features(), positions, None)
+        given = self._guide_scores(None, nothing.shape)
+        outputs, _ = self._step(ids, counts, nothing, self._no_features(), positions, None, given)
         logits = self.backend.to_host(outputs["logits"])
         self.times.decode += time.perf_counter() - start
         self.times.steps += 1
@@ -278,6 +284,26 @@ class Session:
                 "export the model again"
             )
 
+    def _guide_scores(self, guide: np.ndarray | None, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """The decoder's guide_scores, of ``shape`` [B, N], where another bundle provides them."""
+        if self.contract.guide != BUNDLE:
+            if guide is not None:
+                raise RuntimeRefusal("scores of a guide are given, and this bundle ranks by its own; leave guide out")
+            return {}
+        if guide is None and not shape[1]:
+            guide = np.zeros(shape, dtype=np.float32)
+        if guide is None:
+            raise RuntimeRefusal(
+                "this bundle ranks visual tokens by scores of another bundle, and none are given: run-vlm with --guide "
+                "SMALL, or give guide, float32 [B, N]"
+            )
+        if guide.shape != shape or guide.dtype != np.float32 or not np.isfinite(guide).all():
+            raise RuntimeRefusal(
+                f"guide is {guide.dtype} {list(guide.shape)}; give finite float32 {list(shape)}, a score of every "
+                "visual token"
+            )
+        return {"guide_scores": guide}
+
     def _no_features(self) -> Tensor:
         return dtypes.zeros((self.batch, 0, self._hidden), self.contract.dtype)
 
@@ -289,8 +315,10 @@ class Session:
         features: Tensor,
         positions: tuple[np.ndarray, np.ndarray],
         pictures: Pictures | None,
+        given: dict[str, np.ndarray],
     ) -> tuple[dict[str, Tensor], list[np.ndarray] | None]:
-        """Embed and decode; ``positions`` are of the tokens, and each row's first free one after them.
+        """Embed and decode; ``positions`` are of the tokens, and each row's first free one after them; ``given`` are
+        inputs of the decoder that come from outside.
 
         Returns the decoder's outputs, and the image features that each row kept where there is cross-attention.
         """
@@ -300,6 +328,7 @@ class Session:
             "inputs_embeds": self._graph("embed").run({"input_ids": ids, **merged})["inputs_embeds"],
             "position_ids": positions[0],
             "last_index": np.maximum(counts - 1, 0),
+            **given,
         }
         if self._selects:
             feeds["visual_positions"] = visual_positions

@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="where a run is kept, to go on from")
     parser.add_argument("--output", type=Path, default=CHECKPOINT, help="where the checkpoint is written")
     parser.add_argument("--start", type=Path, help="a checkpoint to begin with, instead of random weights")
+    parser.add_argument("--layers", type=_numbers, default=(), help="decoder layers of --start to keep, e.g. 0,1,3,7")
     parser.add_argument("--vision-minutes", type=float, default=34, help="time to learn to see")
     parser.add_argument("--minutes", type=float, default=110, help="time to learn to answer")
     parser.add_argument("--lr", type=float, default=2.5e-3, help="highest learning rate")
@@ -30,21 +31,29 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.layers and arguments.start is None:
+        parser.error("--layers picks decoder layers of a checkpoint; give it with --start")
     if not arguments.evaluate_only:
         _train(arguments)
     demo = Demo(arguments.output)
     if not arguments.evaluate_only:
-        save_examples(demo, arguments.output.parent / "examples")
+        save_examples(demo, arguments.work / "examples" if arguments.layers else arguments.output.parent / "examples")
     _report(demo, arguments.questions)
 
 
 def _train(arguments: argparse.Namespace) -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     processor = build_processor()
-    recipe = Recipe(arguments.work, arguments.vision_minutes, arguments.minutes, arguments.lr, arguments.start)
+    recipe = Recipe(
+        arguments.work, arguments.vision_minutes, arguments.minutes, arguments.lr, arguments.start, arguments.layers
+    )
     trainer = Trainer(recipe, processor)
     trainer.run()
     save_checkpoint(trainer.model, processor, trainer.curve, arguments.output)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
 
 
 def _report(demo: Demo, questions: int) -> None:

@@ -49,14 +49,17 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """An untrained model; the last layer of its vision tower is never used, as in LLaVA (features of layer -2)."""
+def build_model(tokenizer: PreTrainedTokenizerFast, layers: int = 8) -> LlavaForConditionalGeneration:
+    """An untrained model with so many decoder layers.
+
+    The last layer of its vision tower is never used, as in LLaVA (features of layer -2).
+    """
     special = tokenizer.get_vocab()
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=384,
-        num_hidden_layers=8,
+        num_hidden_layers=layers,
         num_attention_heads=3,
         num_key_value_heads=3,
         head_dim=64,

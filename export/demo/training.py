@@ -45,6 +45,7 @@ class Recipe:
     minutes: float
     lr: float = 2.5e-3  # of Muon; AdamW gets ADAM_SHARE of it
     start: Path | None = None  # a checkpoint whose weights a fresh run begins with
+    layers: tuple[int, ...] = ()  # of the decoder of that checkpoint, the ones to begin with; none given: all of them
     vision_batch: int = 32
     batch: int = 10
     questions: int = 20
@@ -87,7 +88,9 @@ class Trainer:
         torch.manual_seed(0)
         self.recipe, self.processor = recipe, processor
         self.packer = Packer(processor)
-        self.model = build_model(processor.tokenizer)
+        self.model = (
+            build_model(processor.tokenizer, len(recipe.layers)) if recipe.layers else build_model(processor.tokenizer)
+        )
         _place_patches(self.model)
         self.model.model.language_model.config._attn_implementation = packing.ATTENTION
         self.heads = PatchHeads(self.model, processor)
@@ -218,8 +221,12 @@ class Trainer:
     def _start_from(self, folder: Path) -> None:
         """Takes the weights and the curve of a published checkpoint; the patch heads are fitted to its tower anew."""
         trained = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        if layers := self.recipe.layers:
+            decoder = trained.model.language_model
+            decoder.layers = nn.ModuleList(decoder.layers[layer] for layer in layers)
+        else:
+            self.curve = json.loads((folder / "training_curve.json").read_text())
         self.model.load_state_dict(trained.state_dict())
-        self.curve = json.loads((folder / "training_curve.json").read_text())
         self.pictures = STARTED_AT  # pictures that the published run has not seen
         optimizer = torch.optim.AdamW(self.heads.parameters(), lr=3e-3)
         batches = loader(Pictures(self.packer, "train", 0, self.recipe.vision_batch, 1))

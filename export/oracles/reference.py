@@ -48,6 +48,8 @@ class Reference:
         if turn.opens:
             self.reset()
         ids = torch.tensor([turn.ids])
+        if turn.guide is not None and self._oracle is not None:
+            self._oracle.guide = torch.from_numpy(turn.guide)
         logits, kept = self._forward(ids, self._inputs(turn) if turn.images else {})
         layers: list[Any] = self._cache.layers
         caches = [(layer.keys[0].numpy().copy(), layer.values[0].numpy().copy()) for layer in layers]

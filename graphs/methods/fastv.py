@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -108,6 +109,17 @@ class FastV:
                 by what is removed of them. 0 leaves every capacity as it is.
             grid: rows and columns of a picture's visual tokens, for the scores that need it.
         """
+        return self.insert(model, visual_tokens, grid, load_rule(self.rule).score)
+
+    def insert(
+        self,
+        model: ir.Model,
+        visual_tokens: int,
+        grid: tuple[int, int] | None,
+        rank: Callable[[Step], ir.Value],
+        guided: bool = False,
+    ) -> ir.Model:
+        """The same with any ranking float32 [B, N]; ``guided``: by the input ``guide_scores``, :attr:`Step.guide`."""
         layers = anatomy.find_layers(model)
         self._check_depth(len(layers))
         if any(value.name == "visual_positions" for value in model.graph.inputs):
@@ -120,7 +132,8 @@ class FastV:
         embeds = anatomy.graph_input(model, "inputs_embeds")
         seam = anatomy.seam_before(model, layers, self.k) if self.k else embeds
         visual = ir.val("visual_positions", dtype=ir.DataType.INT64, shape=("B", "N"))
-        model.graph.inputs.insert(3, visual)
+        guide = ir.val("guide_scores", dtype=ir.DataType.FLOAT, shape=("B", "N")) if guided else None
+        model.graph.inputs[3:3] = [visual] if guide is None else [visual, guide]
         ops = Ops("select")
         last_index = anatomy.graph_input(model, "last_index")
         # Sizes come from the embeddings: read off the seam, they would tie what follows to what is before it.
@@ -137,8 +150,9 @@ class FastV:
             sizes=sizes,
             seed=self.seed,
             grid=grid,
+            guide=guide,
         )
-        ranking = load_rule(self.rule).score(step)
+        ranking = rank(step)
         keep = select.keep_best(ops, ranking, visual, sizes, self.r)
         survivors = select.compact(ops, keep, last_index, sizes)
         split.split_at(model, ops, seam, layers, self.k, survivors, capacity - saved)

@@ -41,6 +41,7 @@ class Step:
         position_ids: int64 [B, S], or [3, B, S] of time, row and column.
         seed: of the rules that draw or shift.
         grid: rows and columns of a picture's visual tokens, in reading order; None where pictures differ.
+        guide: float32 [B, N], what comes from outside to rank by, where anything does.
     """
 
     ops: Ops
@@ -54,6 +55,7 @@ class Step:
     sizes: Counts
     seed: int
     grid: tuple[int, int] | None = None
+    guide: ir.Value | None = None
 
     @property
     def layer(self) -> Layer:

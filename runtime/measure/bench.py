@@ -29,6 +29,7 @@ from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.runtime.backends.base import Tensor
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.guided import drawn_scores
 from vlmtrim.runtime.measure import machine
 from vlmtrim.runtime.measure.machine import Peak
 from vlmtrim.runtime.measure.watch import Run, watch
@@ -130,7 +131,7 @@ class Subject:
         session.reset()
         self._spans.clear()
         start = time.perf_counter()
-        prefill = session.prefill([self.ids], self._pictures)
+        prefill = session.prefill([self.ids], self._pictures, drawn_scores(self.contract, [self.ids]))
         token = prefill.logits.argmax(axis=1)
         first = time.perf_counter()
         self.visual, self.kept = prefill.visual, prefill.kept

@@ -20,12 +20,16 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 @dataclass(frozen=True)
 class Turn:
-    """One question as both sides get it: token ids with image tokens repeated, and RGB pictures."""
+    """One question as both sides get it: token ids with image tokens repeated, and RGB pictures.
+
+    guide: what its visual tokens are ranked by, float32 [N], where another bundle provides that.
+    """
 
     name: str
     ids: list[int]
     images: tuple[Image.Image, ...] = ()
     opens: bool = True
+    guide: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ def record(session: Session, turn: Turn, tokens: int | Sequence[int], row: int =
     if turn.opens:
         session.reset()
     pictures = session.processor(turn.images * session.batch) if turn.images else None
-    prefill = session.prefill([turn.ids] * session.batch, pictures)
+    guide = None if turn.guide is None else np.stack([turn.guide] * session.batch)
+    prefill = session.prefill([turn.ids] * session.batch, pictures, guide)
     caches = session.cache_contents(row)
     logits, fed = [prefill.logits[row]], []
     for step in range(tokens if isinstance(tokens, int) else len(tokens)):

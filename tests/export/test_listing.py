@@ -14,7 +14,12 @@ from vlmtrim.graphs.rules import rule_names
 GOLDEN = Path(__file__).parents[1] / "graphs" / "golden"
 ORACLES = Path(oracles.__file__).parent
 # What each method's selection must look like, node by node.
-GOLDENS = {"fastv": ("losers", "stride", "winners"), "trimmed-llama": ("trimmed-llama",), "zipvl": ("zipvl",)}
+GOLDENS = {
+    "fastv": ("losers", "stride", "winners"),
+    "guided": ("losers", "winners"),  # of scores that are given
+    "trimmed-llama": ("trimmed-llama",),
+    "zipvl": ("zipvl",),
+}
 
 
 def test_the_list_names_all_there_is(capsys):

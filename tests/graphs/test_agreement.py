@@ -97,6 +97,7 @@ CHANGES = [
     (("chains",), {"decoder": ["decoder-0"]}, "names a graph that graphs does not have"),
     (("chains",), {"decoder": ["embed"]}, "chains.decoder: embed.onnx: no earlier graph"),
     (("chains",), {"decoder": []}, "chains.decoder names a graph"),
+    (("guide",), "bundle", "guide is 'bundle', and the decoder takes no guide_scores"),
 ]
 
 
@@ -114,6 +115,15 @@ def test_one_promise_against_the_others_is_refused(path, value, says):
         agreement.check(Contract.from_json(json.dumps(raw)), "here/contract.json")
     assert str(caught.value).startswith("here/contract.json: ")
     assert "\n" not in str(caught.value)
+
+
+def test_scores_from_outside_have_a_provider():
+    guided = decoder_spec(dtype="float16", hidden=32, vocabulary=100, groups=GROUPS, selects=True, guided=True)
+    changed = contract()
+    changed = dataclasses.replace(changed, graphs={**changed.graphs, "decoder": guided})
+    agreement.check(dataclasses.replace(changed, guide="bundle"))
+    with pytest.raises(BundleError, match="takes guide_scores, and guide does not say who provides them"):
+        agreement.check(changed)
 
 
 def test_removing_without_a_selection_is_refused():

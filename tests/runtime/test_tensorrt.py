@@ -15,6 +15,7 @@ from vlmtrim.runtime import bench_cli
 from vlmtrim.runtime.backends import tensorrt
 from vlmtrim.runtime.engines import fingerprint, profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.guided import drawn_scores
 from vlmtrim.runtime.select_backend import make_backend
 
 
@@ -45,6 +46,10 @@ def conversation(backend, folder, picture, batch=1):
     long, short = "How many things are there in this picture, and which of them is the largest?", "What is it?"
     steps, decoded, decode = [], [], chat.session.decode
     chat.session.decode = lambda *args: decoded.append(decode(*args)) or decoded[-1]
+    prefill = chat.session.prefill
+    chat.session.prefill = lambda ids, pictures, guide: prefill(
+        ids, pictures, drawn_scores(chat.session.contract, ids) if guide is None else guide
+    )
 
     def ask(questions, images, tokens):
         if batch == 1:
@@ -58,7 +63,7 @@ def conversation(backend, folder, picture, batch=1):
         ([short, short], [], 3),
     ):
         steps += ask(questions, images, tokens)
-    del chat.session.decode  # a cycle would keep the graphs alive
+    del chat.session.decode, chat.session.prefill  # a cycle would keep the graphs alive
     caches = [array for row in range(batch) for pair in chat.session.cache_contents(row) for array in pair]
     prefills = [step.prefill for step in steps if step.index == 0]
     kept = [row for prefill in prefills for row in prefill.kept_indices or prefill.kept_features or []]
