@@ -14,6 +14,7 @@ from vlmtrim.export.checkpoint import read_json
 from vlmtrim.export.flops import decoder_macs
 from vlmtrim.export.job import Job, Refusal, check_numbers
 from vlmtrim.graphs.contract import IMAGES, CacheGroup, Contract, decoder_spec
+from vlmtrim.graphs.rules import GRID, PLACES, load_rule, rule_names
 
 _DYNAMIC_ROPE = ("dynamic", "longrope")
 # Rows of a prompt whose attention is summed at most, the last ones: they cost rows x window x heads floats in a layer.
@@ -58,7 +59,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         guided=guide is not None,
         emits=job.emit_guide,
     )
-    return Contract(
+    contract = Contract(
         family=family.__name__.rpartition(".")[2],
         dtype=name,
         graphs={
@@ -80,6 +81,21 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         guide=guide,
         producer=f"vlmtrim {importlib.metadata.version('vlmtrim')}",
     )
+    _check_needs(method, contract, shape.position_axes)
+    return contract
+
+
+def _check_needs(method: Any, contract: Contract, position_axes: int) -> None:
+    """Refuse a score that needs to know where tokens lie on the picture where nothing tells."""
+    needs = getattr(method, "needs", frozenset())
+    if contract.whole_grid is not None or not needs & {GRID, PLACES}:
+        return
+    if GRID in needs or position_axes == 1:
+        others = [name for name in rule_names() if not load_rule(name).NEEDS & {GRID, PLACES}]
+        raise Refusal(
+            f"--score {method.score} needs to know where tokens lie on the picture; pictures of the family "
+            f"{contract.family} differ in their rows and columns: give one of {', '.join(others)}"
+        )
 
 
 def _bounded(job: Job, shape: Any) -> Any:

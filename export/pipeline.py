@@ -107,9 +107,9 @@ def export(
                 lint(graph, contract.graphs[name], weights_bound=True)
                 ir.save(graph, folder / contract.graphs[name].file)
                 report["nodes"][name] = node_counts(graph)
-        if prepared.plan.shards > 1:
+        if prepared.plan.shards > 1 or shard.picks_one_by_one(traced["decoder"]):
             with _stage(report, "cut decoder"):
-                contract = _cut(traced["decoder"], contract, prepared.plan.shards, folder)
+                contract = _cut(traced["decoder"], contract, max(1, prepared.plan.shards), folder)
         with _stage(report, "settings"):
             _copy_settings(source, folder, prepared.dtype)
             if hasattr(prepared.family, "adapt_settings"):
@@ -158,7 +158,7 @@ def graphs(
             lint(graph, plan.spec)
         if name == "decoder" and method is not None:
             with _stage(report, f"select ({method.label})"):
-                method(graph, visual_tokens=job.images * contract.image_tokens)
+                method(graph, visual_tokens=job.images * contract.image_tokens, grid=contract.whole_grid)
                 lint(graph, contract.graphs[name])
         if name == "decoder" and job.emit_guide:
             with _stage(report, "emit attention"):
@@ -171,7 +171,11 @@ def _cut(decoder: ir.Model, contract: Contract, pieces: int, folder: Path) -> Co
     """Write the decoder's chain beside it; returns the contract with its graphs."""
     layers = sum(len(group.layers) for group in contract.groups)
     layer, tail = memory.layer_bytes(shard.weight_bytes(decoder), contract)
-    chain = shard.cut(decoder, shard.boundaries(layers, pieces, tail / layer))
+    alone = []
+    if shard.picks_one_by_one(decoder):
+        selection, decoder = shard.selection_apart(decoder)
+        alone = [selection]
+    chain = alone + shard.cut(decoder, shard.boundaries(layers, pieces, tail / layer))
     specs = shard.specs(chain, "decoder")
     lint_chain(specs, contract.graphs["decoder"])
     for graph, spec in zip(chain, specs, strict=True):

@@ -12,13 +12,16 @@ from vlmtrim.graphs.contract import TOKENS, Contract, GraphSpec, TensorSpec, dec
 from vlmtrim.graphs.reading import BundleError, is_plain_name, shown
 
 WHOLE = ("vision", "embed", "decoder")
+LONGEST = 400  # characters of what is said of a contradiction
 
 
 def check(contract: Contract, where: str = "contract.json") -> None:
     """Raise BundleError naming ``where`` and the first promise that another one contradicts."""
     for rule in (_graphs, _groups, _guide, _decoder, _embed, _vision, _dims, _pictures):
         for problem in rule(contract):
-            raise BundleError(f"{where}: {problem}; export the model again")
+            said = " ".join(problem.split())  # names in it are a stranger's
+            said = said if len(said) <= LONGEST else f"{said[:LONGEST]}..."
+            raise BundleError(f"{where}: {said}; export the model again")
 
 
 def _graphs(contract: Contract) -> Iterator[str]:

@@ -221,6 +221,12 @@ class Contract:
         return self.groups[-1].removed
 
     @property
+    def whole_grid(self) -> tuple[int, int] | None:
+        """Rows and columns where they are all of a picture's visual tokens; None where pictures differ."""
+        grid = self.image_grid
+        return grid if grid is not None and grid[0] * grid[1] == self.image_tokens else None
+
+    @property
     def removes(self) -> bool:
         """Whether a cache may hold less than all visual tokens, or image features."""
         return any(group.removed > 0 or group.most < 1 or group.chooses for group in self.groups)

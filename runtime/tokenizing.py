@@ -161,8 +161,8 @@ def _prescribed(step: dict[str, Any]) -> int:
     pieces, special = step.get("single"), step.get("special_tokens")
     if not isinstance(pieces, list) or not isinstance(special, dict):
         return 0
-    most = max((len(entry.get("ids", ())) for entry in special.values() if isinstance(entry, dict)), default=0)
-    return len(pieces) * most
+    ids = [entry.get("ids") for entry in special.values() if isinstance(entry, dict)]
+    return len(pieces) * max((len(each) for each in ids if isinstance(each, list)), default=0)
 
 
 def _longest_replacement(charsmap: Any) -> int:

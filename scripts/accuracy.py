@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What pruning costs the demo model: exact answers to held-out questions, by k, r, score and kind of question.
 
-Exports one bundle for every setting, asks each the same test questions (one picture and one prompt a question), and
-writes accuracy.json (every figure, and the bundles' checksums), accuracy.md (the table) and plots. Intervals are
+Exports one bundle for every setting that there is (a score that reads attention needs k >= 1), asks each the same test
+questions (one picture and one prompt a question), and writes accuracy.json (every figure, and the bundles' checksums),
+accuracy.md (the tables) and plots. Intervals are
 95 %: Wilson's for shares, of the paired difference where a setting is compared with the unpruned model.
 """
 
@@ -29,11 +30,12 @@ from vlmtrim.export.job import Job
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.checksums import sha256
 from vlmtrim.graphs.methods import make_method
-from vlmtrim.graphs.rules import rule_names
+from vlmtrim.graphs.rules import ATTENTION, load_rule, rule_names
 
 FIRST = 360  # questions whose answers are told one by one, for the tests
 LENGTH = 256  # tokens of a conversation; a question with its picture takes about 160
 TYPICAL_TEXT = 14  # prompt tokens besides the picture's
+KEPT = {"flops_kept": "share of the prefill's FLOPs kept", "cache_kept": "share of the cache kept"}
 
 
 def main() -> None:
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="demo, or a checkpoint of the demo task")
     parser.add_argument("--output", type=Path, default=Path("build/accuracy"), help="folder for report and bundles")
     parser.add_argument("--questions", type=int, default=1200, help="test questions, kinds in turn")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--r", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 0.9])
     parser.add_argument("--score", nargs="+", default=rule_names(), choices=rule_names())
@@ -50,7 +53,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     report = measure(args)
     (args.output / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = "\n\n".join([summary(report), by_kind(report)])
+    text = "\n\n".join([summary(report), *(by_kind(report, score) for score in scores_of(report))])
     (args.output / "accuracy.md").write_text(text + "\n")
     print(text)
     plot(report, args.output)
@@ -61,13 +64,14 @@ def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield {"method": "none"}
     for k in args.k:
         for r in args.r:
-            for score in args.score if r else ["last-row"]:
+            able = [name for name in args.score if k or ATTENTION not in load_rule(name).NEEDS]
+            for score in able if r else ["last-row"]:
                 for seed in range(args.seeds if score == "random" else 1):
                     yield {"method": "fastv", "k": k, "r": r, "score": score, "seed": seed}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    examples = list(task.examples("test", args.questions))
+    examples = list(task.examples("test", args.first + args.questions))[args.first :]
     kinds = np.array([example.question.kind for example in examples])
     runs: list[dict[str, Any]] = []
     right: list[np.ndarray] = []
@@ -103,6 +107,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     "bundle": bundle.digest,
                     "decoder": bundle.sums["decoder.onnx"],
                     "flops_kept": round(macs[0] / macs[1], 4),
+                    "cache_kept": round(cache_kept(bundle.contract), 4),
                     "height": round(answers.height, 4),
                     "first": "".join("01"[int(mark)] for mark in answers.right[:FIRST]),
                     **figures(answers.right, right[0], kinds),
@@ -116,8 +121,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model,
         "weights": weights,
         "questions": len(examples),
+        "first": args.first,
         "runs": runs,
     }
+
+
+def cache_kept(contract: Any) -> float:
+    """Cache entries that a question of typical length fills, as a share of the unpruned model's."""
+    visual, tokens = contract.image_tokens, contract.image_tokens + TYPICAL_TEXT
+    filled = sum(len(group.layers) * group.length(tokens, visual) for group in contract.groups)
+    return filled / (tokens * sum(len(group.layers) for group in contract.groups))
 
 
 def figures(right: np.ndarray, dense: np.ndarray, kinds: np.ndarray) -> dict[str, Any]:
@@ -146,7 +159,8 @@ def averaged(report: dict[str, Any]) -> dict[tuple[int, float, str], dict[str, A
             name: {field: float(np.mean([run[name][field] for run in runs])) for field in first[name]}
             for name in ("all", *task.QUESTION_KINDS)
         }
-        result[key] = {"flops_kept": first["flops_kept"], "height": np.mean([run["height"] for run in runs]), **mean}
+        kept = {name: first[name] for name in ("flops_kept", "cache_kept")}
+        result[key] = {**kept, "height": np.mean([run["height"] for run in runs]), **mean}
     return result
 
 
@@ -159,30 +173,32 @@ def summary(report: dict[str, Any]) -> str:
     """Change in points against the unpruned model, one line a (k, r)."""
     dense, groups, scores = report["runs"][0]["all"], averaged(report), scores_of(report)
     lines = [
-        f"{report['questions']} test questions, unpruned {100 * dense['share']:.1f} % right "
+        f"{report['questions']} test questions from number {report['first']} on, "
+        f"unpruned {100 * dense['share']:.1f} % right "
         f"({100 * dense['low']:.1f} to {100 * dense['high']:.1f}); weights {report['weights'][:12]}. Change in points, "
         "with half its 95 % interval; height: mean row of the kept tokens, 0 top to 1 bottom, last-row / no-rope.",
         "",
-        f"| k | r | FLOPs kept | {' | '.join(scores)} | height |",
-        f"|---|---|---|{'---|' * len(scores)}---|",
+        f"| k | r | FLOPs kept | cache kept | {' | '.join(scores)} | height |",
+        f"|---|---|---|---|{'---|' * len(scores)}---|",
     ]
     for k, r in sorted({key[:2] for key in groups}):
         cells = []
         for score in scores:
-            values = groups[k, r, score]["all"]
-            cells.append(f"{100 * values['change']:+.1f} ± {100 * values['change_half']:.1f}")
-        heights = [f"{groups[k, r, s]['height']:.2f}" for s in ("last-row", "no-rope") if s in scores]
-        flops = groups[k, r, scores[0]]["flops_kept"]
-        lines.append(f"| {k} | {r:g} | {100 * flops:.0f} % | {' | '.join(cells)} | {' / '.join(heights)} |")
+            values = groups[k, r, score]["all"] if (k, r, score) in groups else None
+            cells.append(f"{100 * values['change']:+.1f} ± {100 * values['change_half']:.1f}" if values else "-")
+        heights = [f"{groups[k, r, s]['height']:.2f}" for s in ("last-row", "no-rope") if (k, r, s) in groups]
+        any_score = next(values for key, values in groups.items() if key[:2] == (k, r))
+        kept = [f"{100 * any_score[name]:.0f} %" for name in ("flops_kept", "cache_kept")]
+        lines.append(f"| {k} | {r:g} | {' | '.join(kept)} | {' | '.join(cells)} | {' / '.join(heights) or '-'} |")
     return "\n".join(lines)
 
 
-def by_kind(report: dict[str, Any]) -> str:
-    """Share of right answers by kind of question under FastV's own score."""
+def by_kind(report: dict[str, Any], score: str) -> str:
+    """Share of right answers by kind of question under one score."""
     dense, groups = report["runs"][0], averaged(report)
-    keys = [key for key in sorted(groups) if key[1] and key[2] == "last-row"]
+    keys = [key for key in sorted(groups) if key[1] and key[2] == score]
     lines = [
-        "Right answers in % by kind, score last-row:",
+        f"Right answers in % by kind, score {score}:",
         "",
         "| kind | unpruned | " + " | ".join(f"k={k} r={r:g}" for k, r, _ in keys) + " |",
         "|---|---|" + "---|" * len(keys),
@@ -196,7 +212,7 @@ def by_kind(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], folder: Path) -> None:
-    """accuracy.png: share against FLOPs kept, a panel a k. kinds.png: the same at each k, a panel a kind."""
+    """accuracy.png: share against FLOPs kept and against cache kept, a panel a k; kinds-k*.png: a panel a kind."""
     try:
         import matplotlib
     except ImportError:
@@ -207,23 +223,24 @@ def plot(report: dict[str, Any], folder: Path) -> None:
 
     groups, scores = averaged(report), scores_of(report)
     ks = sorted({key[0] for key in groups})
-    figure, axes = plt.subplots(1, len(ks), figsize=(4 * len(ks), 3.6), sharey=True, squeeze=False)
-    for axis, k in zip(axes[0], ks, strict=True):
-        for score in scores:
-            _line(axis, groups, k, score, "all", score)
-        axis.set(title=f"k = {k}", xlabel="share of the prefill's FLOPs kept")
-    axes[0][0].set_ylabel("right answers")
-    axes[0][-1].legend()
+    figure, axes = plt.subplots(2, len(ks), figsize=(4 * len(ks), 7.2), sharey=True, squeeze=False)
+    for row, (along, name) in zip(axes, KEPT.items(), strict=True):
+        for axis, k in zip(row, ks, strict=True):
+            for score in scores:
+                _line(axis, groups, k, score, "all", along)
+            axis.set(title=f"k = {k}", xlabel=name)
+        row[0].set_ylabel("right answers")
+    axes[0][-1].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(folder / "accuracy.png", dpi=120)
     for k in ks:
         figure, axes = plt.subplots(3, 4, figsize=(14, 9), sharex=True)
         for axis, kind in zip(axes.flat, task.QUESTION_KINDS, strict=True):
             for score in scores:
-                _line(axis, groups, k, score, kind, score)
+                _line(axis, groups, k, score, kind)
             axis.set_title(kind)
         axes.flat[0].legend()
-        figure.supxlabel("share of the prefill's FLOPs kept")
+        figure.supxlabel(KEPT["flops_kept"])
         figure.supylabel("right answers")
         figure.tight_layout()
         figure.savefig(folder / f"kinds-k{k}.png", dpi=100)
@@ -231,13 +248,15 @@ def plot(report: dict[str, Any], folder: Path) -> None:
     print(f"plots in {folder}", file=sys.stderr)
 
 
-def _line(axis: Any, groups: dict, k: int, score: str, name: str, label: str) -> None:
+def _line(axis: Any, groups: dict, k: int, score: str, name: str, along: str = "flops_kept") -> None:
     keys = sorted(key for key in groups if key[0] == k and key[2] == score)
-    x = [groups[key]["flops_kept"] for key in keys]
+    if not keys:
+        return
+    x = [groups[key][along] for key in keys]
     values = [groups[key][name] for key in keys]
     share = [value["share"] for value in values]
     errors = [[v["share"] - v["low"] for v in values], [v["high"] - v["share"] for v in values]]
-    axis.errorbar(x, share, yerr=errors, label=label, marker="o", markersize=3, capsize=2, linewidth=1)
+    axis.errorbar(x, share, yerr=errors, label=score, marker="o", markersize=3, capsize=2, linewidth=1)
 
 
 if __name__ == "__main__":

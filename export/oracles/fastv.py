@@ -18,25 +18,39 @@ from vlmtrim.export.oracles.rules import Seen, load_rule
 
 
 class Oracle:
-    """``selection``: ``k``, ``r``, ``seed`` and ``score``."""
+    """``selection``: ``k``, ``r``, ``seed`` and ``score``; ``side``, of a picture's grid where all are alike."""
 
     def __init__(self, selection: Mapping[str, Any]):
+        self._side = selection.get("side")
         self._k, self._r, self._seed = selection["k"], selection["r"], selection["seed"]
         self._rule = load_rule(selection["score"])
 
     def layers(self, text: Any, cache: Any, hidden: Tensor, positions: Tensor, visual: Tensor) -> tuple[Tensor, Kept]:
         """(hidden states [1, T, D] of the survivors, their ascending indices); ``hidden`` [1, S, D]."""
         kept = torch.arange(hidden.shape[1])
-        watched = text.layers[max(self._k - 1, 0)].self_attn
-        seen = Seen(watched.head_dim)
+        watched = text.layers[max(self._k - 1, 0)]
+        attention = watched.self_attn
+        seen = Seen(
+            attention.head_dim,
+            embeds=hidden[0],
+            positions=positions.squeeze(-2),
+            removed=self._r,
+            side=self._side,
+        )
         handles = [
-            watched.register_forward_hook(lambda _, __, output: setattr(seen, "attention", output[1][0])),
-            watched.q_proj.register_forward_hook(lambda _, __, output: setattr(seen, "query", output[0])),
-            watched.k_proj.register_forward_hook(lambda _, __, output: setattr(seen, "key", output[0])),
+            attention.register_forward_hook(lambda _, __, output: setattr(seen, "attention", output[1][0])),
+            attention.q_proj.register_forward_hook(lambda _, __, output: setattr(seen, "query", output[0])),
+            attention.k_proj.register_forward_hook(lambda _, __, output: setattr(seen, "key", output[0])),
+            watched.input_layernorm.register_forward_pre_hook(lambda _, args: setattr(seen, "entered", args[0][0])),
+            watched.post_attention_layernorm.register_forward_hook(
+                lambda _, __, output: setattr(seen, "normed", output[0])
+            ),
         ]
         try:
             for index, layer in enumerate(text.layers):
                 if index == self._k:
+                    seen.seam = hidden[0]
+                    seen.rotated = cache.layers[index - 1].keys[0][:, -hidden.shape[1] :] if index else None
                     kept = self._choose(seen, visual, hidden.shape[1])
                     hidden, positions = hidden[:, kept], positions[..., kept]
                 output = layer(

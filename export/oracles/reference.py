@@ -30,7 +30,9 @@ class Reference:
     def __init__(self, model_class: Any, folder: Path, selection: dict[str, Any] | None):
         self.model = model_class.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
         self._text = self.model.model.language_model
-        self._oracle = None if selection is None else load_oracle(selection)
+        vision: Any = self.model.config.vision_config
+        side = vision.image_size // vision.patch_size if hasattr(vision, "image_size") else None
+        self._oracle = None if selection is None else load_oracle({**selection, "side": side})
         self._visual_token = self.model.config.image_token_id
         self._image_processor = own_processor(folder).image_processor
         self.reset()

@@ -1,7 +1,8 @@
 """One module a selection method; the file's name, with dashes, is the method's.
 
 A method is a frozen dataclass whose fields are its flags (:func:`flag`), with ``name``, ``prunes``, ``label``,
-``describe()``, ``groups(dense, visual_tokens)`` and ``__call__(model, visual_tokens)``; its module names it METHOD.
+``describe()``, ``groups(dense, visual_tokens)`` and ``__call__(model, visual_tokens, grid)``; its module names it
+METHOD.
 ``prunes`` says what it removes, and so which families it is for: TOKENS, visual tokens of the sequence, or IMAGES,
 features that cross-attention layers attend to. A method that ranks by ``guide_scores`` has ``guide``, who provides them
 (:mod:`vlmtrim.graphs.contract`). Its oracle is the file of the same name in ``vlmtrim.export.oracles``.

@@ -12,7 +12,7 @@ from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.later import anatomy, ir, select, split
 from vlmtrim.graphs.methods import flag
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.rules import Step, load_rule, rule_names
+from vlmtrim.graphs.rules import ATTENTION, SEED, Step, load_rule, rule_names
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class FastV:
     seed: int = flag(0, "of --score random, and phase of --score stride")
     score: str = flag(
         "last-row",
-        "what ranks visual tokens: attention of the prompt's last token (last-row, default), the same without rotary "
-        "embedding (no-rope) or shared with a uniform stride (coverage); stride and random as baselines",
+        "what ranks visual tokens (--list says how): by default last-row, the attention of the prompt's last token",
         choices=rule_names(),
     )
 
@@ -59,8 +58,12 @@ class FastV:
             raise ValueError(f"seed is {self.seed!r}: give 0 or more")
         if self.score not in rule_names():
             raise ValueError(f"score is {self.score!r}: give one of {', '.join(rule_names())}")
-        if self.k == 0 and load_rule(self.rule).NEEDS_ATTENTION:
-            raise ValueError(f"score {self.score} needs a layer's attention, k is 0: give k of 1 or more, or stride")
+        if self.k == 0 and ATTENTION in self.needs:
+            able = [name for name in rule_names() if ATTENTION not in load_rule(name).NEEDS]
+            raise ValueError(
+                f"score {self.score} needs a layer's attention, k is 0: give k of 1 or more, or one of "
+                f"{', '.join(able)}"
+            )
 
     @property
     def rule(self) -> str:
@@ -68,10 +71,15 @@ class FastV:
         return "stride" if self.k == 0 and self.score == "last-row" else self.score
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What its rule needs, of the names in :mod:`vlmtrim.graphs.rules`."""
+        return load_rule(self.rule).NEEDS
+
+    @property
     def label(self) -> str:
         """Short name for folders and plots."""
         score = "" if self.score == "last-row" else f"-{self.score}"
-        seed = f"-seed{self.seed}" if self.seed and load_rule(self.rule).SEEDED else ""
+        seed = f"-seed{self.seed}" if self.seed and SEED in self.needs else ""
         return f"fastv-k{self.k}-r{self.r:g}{score}{seed}"
 
     def describe(self) -> dict[str, Any]:
@@ -92,17 +100,26 @@ class FastV:
         )
         return (dataclasses.replace(whole, layers=whole.layers[: self.k]), later) if self.k else (later,)
 
-    def __call__(
-        self, model: ir.Model, visual_tokens: int = 0, rank: Callable[[Step], ir.Value] | None = None
-    ) -> ir.Model:
+    def __call__(self, model: ir.Model, visual_tokens: int = 0, grid: tuple[int, int] | None = None) -> ir.Model:
         """Insert the selection into a decoder graph, in place, and return it.
 
         Args:
             model: decoder with the boundary of :mod:`vlmtrim.graphs.contract`, one cache group, no selection yet.
             visual_tokens: visual tokens that a sequence of full length is assumed to hold; the later caches shrink
                 by what is removed of them. 0 leaves every capacity as it is.
-            rank: a ranking float32 [B, N] in place of the rule's.
+            grid: rows and columns of a picture's visual tokens, for the scores that need it.
         """
+        return self.insert(model, visual_tokens, grid, load_rule(self.rule).score)
+
+    def insert(
+        self,
+        model: ir.Model,
+        visual_tokens: int,
+        grid: tuple[int, int] | None,
+        rank: Callable[[Step], ir.Value],
+        guided: bool = False,
+    ) -> ir.Model:
+        """The same with any ranking float32 [B, N]; ``guided``: by the input ``guide_scores``, :attr:`Step.guide`."""
         layers = anatomy.find_layers(model)
         self._check_depth(len(layers))
         if any(value.name == "visual_positions" for value in model.graph.inputs):
@@ -115,20 +132,27 @@ class FastV:
         embeds = anatomy.graph_input(model, "inputs_embeds")
         seam = anatomy.seam_before(model, layers, self.k) if self.k else embeds
         visual = ir.val("visual_positions", dtype=ir.DataType.INT64, shape=("B", "N"))
-        model.graph.inputs.insert(3, visual)
+        guide = ir.val("guide_scores", dtype=ir.DataType.FLOAT, shape=("B", "N")) if guided else None
+        model.graph.inputs[3:3] = [visual] if guide is None else [visual, guide]
         ops = Ops("select")
         last_index = anatomy.graph_input(model, "last_index")
         # Sizes come from the embeddings: read off the seam, they would tie what follows to what is before it.
         sizes = select.counts(ops, embeds, visual, self.r, most_visual=capacity)
         step = Step(
             ops=ops,
-            before=layers[self.k - 1] if self.k else None,
+            model=model,
+            layers=layers[: self.k],
+            embeds=embeds,
+            seam=seam,
             last_index=last_index,
             visual_positions=visual,
+            position_ids=anatomy.graph_input(model, "position_ids"),
             sizes=sizes,
             seed=self.seed,
+            grid=grid,
+            guide=guide,
         )
-        ranking = (rank or load_rule(self.rule).score)(step)
+        ranking = rank(step)
         keep = select.keep_best(ops, ranking, visual, sizes, self.r)
         survivors = select.compact(ops, keep, last_index, sizes)
         split.split_at(model, ops, seam, layers, self.k, survivors, capacity - saved)

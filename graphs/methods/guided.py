@@ -9,6 +9,7 @@ from vlmtrim.graphs.contract import BUNDLE, TOKENS, CacheGroup
 from vlmtrim.graphs.later import ir
 from vlmtrim.graphs.methods import flag
 from vlmtrim.graphs.methods.fastv import FastV
+from vlmtrim.graphs.rules import Step
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,13 @@ class Guided:
         """The cache groups of the pruned model, FastV's."""
         return self._placed().groups(dense, visual_tokens)
 
-    def __call__(self, model: ir.Model, visual_tokens: int = 0) -> ir.Model:
+    def __call__(self, model: ir.Model, visual_tokens: int = 0, grid: tuple[int, int] | None = None) -> ir.Model:
         """Insert the selection into a decoder graph, in place, and return it; arguments as FastV's."""
-        scores = ir.val("guide_scores", dtype=ir.DataType.FLOAT, shape=("B", "N"))
-        self._placed()(model, visual_tokens, rank=lambda step: step.ops("Identity", scores))
-        visual = next(i for i, value in enumerate(model.graph.inputs) if value.name == "visual_positions")
-        model.graph.inputs.insert(visual + 1, scores)
-        model.graph.sort()
-        return model
+        return self._placed().insert(model, visual_tokens, grid, _given, guided=True)
+
+
+def _given(step: Step) -> ir.Value:
+    return step.ops("Identity", step.guide)
 
 
 METHOD = Guided

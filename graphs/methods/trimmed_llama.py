@@ -83,13 +83,14 @@ class TrimmedLlama:
             for group in dense
         )
 
-    def __call__(self, model: ir.Model, visual_tokens: int = 0) -> ir.Model:
+    def __call__(self, model: ir.Model, visual_tokens: int = 0, grid: tuple[int, int] | None = None) -> ir.Model:
         """Insert the selection into a decoder graph, in place, and return it.
 
         Args:
             model: decoder with the boundary of :mod:`vlmtrim.graphs.contract` and cross-attention, no selection yet.
             visual_tokens: image features of a whole conversation, which the dense caches hold; 0 leaves every
                 capacity as it is.
+            grid: of a picture's visual tokens; not needed here.
         """
         layers = [layer for layer in anatomy.find_layers(model) if layer.crosses]
         if len(layers) < 2:

@@ -142,13 +142,14 @@ class ZipVL:
             for layer, share in zip(whole.layers, self.shares(len(whole.layers)), strict=True)
         )
 
-    def __call__(self, model: ir.Model, visual_tokens: int = 0) -> ir.Model:
+    def __call__(self, model: ir.Model, visual_tokens: int = 0, grid: tuple[int, int] | None = None) -> ir.Model:
         """Insert the selection into every layer of a decoder graph, in place, and return it.
 
         Args:
             model: decoder with the boundary of :mod:`vlmtrim.graphs.contract`, one cache group, no selection yet.
             visual_tokens: visual tokens that a sequence of full length is assumed to hold; the caches shrink by what
                 is removed of them at least. 0 leaves every capacity as it is.
+            grid: of a picture's visual tokens; not needed here.
         """
         layers = anatomy.find_layers(model)
         capacity = split.common_capacity(layers)

@@ -1,8 +1,10 @@
 """How visual tokens are ranked: one module a rule; the file's name, with dashes, is the rule's.
 
 A rule's module has ``score(step)``, from what a step offers to a score of every visual token, float32 [B, N]; of equal
-scores the lowest index counts as the higher. ``NEEDS_ATTENTION`` says whether it reads a layer, ``SEEDED`` whether the
-seed changes it. Shapes: B rows, S tokens of this step, N visual tokens, W live window of the scoring layer's caches.
+scores the lowest index counts as the higher. ``NEEDS`` names what it reads besides the tokens' embeddings, and COST, if
+there is one, what it costs beyond 2 % of a prefill. The docstring's first line is its entry in ``export-vlm --list``.
+Shapes: B rows, S tokens of this step, N visual tokens, M of them that stay, D hidden width, W live window of the
+scoring layer's caches.
 """
 
 from __future__ import annotations
@@ -21,31 +23,52 @@ if TYPE_CHECKING:
     from vlmtrim.graphs.surgery.anatomy import Layer
     from vlmtrim.graphs.surgery.select import Counts
 
+# What a rule may need: a layer before the selection; a seed; where tokens lie on the picture, of pictures of one size
+# (GRID) or of any size whose positions tell (PLACES).
+ATTENTION, SEED, GRID, PLACES = "attention", "seed", "grid", "places"
+
 
 @dataclass(frozen=True)
 class Step:
     """What a rule may read.
 
     Attributes:
-        before: the last layer that runs on all tokens; None where the selection comes before the first.
+        model: the decoder, before the selection.
+        layers: the layers that run on all tokens.
+        embeds, seam: [B, S, D], what enters the first layer, and the first layer behind the selection.
         last_index: int64 [B], each row's last real token.
         visual_positions: int64 [B, N].
+        position_ids: int64 [B, S], or [3, B, S] of time, row and column.
         seed: of the rules that draw or shift.
+        grid: rows and columns of a picture's visual tokens, in reading order; None where pictures differ.
+        guide: float32 [B, N], what comes from outside to rank by, where anything does.
     """
 
     ops: Ops
-    before: Layer | None
+    model: ir.Model | None
+    layers: list[Layer]
+    embeds: ir.Value
+    seam: ir.Value
     last_index: ir.Value
     visual_positions: ir.Value
+    position_ids: ir.Value | None
     sizes: Counts
     seed: int
+    grid: tuple[int, int] | None = None
+    guide: ir.Value | None = None
 
     @property
     def layer(self) -> Layer:
         """The layer whose attention scores. Raises GraphError where there is none."""
-        if self.before is None:
+        if not self.layers:
             raise GraphError("there is no layer before the selection whose attention could score: give k = 1 or more")
-        return self.before
+        return self.layers[-1]
+
+    def check_place(self, rule: str, any_size: bool) -> None:
+        """Raise GraphError where nothing tells where visual tokens lie; ``any_size``: M-RoPE positions will do."""
+        tells = any_size and self.position_ids is not None and len(self.position_ids.shape or ()) == 3
+        if self.grid is None and not tells:
+            raise GraphError(f"score {rule} needs to know where tokens lie on the picture: give grid=(rows, columns)")
 
 
 def rule_names() -> list[str]:

@@ -6,9 +6,9 @@ The stride sees to it that every part of the picture stays represented (the ense
 from __future__ import annotations
 
 from vlmtrim.graphs.later import ir
-from vlmtrim.graphs.rules import Step, last_row, stride
+from vlmtrim.graphs.rules import ATTENTION, Step, last_row, stride
 
-NEEDS_ATTENTION, SEEDED = True, False
+NEEDS = frozenset({ATTENTION})
 _ABOVE_ANY_PROBABILITY = 2.0
 
 

@@ -6,9 +6,9 @@ One row of the layer's own softmax over all keys (FastV, arXiv 2403.06764, as in
 from __future__ import annotations
 
 from vlmtrim.graphs.later import anatomy, attention, ir
-from vlmtrim.graphs.rules import Step
+from vlmtrim.graphs.rules import ATTENTION, Step
 
-NEEDS_ATTENTION, SEEDED = True, False
+NEEDS = frozenset({ATTENTION})
 
 
 def score(step: Step) -> ir.Value:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from vlmtrim.graphs.later import anatomy, attention, ir
-from vlmtrim.graphs.rules import Step
+from vlmtrim.graphs.rules import ATTENTION, Step
 
-NEEDS_ATTENTION, SEEDED = True, False
+NEEDS = frozenset({ATTENTION})
 
 
 def score(step: Step) -> ir.Value:

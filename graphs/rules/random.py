@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from vlmtrim.graphs.later import ir
-from vlmtrim.graphs.rules import Step
+from vlmtrim.graphs.rules import SEED, Step
 
-NEEDS_ATTENTION, SEEDED = False, True
+NEEDS = frozenset({SEED})
 
 
 def score(step: Step) -> ir.Value:

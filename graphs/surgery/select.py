@@ -19,7 +19,7 @@ TOPK_LIMIT = 3840
 
 @dataclass(frozen=True)
 class Counts:
-    """Sizes of this step as [1] int64 values, and the largest N that any step may have."""
+    """Sizes of this step as [1] int64 values, the largest N that any step may have, and the share that is removed."""
 
     batch: ir.Value
     tokens: ir.Value
@@ -27,6 +27,7 @@ class Counts:
     kept_visual: ir.Value
     survivors: ir.Value
     most_visual: int
+    removed: float
 
 
 def counts(ops: Ops, hidden: ir.Value, visual_positions: ir.Value, removed: float, most_visual: int) -> Counts:
@@ -39,7 +40,7 @@ def counts(ops: Ops, hidden: ir.Value, visual_positions: ir.Value, removed: floa
     table = ops.const([kept_count(n, removed) for n in range(most_visual + 1)])
     kept = ops("Gather", table, visual)
     survivors = ops("Add", ops("Sub", tokens, visual), kept)
-    return Counts(batch, tokens, visual, kept, survivors, most_visual)
+    return Counts(batch, tokens, visual, kept, survivors, most_visual, removed)
 
 
 def keep_best(ops: Ops, scores: ir.Value, visual_positions: ir.Value, sizes: Counts, removed: float) -> ir.Value:

@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 from vlmtrim.graphs.contract import GraphSpec
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.lint import boundary
-from vlmtrim.graphs.surgery.anatomy import Layer, find_layers, graph_input, seam_before
+from vlmtrim.graphs.surgery.anatomy import Layer, find_layers, graph_input, graph_output, seam_before
 from vlmtrim.graphs.surgery.region import downstream
 
 HIDDEN = "hidden_states"
@@ -76,6 +76,27 @@ def cut(model: ir.Model, starts: Sequence[int]) -> list[ir.Model]:
         need = needs[index - 1] if index else None
         shards.append(_extract(model, seams[index - 1] if index else None, need, outputs, layers[first:last]))
     return shards
+
+
+def picks_one_by_one(model: ir.Model) -> bool:
+    """Whether the selection is a Loop: TensorRT-RTX 1.7 crashes on a graph that gathers a layer's states by its result,
+    and builds the two apart."""
+    return any(node.op_type == "Loop" for node in model.graph)
+
+
+def selection_apart(model: ir.Model) -> tuple[ir.Model, ir.Model]:
+    """(what computes ``kept_indices`` and ``visual_scores``, the decoder that takes ``kept_indices``); the model itself
+    is left as it is."""
+    chosen = ("kept_indices", "visual_scores")
+    alone, rest = model.clone(), model.clone()
+    alone.graph.outputs[:] = [graph_output(alone, name) for name in chosen]
+    kept = graph_output(rest, "kept_indices")
+    rest.graph.outputs[:] = [value for value in rest.graph.outputs if value.name not in chosen]
+    entry = ir.val("kept_indices", type=kept.type, shape=kept.shape)
+    kept.replace_all_uses_with(entry)
+    kept.name = "kept_indices/before"
+    rest.graph.inputs.insert(0, entry)
+    return _without_unused(alone), _without_unused(rest)
 
 
 def specs(shards: Sequence[ir.Model], stem: str) -> list[GraphSpec]:
@@ -174,11 +195,7 @@ def _extract(
         for node in need.shapes:
             _read_shape_of(values[node.outputs[0].name].producer(), entering[0])
         graph.inputs[:0] = entering
-    RemoveUnusedNodesPass()(shard)
-    for value in list(graph.inputs):
-        if not value.uses():
-            graph.inputs.remove(value)
-    graph.sort()
+    _without_unused(shard)
     found = sum(node.op_type == "Attention" for node in graph)
     if found != len(layers):
         raise GraphError(
@@ -186,6 +203,15 @@ def _extract(
             f"{len(layers)}: layers depend on each other in a way that cannot be cut; give --engine-shards 1"
         )
     return shard
+
+
+def _without_unused(model: ir.Model) -> ir.Model:
+    RemoveUnusedNodesPass()(model)
+    for value in list(model.graph.inputs):
+        if not value.uses():
+            model.graph.inputs.remove(value)
+    model.graph.sort()
+    return model
 
 
 def _read_shape_of(node: ir.Node | None, hidden: ir.Value) -> None:

@@ -49,6 +49,18 @@ def test_a_contract_of_one_piece_agrees():
     agreement.check(contract())
 
 
+def test_a_strangers_names_make_no_long_refusal():
+    whole = contract()
+    inputs = whole.graphs["decoder"].inputs
+    inputs = tuple(
+        dataclasses.replace(t, name=t.name + "\n" + "x" * 10_000) if i == 5 else t for i, t in enumerate(inputs)
+    )
+    decoder = dataclasses.replace(whole.graphs["decoder"], inputs=inputs)
+    with pytest.raises(BundleError, match="among its inputs") as refusal:
+        agreement.check(dataclasses.replace(whole, graphs={**whole.graphs, "decoder": decoder}))
+    assert len(str(refusal.value)) < 500 and "\n" not in str(refusal.value)
+
+
 CHANGES = [
     (("image_tokens",), 100000, "returns 16 features a picture, image_tokens is 100000"),
     (("image_tokens",), 8, "image_tokens is 8"),

@@ -29,7 +29,7 @@ def selection(r: float, rule: str, seed: int = 0, most: int = MOST) -> ir.Model:
     ops = Ops("select")
     sizes = select.counts(ops, hidden, visual, r, most)
     if rule != "score":
-        step = Step(ops, None, last, visual, sizes, seed)
+        step = Step(ops, None, [], hidden, hidden, last, visual, None, sizes, seed)
         keep = select.keep_best(ops, load_rule(rule).score(step), visual, sizes, r)
     else:
         keep = select.keep_best(ops, scores, visual, sizes, r)

@@ -1,7 +1,7 @@
 """The scoring rules written a second time: one module a rule, named like it.
 
-``rank(seen, visual, count, seed)`` returns what stays whatever it scores, as indices into the visual tokens, and the
-scores of all of them, float32 [N].
+``rank(seen, visual, count, seed)`` returns what stays whatever it scores, as indices into the visual tokens, best
+first, and the scores of all of them, float32 [N].
 """
 
 from __future__ import annotations
@@ -15,13 +15,33 @@ from torch import Tensor
 
 @dataclass
 class Seen:
-    """What the scoring layer did in this step: attention [H, S, past + S], and query and key before their rotary
-    embedding, [S, H Dh] and [S, KV Dh]; ``head_size`` is Dh."""
+    """What a step and its scoring layer did.
+
+    Attributes:
+        head_size: Dh.
+        attention: probabilities of the layer [H, S, past + S].
+        query, key: of the layer before their rotary embedding, [S, H Dh] and [S, KV Dh].
+        rotated: keys of this step as the layer caches them, [KV, S, Dh].
+        embeds: [S, D], what entered the first layer.
+        entered, normed: [S, D], what entered the scoring layer, and what the norm behind its attention returned.
+        seam: [S, D], what enters the first layer behind the selection.
+        positions: [S], or [3, S] of time, row and column.
+        removed: share of visual tokens that goes.
+        side: rows, and columns, of a picture's visual tokens, where all pictures are alike.
+    """
 
     head_size: int
     attention: Tensor | None = None
     query: Tensor | None = None
     key: Tensor | None = None
+    rotated: Tensor | None = None
+    embeds: Tensor | None = None
+    entered: Tensor | None = None
+    normed: Tensor | None = None
+    seam: Tensor | None = None
+    positions: Tensor | None = None
+    removed: float = 0.0
+    side: int | None = None
 
 
 def load_rule(name: str) -> Any:
@@ -32,3 +52,14 @@ def load_rule(name: str) -> Any:
 def strided(count: int, given: int, seed: int) -> list[int]:
     """``count`` of ``given`` tokens at equal distances."""
     return [(i * given + seed % max(given, 1)) // count for i in range(count)]
+
+
+def places(seen: Seen, visual: Tensor) -> list[tuple[int, int, int]]:
+    """(picture, row, column) of every visual token: by M-RoPE positions, or of square pictures one after the other."""
+    assert seen.positions is not None
+    if seen.positions.dim() == 2:
+        first = seen.positions[:, visual[:1]]
+        return [tuple(place) for place in (seen.positions[:, visual] - first).T.tolist()]
+    assert seen.side is not None
+    each = seen.side**2
+    return [(i // each, i % each // seen.side, i % each % seen.side) for i in range(len(visual))]
