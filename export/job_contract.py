@@ -32,12 +32,6 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     capacity = job.max_seq_len
     groups = _groups(job, shape)
     crosses = bool(shape.cross_layers)
-    least = min((group.length(0, shape.image_tokens) for group in groups if group.source == IMAGES), default=1)
-    if least < 1:
-        raise Refusal(
-            f"the bound keeps none of a picture's {shape.image_tokens} features; give a larger --ratio, or a --bound "
-            f"above 1 / {shape.image_tokens}"
-        )
     most_images = job.images if crosses else max(1, capacity // shape.image_tokens)
     dims = {
         "B": (1, job.max_batch),
@@ -114,9 +108,16 @@ def _groups(job: Job, shape: Any) -> tuple[CacheGroup, ...]:
     if job.method is None:
         return dense
     try:
-        return job.method.groups(dense, job.images * shape.image_tokens)
+        groups = job.method.groups(dense, job.images * shape.image_tokens)
     except ValueError as error:
         raise Refusal(str(error)) from error
+    least = min((group.length(0, shape.image_tokens) for group in groups if group.source == IMAGES), default=1)
+    if least < 1:
+        raise Refusal(
+            f"the bound keeps none of a picture's {shape.image_tokens} features; give a larger --ratio, or a --bound "
+            f"above 1 / {shape.image_tokens}"
+        )
+    return groups
 
 
 def dense_groups(shape: Any, capacity: int, images: int) -> tuple[CacheGroup, ...]:
