@@ -182,6 +182,8 @@ def _dims(contract: Contract) -> Iterator[str]:
             yield f"dims.W{index} is not 1 to the capacity of its group, {group.capacity}"
     if contract.dims["B"][0] < 1 or contract.dims["S"] != (1, contract.max_seq_len):
         yield "dims.B must begin at 1, and dims.S be 1 to max_seq_len"
+    if contract.dims.get("R", (0, 0))[0] != 0:
+        yield "dims.R must begin at 0"
     if "N" not in contract.dims or contract.dims["N"][0] != 0:
         yield "dims.N must begin at 0"
     elif not contract.crosses and contract.dims["N"][1] > contract.max_seq_len:

@@ -49,7 +49,7 @@ def parts_of(model: ir.Model, layers: list[Layer], layer: Layer) -> Parts:
     normed = _projected(key)
     if normed is not _projected(value) or not (normed is seam or normed.producer() in downstream(seam)):
         raise GraphError(f"keys and values of attention {layer.index} are not projections of the same states")
-    one_row = layer.query.producer() not in downstream(normed)
+    one_row = layer.query.producer() in downstream(graph_input(model, "last_index"))
     state, ids = normed, graph_input(model, "position_ids")
     if one_row:
         before = upstream(layer.query)

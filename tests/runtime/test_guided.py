@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlmtrim import runtime
-from vlmtrim.runtime import cli
+from vlmtrim.runtime import chat_cli, cli
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import load_image
 from vlmtrim.runtime.processors.base import Pictures
@@ -133,3 +133,24 @@ def test_run_vlm_tells_what_became_of_it(guide_bundle, guided_bundle, picture, c
     assert "its answer" in capsys.readouterr().err
     assert cli.main([argv[0], "--prompt", "What?", "--exit-confidence", "0.5"]) == 2
     assert "give --guide SMALL" in capsys.readouterr().err
+
+
+def test_a_conversation_is_guided_where_there_is_a_picture(pair, picture, monkeypatch, capsys):
+    said = iter([f"/image {picture}", "What is it?", "Sure?", "/reset", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    asked = []
+    with pair() as both:
+        for name, chat in (("small", both.small), ("large", both.large)):
+            generate = chat.generate
+            monkeypatch.setattr(
+                chat, "generate", lambda *a, name=name, go=generate, **k: asked.append(name) or go(*a, **k)
+            )
+        assert chat_cli.converse(both, "", [], {"max_new_tokens": 2}) == 0
+        assert both.large.session.lengths.positions[0] == 0  # after /reset
+    assert asked == ["small", "large", "large"]
+
+
+def test_an_exit_confidence_is_of_one_question(guided_bundle, guide_bundle, capsys):
+    argv = [str(guided_bundle), "--guide", str(guide_bundle), "--exit-confidence", "0.9"]
+    assert cli.main(argv) == 2
+    assert "a conversation goes on with one model; give --prompt" in capsys.readouterr().err
