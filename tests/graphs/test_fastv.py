@@ -193,7 +193,10 @@ def test_no_rope_names_the_operator_that_is_missing():
 
 @pytest.mark.parametrize(
     ("fields", "why"),
-    [({"score": "best"}, "score is 'best': give one of cdpruner, cells, coverage"), ({"k": 0, "score": "coverage"}, "k is 0")],
+    [
+        ({"score": "best"}, "score is 'best': give one of cdpruner, cells, coverage"),
+        ({"k": 0, "score": "coverage"}, "k is 0"),
+    ],
 )
 def test_scores_that_cannot_be_are_refused(fields, why):
     with pytest.raises(ValueError, match=why):
