@@ -8,6 +8,7 @@ states can be gathered in between.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Oracle:
             for index, layer in enumerate(text.layers):
                 if index == self._k:
                     seen.seam = hidden[0]
+                    seen.ahead = partial(_attention, text, layer, hidden, positions)
                     seen.rotated = cache.layers[index - 1].keys[0][:, -hidden.shape[1] :] if index else None
                     kept = self._choose(seen, visual, hidden.shape[1])
                     hidden, positions = hidden[:, kept], positions[..., kept]
@@ -80,3 +82,13 @@ class Oracle:
         is_text = torch.ones(tokens, dtype=torch.bool)
         is_text[visual] = False
         return torch.cat([torch.nonzero(is_text)[:, 0], winners]).sort().values
+
+
+def _attention(text: Any, layer: Any, hidden: Tensor, positions: Tensor) -> Tensor:
+    """Probabilities [H, S, S] of a layer on these tokens alone; its hooks and caches see nothing of it."""
+    return layer.self_attn(
+        hidden_states=layer.input_layernorm(hidden),
+        position_embeddings=text.rotary_emb(hidden, positions),
+        attention_mask=causal(hidden.shape[1], 0),
+        past_key_values=None,
+    )[1][0]
