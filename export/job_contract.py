@@ -13,7 +13,7 @@ from vlmtrim.export.arguments import check_method
 from vlmtrim.export.checkpoint import read_json
 from vlmtrim.export.flops import decoder_macs
 from vlmtrim.export.job import Job, Refusal, check_numbers
-from vlmtrim.graphs.contract import IMAGES, CacheGroup, Contract, decoder_spec
+from vlmtrim.graphs.contract import IMAGES, VISION, CacheGroup, Contract, GraphSpec, TensorSpec, decoder_spec
 from vlmtrim.graphs.rules import GRID, PLACES, load_rule, rule_names
 
 _DYNAMIC_ROPE = ("dynamic", "longrope")
@@ -57,7 +57,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         family=family.__name__.rpartition(".")[2],
         dtype=name,
         graphs={
-            "vision": family.vision_spec(shape, name),
+            "vision": _vision_spec(family.vision_spec(shape, name), shape, guide),
             "embed": family.embed_spec(shape, name),
             "decoder": decoder,
         },
@@ -77,6 +77,20 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     )
     _check_needs(method, contract, shape.position_axes)
     return contract
+
+
+def _vision_spec(spec: GraphSpec, shape: Any, guide: str | None) -> GraphSpec:
+    """The vision graph's boundary, with what its tower looks at where that ranks visual tokens. Raises Refusal."""
+    if guide != VISION:
+        return spec
+    if len(spec.outputs[0].shape) != 3 or spec.outputs[0].shape[1] != shape.image_tokens:
+        others = [name for name in rule_names() if not load_rule(name).NEEDS]
+        raise Refusal(
+            "--score fastervlm ranks visual tokens by the vision tower's attention, patch by patch; this family joins "
+            f"patches to tokens, or tiles to pictures, behind its tower: give one of {', '.join(others)}"
+        )
+    seen = TensorSpec("visual_attention", "float32", ("I", shape.image_tokens))
+    return dataclasses.replace(spec, outputs=(*spec.outputs, seen))
 
 
 def _check_needs(method: Any, contract: Contract, position_axes: int) -> None:

@@ -24,10 +24,11 @@ from vlmtrim.export.job_contract import build_contract, plain_decoder
 from vlmtrim.export.tracing import trace
 from vlmtrim.export.tracing.attention import IMPLEMENTATION
 from vlmtrim.graphs.bundle import seal
-from vlmtrim.graphs.contract import IMAGES, Contract, TensorSpec
+from vlmtrim.graphs.contract import IMAGES, VISION, Contract, TensorSpec
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
 from vlmtrim.graphs.passes.key_scores import key_scores
 from vlmtrim.graphs.passes.last_row import last_row
+from vlmtrim.graphs.passes.vision_scores import vision_scores
 from vlmtrim.graphs.staging import check_target, staging
 from vlmtrim.graphs.surgery import shard
 from vlmtrim.runtime.engines import build_engines, import_library
@@ -156,6 +157,8 @@ def graphs(
             if name == "decoder":
                 last_row(graph)
             lint(graph, plan.spec)
+            if name == "vision" and contract.guide == VISION:
+                lint(vision_scores(graph, contract.image_tokens), contract.graphs[name])
         if name == "decoder" and method is not None:
             with _stage(report, f"select ({method.label})"):
                 method(graph, visual_tokens=job.images * contract.image_tokens, grid=contract.whole_grid)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from vlmtrim.graphs.contract import TOKENS, Contract, GraphSpec, TensorSpec, decoder_spec
+from vlmtrim.graphs.contract import TOKENS, VISION, Contract, GraphSpec, TensorSpec, decoder_spec
 from vlmtrim.graphs.reading import BundleError, is_plain_name, shown
 
 WHOLE = ("vision", "embed", "decoder")
@@ -158,8 +158,13 @@ def _embed(contract: Contract) -> Iterator[str]:
 def _vision(contract: Contract) -> Iterator[str]:
     hidden = _width(contract.graphs["decoder"].inputs[0])
     outputs = contract.graphs["vision"].outputs
-    if [tensor.name for tensor in outputs] != ["image_features"] or outputs[0].dtype != contract.dtype:
-        yield f"the vision graph must return image_features of {contract.dtype}, and nothing else"
+    seen = (
+        (TensorSpec("visual_attention", "float32", ("I", contract.image_tokens)),) if contract.guide == VISION else ()
+    )
+    names = [tensor.name for tensor in outputs[:1]]
+    if names != ["image_features"] or outputs[0].dtype != contract.dtype or outputs[1:] != seen:
+        more = " and visual_attention [I, image_tokens]" if seen else ", and nothing else"
+        yield f"the vision graph must return image_features of {contract.dtype}{more}"
         return
     shape = outputs[0].shape
     if _width(outputs[0]) != hidden or len(shape) not in (2, 3):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlmtrim.graphs.bundle import Bundle
-from vlmtrim.graphs.contract import BUNDLE, IMAGES, TOKENS, cache_names
+from vlmtrim.graphs.contract import BUNDLE, IMAGES, TOKENS, VISION, cache_names
 from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.attention import Attention
 from vlmtrim.runtime.backends.base import Backend, Chain, Graph, Tensor
@@ -142,10 +142,17 @@ class Session:
 
     def encode_images(self, pictures: Pictures) -> Tensor:
         """Pictures -> features on the device, [B, N, D], pictures in row order."""
+        return self._encode(pictures)[0]
+
+    def _encode(self, pictures: Pictures) -> tuple[Tensor, Tensor | None]:
+        """Features, and what the vision tower looks at where that ranks the visual tokens, [B, N]."""
         dtype = self.contract.dtype
         feeds = {n: dtypes.cast(v, dtype) if v.dtype == np.float32 else v for n, v in pictures.inputs.items()}
-        features = self._graph("vision").run(feeds)["image_features"]
-        return self.backend.reshape(features, (self.batch, self._visual(pictures), self._hidden))
+        outputs, visual = self._graph("vision").run(feeds), self._visual(pictures)
+        features = self.backend.reshape(outputs["image_features"], (self.batch, visual, self._hidden))
+        if self.contract.guide != VISION:
+            return features, None
+        return features, self.backend.reshape(outputs["visual_attention"], (self.batch, visual))
 
     def _visual(self, pictures: Pictures | None) -> int:
         """Visual tokens, or image features, that the pictures bring to each row."""
@@ -175,8 +182,9 @@ class Session:
         given = self._guide_scores(guide, visual_positions.shape)
         self._check_room(ids.shape[1], visual, counts)
         start = self.backend.mark()
-        features = self._no_features() if pictures is None else self.encode_images(pictures)
+        features, seen = (self._no_features(), None) if pictures is None else self._encode(pictures)
         middle = self.backend.mark()
+        given = given if seen is None else {"guide_scores": seen}
         positions = self.processor.positions(ids, counts, self.lengths.positions, pictures)
         outputs, kept_features = self._step(ids, counts, visual_positions, features, positions, pictures, given)
         logits = self.backend.to_host(outputs["logits"])
@@ -287,12 +295,14 @@ class Session:
                 "export the model again"
             )
 
-    def _guide_scores(self, guide: np.ndarray | None, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """The decoder's guide_scores, of ``shape`` [B, N], where another bundle provides them."""
+    def _guide_scores(self, guide: np.ndarray | None, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The decoder's guide_scores, of ``shape`` [B, N], where another bundle provides them; where the vision graph
+        does, those of no picture."""
         if self.contract.guide != BUNDLE:
             if guide is not None:
                 raise RuntimeRefusal("scores of a guide are given, and this bundle ranks by its own; leave guide out")
-            return {}
+            none = np.zeros((self.batch, 0), dtype=np.float32)
+            return {} if self.contract.guide is None else {"guide_scores": none}
         if guide is None and not shape[1]:
             guide = np.zeros(shape, dtype=np.float32)
         if guide is None:
@@ -318,7 +328,7 @@ class Session:
         features: Tensor,
         positions: tuple[np.ndarray, np.ndarray],
         pictures: Pictures | None,
-        given: dict[str, np.ndarray],
+        given: dict[str, Tensor],
     ) -> tuple[dict[str, Tensor], list[np.ndarray] | None]:
         """Embed and decode; ``positions`` are of the tokens, and each row's first free one after them; ``given`` are
         inputs of the decoder that come from outside.

@@ -22,8 +22,10 @@ class Oracle:
 
     def __init__(self, selection: Mapping[str, Any]):
         self._side = selection.get("side")
+        self.vision: Tensor | None = None
         self._k, self._r, self._seed = selection["k"], selection["r"], selection["seed"]
         self._rule = load_rule(selection["score"])
+        self.looks = selection["score"] == "fastervlm"
 
     def layers(self, text: Any, cache: Any, hidden: Tensor, positions: Tensor, visual: Tensor) -> tuple[Tensor, Kept]:
         """(hidden states [1, T, D] of the survivors, their ascending indices); ``hidden`` [1, S, D]."""
@@ -35,6 +37,7 @@ class Oracle:
             embeds=hidden[0],
             positions=positions.squeeze(-2),
             removed=self._r,
+            vision=self.vision,
             side=self._side,
         )
         handles = [

@@ -75,6 +75,16 @@ class Reference:
         """[N, D], in the order of the prompt."""
         return torch.cat(list(self.model.get_image_features(**pictures).pooler_output))
 
+    def _looked_at(self, pixels: Tensor) -> Tensor:
+        """[N]: attention of the class token to the patches in the layer whose states become features, or of all patches
+        where there is none; mean over heads."""
+        config = self.model.config
+        layer = config.vision_feature_layer  # of hidden states, the first of which enters layer 0
+        layers = self.model.model.vision_tower(pixels, output_attentions=True).attentions
+        paid = layers[layer if layer < 0 else layer - 1].mean(dim=1)  # [I, T, T]
+        has_class = config.vision_config.model_type == "clip_vision_model"
+        return (paid[:, 0, 1:] if has_class else paid.mean(dim=1)).flatten()
+
     def _forward(self, ids: Tensor, pictures: dict[str, Tensor]) -> tuple[Tensor, Kept]:
         """(logits [V] of the last token, kept indices); ``pictures`` as the model's own processor made them."""
         positions = self._positions(ids, pictures)
@@ -89,6 +99,8 @@ class Reference:
         if pictures:
             visual = torch.nonzero(ids[0] == self._visual_token)[:, 0]
             hidden[0, visual] = self._features(pictures)
+            if getattr(self._oracle, "looks", False):
+                self._oracle.vision = self._looked_at(pictures["pixel_values"])
         hidden, kept = self._oracle.layers(self._text, self._cache, hidden, positions, visual)
         return self.model.lm_head(self._text.norm(hidden))[0, -1], kept
 

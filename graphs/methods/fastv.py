@@ -12,7 +12,7 @@ from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.later import anatomy, ir, select, split
 from vlmtrim.graphs.methods import flag
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.rules import ATTENTION, SEED, Step, load_rule, rule_names
+from vlmtrim.graphs.rules import ATTENTION, SEED, VISION, Step, load_rule, rule_names
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class FastV:
         return load_rule(self.rule).NEEDS
 
     @property
+    def guide(self) -> str | None:
+        """Who provides ``guide_scores``: the bundle's own vision graph, or nobody."""
+        return VISION if VISION in self.needs else None
+
+    @property
     def label(self) -> str:
         """Short name for folders and plots."""
         score = "" if self.score == "last-row" else f"-{self.score}"
@@ -109,7 +114,7 @@ class FastV:
                 by what is removed of them. 0 leaves every capacity as it is.
             grid: rows and columns of a picture's visual tokens, for the scores that need it.
         """
-        return self.insert(model, visual_tokens, grid, load_rule(self.rule).score)
+        return self.insert(model, visual_tokens, grid, load_rule(self.rule).score, self.guide is not None)
 
     def insert(
         self,

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from vlmtrim.graphs.surgery.select import Counts
 
 # What a rule may need: a layer before the selection; a seed; where tokens lie on the picture, of pictures of one size
-# (GRID) or of any size whose positions tell (PLACES).
-ATTENTION, SEED, GRID, PLACES = "attention", "seed", "grid", "places"
+# (GRID) or of any size whose positions tell (PLACES); what the vision tower looks at.
+ATTENTION, SEED, GRID, PLACES, VISION = "attention", "seed", "grid", "places", "vision"
 
 
 @dataclass(frozen=True)

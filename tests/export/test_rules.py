@@ -10,13 +10,13 @@ from vlmtrim.export.demo.evaluate import CHECKPOINT
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.graphs import FastV
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.graphs.rules import ATTENTION, GRID, PLACES, load_rule, rule_names
+from vlmtrim.graphs.rules import ATTENTION, GRID, PLACES, VISION, load_rule, rule_names
 from vlmtrim.runtime.select_backend import make_backend
 
 # What test_parity.py and test_families.py do not hold: rules of embeddings and of places.
 RULES = [rule for rule in rule_names() if rule not in ("coverage", "last-row", "no-rope", "random", "stride")]
 GREEDY = ("cdpruner", "divprune", "dpp")
-FAMILIES = {"llava": {GRID, PLACES}, "qwen2_vl": {PLACES}, "qwen2_5_vl": {PLACES}, "llava_next": set()}
+FAMILIES = {"llava": {GRID, PLACES, VISION}, "qwen2_vl": {PLACES}, "qwen2_5_vl": {PLACES}, "llava_next": set()}
 PAIRS = [(f, rule) for f, tells in FAMILIES.items() for rule in RULES if load_rule(rule).NEEDS - {ATTENTION} <= tells]
 
 
@@ -29,6 +29,14 @@ def test_what_is_kept_equals_pytorch(family, rule, export_tiny, capsys):
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert max(row["difference"] for row in rows if row["what"] == "kept tokens") < 1e-6
     assert any(row["what"] == "decode logits, 4 steps" for row in rows)
+
+
+def test_a_tower_without_class_token_ranks_by_all_its_patches(export_tiny, capsys):
+    variant = {"vision": "siglip_vision_model", "text": "qwen2"}
+    folder = export_tiny("rule", variant, k=0, r=0.5, score="fastervlm", max_batch=2)
+    assert check_cli.main([str(folder), "--json", "--tokens", "4"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert max(row["difference"] for row in rows if row["what"] == "kept tokens") < 1e-6
 
 
 def test_recovery_equals_pytorch_on_a_trained_model(tmp_path, capsys):
@@ -77,7 +85,9 @@ def test_a_selection_apart_runs_like_the_whole(shards, export_tiny, picture):
     assert recorded[0] == recorded[1]
 
 
-@pytest.mark.parametrize(("family", "rule"), [("llava_next", "cells"), ("llava_next", "topv"), ("qwen2_vl", "topv")])
+@pytest.mark.parametrize(
+    ("family", "rule"), [("llava_next", "cells"), ("llava_next", "fastervlm"), ("qwen2_vl", "topv")]
+)
 def test_pictures_of_any_shape_are_refused_where_places_matter(family, rule, export_tiny):
-    with pytest.raises(Refusal, match=f"--score {rule} needs to know where .* give one of .*divprune"):
+    with pytest.raises(Refusal, match=f"--score {rule} (needs to know where|ranks visual).* give one of .*divprune"):
         export_tiny("refused", family=family, k=2, r=0.5, score=rule)

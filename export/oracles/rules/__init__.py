@@ -28,6 +28,7 @@ class Seen:
         positions: [S], or [3, S] of time, row and column.
         removed: share of visual tokens that goes.
         side: rows, and columns, of a picture's visual tokens, where all pictures are alike.
+        vision: what the vision tower looks at in this step's pictures, [N].
     """
 
     head_size: int
@@ -42,6 +43,7 @@ class Seen:
     positions: Tensor | None = None
     removed: float = 0.0
     side: int | None = None
+    vision: Tensor | None = None
 
 
 def load_rule(name: str) -> Any:
