@@ -31,7 +31,8 @@ def make_job(args: argparse.Namespace) -> Job:
         raise Refusal(str(error)) from error
     if args.output == "":
         raise Refusal("--output is empty; give a folder, or leave it out")
-    fields["output"] = args.output or default_output(args.model, method.label if method else "dense")
+    label = method.label if method else "guide" if args.emit_guide else "dense"
+    fields["output"] = args.output or default_output(args.model, label)
     fields["eos_token_ids"] = tuple(args.eos_token_ids or ())
     return Job(**{**fields, "method": method})
 
@@ -74,7 +75,17 @@ def missing_library(job: Job) -> str | None:
 
 
 def check_method(job: Job, family: str) -> None:
-    """Raises Refusal where the method does not remove what the family's pictures are made of."""
+    """Raises Refusal where the method does not remove what the family's pictures are made of, or does not emit."""
+    if job.emit_guide and job.method is not None:
+        raise Refusal(
+            f"--emit-guide returns attention to all visual tokens, and method {job.method.name} removes some; give "
+            "--method none, and let this bundle guide a larger one (--method guided)"
+        )
+    if job.emit_guide and checkpoints.prunes(family) == IMAGES:
+        raise Refusal(
+            f"--emit-guide returns attention to visual tokens of the sequence; the pictures of the family {family} are "
+            "features of cross-attention, and no guided method takes them"
+        )
     if job.method is None or job.method.name in methods_of(family):
         return
     tokens, features = "visual tokens of the sequence", "image features that cross-attention layers attend to"
@@ -96,7 +107,7 @@ def _family_and_text(model: str) -> tuple[str | None, dict[str, Any]]:
     if model.startswith("tiny:"):
         family = model.removeprefix("tiny:")
         return family, {"num_hidden_layers": checkpoints.tiny_layers(family)}
-    folder = checkpoints.DEMO if model == "demo" else Path(model)
+    folder = checkpoints.SHIPPED.get(model, Path(model))
     if not folder.is_dir():
         return None, {}
     raw = checkpoints.read_raw_config(folder)

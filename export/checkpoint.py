@@ -27,7 +27,8 @@ PRESETS = {
     "llama-3.2-11b-vision": "meta-llama/Llama-3.2-11B-Vision-Instruct",
     "llama-3.2-90b-vision": "meta-llama/Llama-3.2-90B-Vision-Instruct",
 }
-DEMO = Path(__file__).parent / "demo" / "checkpoint"  # trained, small, in the package: works offline
+DEMO = Path(__file__).parent / "demo" / "checkpoint"
+SHIPPED = {"demo": DEMO, "demo-small": DEMO.parent / "small"}  # trained, small, in the package: work offline
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
@@ -80,7 +81,7 @@ def load_reference(family: str) -> Any:
 
 
 def resolve(model: str, scratch: Path, weights: bool = True) -> Path:
-    """Folder of the checkpoint that ``model`` names: ``demo``, preset, ``tiny:<family>``, folder or hub id.
+    """Folder of the checkpoint that ``model`` names: one of SHIPPED, preset, ``tiny:<family>``, folder or hub id.
 
     Args:
         scratch: where a tiny checkpoint is written.
@@ -90,8 +91,8 @@ def resolve(model: str, scratch: Path, weights: bool = True) -> Path:
         from vlmtrim.export.weights.tiny import write_checkpoint
 
         return write_checkpoint(load_family(model.removeprefix("tiny:")), scratch / "checkpoint")
-    if model == "demo":
-        return DEMO
+    if model in SHIPPED:
+        return SHIPPED[model]
     if Path(model).is_dir():
         return Path(model)
     check_name(model)
@@ -102,9 +103,9 @@ def check_name(model: str) -> None:
     """Raises Refusal for a name that is nothing that a model may be; whether the hub has it is not asked."""
     if model.startswith("tiny:"):
         _check_family(model.removeprefix("tiny:"))
-    elif not (model == "demo" or model in PRESETS or Path(model).is_dir() or _HUB_ID.fullmatch(model)):
+    elif not (model in SHIPPED or model in PRESETS or Path(model).is_dir() or _HUB_ID.fullmatch(model)):
         raise Refusal(
-            f"model {model!r} is no preset (demo, {', '.join(PRESETS)}), "
+            f"model {model!r} is no preset ({', '.join((*SHIPPED, *PRESETS))}), "
             f"no tiny:<family> ({', '.join(family_names())}), no folder and no hub id (organisation/name)"
         )
 

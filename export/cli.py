@@ -33,7 +33,7 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     p.add_argument("--list", action=_List, help="print families, presets, methods and what is proven, and exit")
     p.add_argument("--model", required=True, help="demo, a preset (--list), tiny:<family>, folder or hub id")
     _add_method_arguments(p, method)
-    _add_calibration(p)
+    _add_measuring(p)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights; auto keeps the checkpoint's")
     p.add_argument(
         "--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)"
@@ -82,13 +82,18 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     return p
 
 
-def _add_calibration(p: argparse.ArgumentParser) -> None:
+def _add_measuring(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--calibrate",
         default=None,
         metavar="FOLDER",
         help="zipvl: measure what every layer keeps on the pictures of a folder (NAME.txt beside a picture is its "
         "question), bound each by its mean and one deviation, and put budgets.json into the bundle",
+    )
+    p.add_argument(
+        "--emit-guide",
+        action="store_true",
+        help="with --method none: return attention too, to guide a larger bundle (run-vlm LARGE --guide SMALL)",
     )
 
 

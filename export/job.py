@@ -38,6 +38,7 @@ class Job:
         max_memory: gigabytes (1e9 bytes) that the job may take; None for what is free.
         force: replace an existing bundle.
         eos_token_ids: tokens that end an answer; none for those that the checkpoint names.
+        emit_guide: let the decoder also return its attention to the caches, for a bundle that is guided by it.
         calibrate: folder of pictures with questions that the method's bounds are measured on; None for those it has.
     """
 
@@ -56,6 +57,7 @@ class Job:
     max_memory: float | None = None
     force: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    emit_guide: bool = False
     calibrate: str | None = None
 
     def fields(self) -> dict[str, Any]:

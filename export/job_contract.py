@@ -17,6 +17,8 @@ from vlmtrim.graphs.contract import IMAGES, VISION, CacheGroup, Contract, GraphS
 from vlmtrim.graphs.rules import GRID, PLACES, load_rule, rule_names
 
 _DYNAMIC_ROPE = ("dynamic", "longrope")
+# Rows of a prompt whose attention is summed at most, the last ones: they cost rows x window x heads floats in a layer.
+SCORED_ROWS = 256
 
 
 def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, source: Path) -> Contract:
@@ -30,12 +32,6 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     capacity = job.max_seq_len
     groups = _groups(job, shape)
     crosses = bool(shape.cross_layers)
-    least = min((group.length(0, shape.image_tokens) for group in groups if group.source == IMAGES), default=1)
-    if least < 1:
-        raise Refusal(
-            f"the bound keeps none of a picture's {shape.image_tokens} features; give a larger --ratio, or a --bound "
-            f"above 1 / {shape.image_tokens}"
-        )
     most_images = job.images if crosses else max(1, capacity // shape.image_tokens)
     dims = {
         "B": (1, job.max_batch),
@@ -43,6 +39,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         # A picture of the sequence may bring less than image_tokens; every one for cross-attention brings as many.
         "N": (0, most_images * shape.image_tokens if crosses else capacity),
     }
+    dims |= {"R": (0, min(SCORED_ROWS, capacity))} if job.emit_guide else {}
     dims |= family.vision_dims(shape, most_images * job.max_batch)
     dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}
     guide = getattr(method, "guide", None)
@@ -54,6 +51,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         selects=method is not None,
         position_axes=shape.position_axes,
         guided=guide is not None,
+        emits=job.emit_guide,
     )
     contract = Contract(
         family=family.__name__.rpartition(".")[2],
@@ -124,9 +122,16 @@ def _groups(job: Job, shape: Any) -> tuple[CacheGroup, ...]:
     if job.method is None:
         return dense
     try:
-        return job.method.groups(dense, job.images * shape.image_tokens)
+        groups = job.method.groups(dense, job.images * shape.image_tokens)
     except ValueError as error:
         raise Refusal(str(error)) from error
+    least = min((group.length(0, shape.image_tokens) for group in groups if group.source == IMAGES), default=1)
+    if least < 1:
+        raise Refusal(
+            f"the bound keeps none of a picture's {shape.image_tokens} features; give a larger --ratio, or a --bound "
+            f"above 1 / {shape.image_tokens}"
+        )
+    return groups
 
 
 def dense_groups(shape: Any, capacity: int, images: int) -> tuple[CacheGroup, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlmtrim.export.arguments import methods_of
-from vlmtrim.export.checkpoint import PRESETS, family_names
+from vlmtrim.export.checkpoint import PRESETS, SHIPPED, family_names
 from vlmtrim.graphs.methods import method_names, parameters
 
 
@@ -16,7 +16,9 @@ def combinations() -> dict[tuple[str, str], bool]:
 def text() -> str:
     """All of it for people."""
     lines = ["presets"]
-    lines += [f"    {name:22} {where}" for name, where in {"demo": "in the package", **PRESETS}.items()]
+    lines += [
+        f"    {name:22} {where}" for name, where in {**dict.fromkeys(SHIPPED, "in the package"), **PRESETS}.items()
+    ]
     lines += ["methods"]
     for name in method_names():
         flags = " ".join(f"--{parameter.replace('_', '-')}" for parameter in parameters(name))

@@ -26,6 +26,7 @@ from vlmtrim.export.tracing.attention import IMPLEMENTATION
 from vlmtrim.graphs.bundle import seal
 from vlmtrim.graphs.contract import IMAGES, VISION, Contract, TensorSpec
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
+from vlmtrim.graphs.passes.key_scores import key_scores
 from vlmtrim.graphs.passes.last_row import last_row
 from vlmtrim.graphs.passes.vision_scores import vision_scores
 from vlmtrim.graphs.staging import check_target, staging
@@ -147,7 +148,7 @@ def graphs(
     """Every graph of the bundle with its selection and without weights, held to the contract."""
     contract, method, job = prepared.contract, prepared.method, prepared.job
     shape = prepared.family.read_shape(prepared.config)
-    plain = contract.graphs["decoder"] if method is None else plain_decoder(contract, prepared.config, prepared.family)
+    plain = plain_decoder(contract, prepared.config, prepared.family)
     model = trace.build_without_memory(prepared.family.MODEL_CLASS, prepared.config, prepared.dtype, IMPLEMENTATION)
     for plan in prepared.family.plans(model, shape, prepared.dtype, plain):
         name = Path(plan.spec.file).stem
@@ -161,6 +162,10 @@ def graphs(
         if name == "decoder" and method is not None:
             with _stage(report, f"select ({method.label})"):
                 method(graph, visual_tokens=job.images * contract.image_tokens, grid=contract.whole_grid)
+                lint(graph, contract.graphs[name])
+        if name == "decoder" and job.emit_guide:
+            with _stage(report, "emit attention"):
+                key_scores(graph)
                 lint(graph, contract.graphs[name])
         yield name, graph
 

@@ -98,6 +98,9 @@ def _guide(contract: Contract) -> Iterator[str]:
     takes = any(tensor.name == "guide_scores" for tensor in contract.graphs["decoder"].inputs)
     if takes and contract.guide is None:
         yield "the decoder takes guide_scores, and guide does not say who provides them"
+    emits = any(tensor.name == "key_scores" for tensor in contract.graphs["decoder"].outputs)
+    if emits and (contract.removes or contract.crosses):
+        yield "the decoder returns key_scores, and does not hold all visual tokens"
     if not takes and contract.guide is not None:
         yield f"guide is {shown(contract.guide)}, and the decoder takes no guide_scores"
 
@@ -121,6 +124,7 @@ def _decoder(contract: Contract) -> Iterator[str]:
         selects=bool(outputs.keys() & {"kept_indices", "kept_features"}),
         position_axes=axes,
         guided=contract.guide is not None,
+        emits="key_scores" in outputs,
     )
     for kind, found, wanted in (
         ("inputs", spec.inputs, expected.inputs),
@@ -183,6 +187,8 @@ def _dims(contract: Contract) -> Iterator[str]:
             yield f"dims.W{index} is not 1 to the capacity of its group, {group.capacity}"
     if contract.dims["B"][0] < 1 or contract.dims["S"] != (1, contract.max_seq_len):
         yield "dims.B must begin at 1, and dims.S be 1 to max_seq_len"
+    if contract.dims.get("R", (0, 0))[0] != 0:
+        yield "dims.R must begin at 0"
     if "N" not in contract.dims or contract.dims["N"][0] != 0:
         yield "dims.N must begin at 0"
     elif not contract.crosses and contract.dims["N"][1] > contract.max_seq_len:

@@ -5,7 +5,8 @@ nothing else: they know tensors, dimensions and cache groups, never the name of 
 
 Symbolic dimensions
     B  batch rows             S  tokens of this step          N  visual tokens of this step, per row
-    I  images                 W0, W1, ...  live window of cache group 0, 1, ...
+    I  images                 R  rows of this step whose attention is summed
+    W0, W1, ...  live window of cache group 0, 1, ...
     Sk tokens of this step that survive the selection; Sk0, Sk1, ... in cache group 0, 1, ... where layers choose alone
     Nk image features of this step that enter the caches, at most
 
@@ -18,6 +19,9 @@ Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C
     position_ids                    [B, S]                    int64     positions in the conversation before any removal
                                                                         (M-RoPE: [3, B, S], time, row and column)
     last_index                      [B]                       int64     index in S of each row's last real token
+    score_rows                      [B, R]                    int64     tokens of S whose attention is summed, and
+    score_weights                   [B, R]                    float32   how often each counts (only in graphs that
+                                                                        return key_scores); R = 0: none
     visual_positions                [B, N]                    int64     indices in S of the visual tokens, ascending
                                                                         (only in graphs that select)
     guide_scores                    [B, N]                    float32   what the visual tokens are ranked by, where
@@ -45,6 +49,8 @@ Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C
     output                          shape                     dtype     meaning
     ==============================  ========================  ========  ==============================================
     logits                          [B, V]                    model     of each row's last real token
+    key_scores                      [B, W0]                   float32   attention that each entry of the window received
+                                                                        from score_rows, summed over layers and heads
     kept_indices                    [B, Sk]                   int64     indices in S that survive (selecting graphs)
     visual_scores                   [B, N]                    float32   what the selection ranked the visual tokens by
     kept_indices.g                  [B, Sk_g]                 int64     indices in S that the layer of a choosing group
@@ -316,11 +322,12 @@ def decoder_spec(
     selects: bool,
     position_axes: int = 1,
     guided: bool = False,
+    emits: bool = False,
 ) -> GraphSpec:
     """The decoder's boundary as the table above states it; the exporter's lint holds the graph to it.
 
     ``position_axes``: numbers that a token's position consists of; more than 1 gives [position_axes, B, S].
-    ``guided``: whether it selects by scores that it is given.
+    ``guided``: whether it selects by scores that it is given. ``emits``: whether it returns attention as such scores.
     """
     inputs = [
         TensorSpec("inputs_embeds", dtype, ("B", "S", hidden)),
@@ -329,6 +336,10 @@ def decoder_spec(
     ]
     crosses = any(group.source == IMAGES for group in groups)
     outputs = [TensorSpec("logits", dtype, ("B", vocabulary))]
+    if emits:
+        inputs.append(TensorSpec("score_rows", "int64", ("B", "R")))
+        inputs.append(TensorSpec("score_weights", "float32", ("B", "R")))
+        outputs.append(TensorSpec("key_scores", "float32", ("B", "W0")))
     if crosses:
         inputs.append(TensorSpec("image_features", dtype, ("B", "N", hidden)))
         inputs.append(TensorSpec("image_numbers", "int64", ("B", "N")))

@@ -13,6 +13,7 @@ from pathlib import Path
 from vlmtrim.graphs.bundle import BundleError, open_bundle
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.generate import Chat, Image, Prompt, Step
+from vlmtrim.runtime.guided import Guided
 from vlmtrim.runtime.progress import running
 from vlmtrim.runtime.sampling import Sampling
 from vlmtrim.runtime.select_backend import BACKENDS, choose_backend, make_backend
@@ -23,6 +24,7 @@ __all__ = [
     "BACKENDS",
     "BundleError",
     "Chat",
+    "Guided",
     "Image",
     "Prefill",
     "Prompt",

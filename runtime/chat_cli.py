@@ -10,6 +10,7 @@ from typing import Any
 from vlmtrim.graphs.bundle import BundleError
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.generate import Chat
+from vlmtrim.runtime.guided import Guided
 from vlmtrim.runtime.image import picture_argument
 from vlmtrim.runtime.terminal import harmless, write
 from vlmtrim.runtime.video import load_picture
@@ -22,7 +23,7 @@ HELP = """\
 Ctrl-C ends an answer early."""
 
 
-def converse(chat: Chat, system: str, pictures: list[Any], settings: Mapping[str, Any]) -> int:
+def converse(chat: Chat | Guided, system: str, pictures: list[Any], settings: Mapping[str, Any]) -> int:
     """Ask what is typed until the end of input; returns the exit status.
 
     Args:
@@ -54,7 +55,7 @@ def converse(chat: Chat, system: str, pictures: list[Any], settings: Mapping[str
             print(harmless(str(refusal)), file=sys.stderr)
 
 
-def _obey(chat: Chat, system: str, line: str, waiting: list[Any]) -> list[Any]:
+def _obey(chat: Chat | Guided, system: str, line: str, waiting: list[Any]) -> list[Any]:
     """Carry out a command; returns the pictures that wait for the next question."""
     command, _, rest = line.partition(" ")
     if command == "/image" and rest.strip():
@@ -67,12 +68,11 @@ def _obey(chat: Chat, system: str, line: str, waiting: list[Any]) -> list[Any]:
     return waiting
 
 
-def _ask(chat: Chat, line: str, waiting: list[Any], settings: Mapping[str, Any]) -> list[Any]:
+def _ask(chat: Chat | Guided, line: str, waiting: list[Any], settings: Mapping[str, Any]) -> list[Any]:
     if not line and not waiting:
         return waiting
-    answer = chat.generate(line, waiting, **settings)
     with contextlib.suppress(KeyboardInterrupt):
-        for step in answer:
+        for step in chat.generate(line, waiting, **settings):
             write(step.text)
     write("\n")
     return []

@@ -7,11 +7,13 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from vlmtrim.graphs.bundle import BundleError
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.generate import Chat, Step
+from vlmtrim.runtime.guided import Guided
 from vlmtrim.runtime.select_backend import AUTO, BACKENDS
 from vlmtrim.runtime.terminal import OutputError, harmless, write
 
@@ -55,6 +57,19 @@ def parser() -> argparse.ArgumentParser:
         "--top-p", type=float, default=1.0, help="only the most probable tokens that reach p (default 1)"
     )
     drawn.add_argument("--seed", type=int, default=None, help="draws the same tokens again (default: other ones)")
+    p.add_argument(
+        "--guide",
+        metavar="SMALL",
+        help="bundle (--method none --emit-guide) that sees every picture first and ranks its tokens for this one "
+        "(--method guided); questions without a picture are answered by this one alone",
+    )
+    p.add_argument(
+        "--exit-confidence",
+        type=float,
+        metavar="C",
+        help="with --guide and --prompt: answer with the guide's answer where the geometric mean of its tokens' "
+        "probabilities reaches C",
+    )
     p.add_argument(
         "--show-kept",
         metavar="OUT.png",
@@ -109,9 +124,7 @@ def _run(args: argparse.Namespace) -> int:
     prompt = _stdin_text(args.image) if args.prompt == "-" else args.prompt
     shown = [*pictures, *([runtime.Video.of(args.video, args.fps)] if args.video else [])]
     start = time.perf_counter()
-    with runtime.open(
-        args.bundle, backend=args.backend, verify=args.verify, threads=args.threads, verbose=args.verbose
-    ) as chat:
+    with _open(args) as chat:
         opened = time.perf_counter() - start
         settings = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
         chat.reset(args.system)
@@ -130,10 +143,27 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _open(args: argparse.Namespace) -> Chat | Guided:
+    """The bundle, with its guide where there is one."""
+    from vlmtrim import runtime
+
+    if args.exit_confidence is not None and args.guide is None:
+        raise RuntimeRefusal("--exit-confidence is of a guide's answer; give --guide SMALL as well")
+    settings = {"backend": args.backend, "verify": args.verify, "threads": args.threads, "verbose": args.verbose}
+    chat = runtime.open(args.bundle, **settings)
+    if args.guide is None:
+        return chat
+    return runtime.Guided(runtime.open(args.guide, **settings), chat, args.exit_confidence)
+
+
 def _check_conversation(args: argparse.Namespace) -> None:
     """Raise RuntimeRefusal where a conversation in the terminal is no way to ask."""
     if args.json or args.show_kept:
         raise RuntimeRefusal("--json and --show-kept are of one answer; give a --prompt")
+    if args.exit_confidence is not None:
+        raise RuntimeRefusal(
+            "--exit-confidence is of one question: a conversation goes on with one model; give --prompt"
+        )
     if not sys.stdin.isatty():
         raise RuntimeRefusal(
             "no --prompt is given, and stdin is no terminal to ask in; give --prompt TEXT, or --prompt -"
@@ -152,17 +182,26 @@ def _stdin_text(images: Sequence[str]) -> str:
         raise RuntimeRefusal(f"the prompt on stdin is no UTF-8 text (byte {error.start})") from error
 
 
-def _finish(args: argparse.Namespace, chat: Chat, steps: list[Step], pictures: list[Any], opened: float) -> None:
+def _finish(
+    args: argparse.Namespace, chat: Chat | Guided, steps: list[Step], pictures: list[Any], opened: float
+) -> None:
     """What follows the answer: the drawing, and the numbers."""
     from vlmtrim.runtime.image import load_image
     from vlmtrim.runtime.show import draw_kept, save_drawing
 
     prefill, times, ended = steps[-1].prefill, chat.session.times, steps[-1].ended[0]
+    guidance = chat.guidance if isinstance(chat, Guided) else None
     if args.json:
         write(json.dumps(_record(chat, steps, opened)) + "\n")
     else:
         write("\n")
         rate = times.steps / times.decode if times.decode else 0.0
+        if guidance is not None:
+            who = "its answer" if guidance.exited else f"guided {chat.session.bundle.folder.name}"
+            print(
+                f"guide {args.guide}: confidence {guidance.confidence:.3f}, {guidance.small:.3f} s; {who}",
+                file=sys.stderr,
+            )
         what = "image features" if chat.session.contract.crosses else "visual tokens"
         print(
             f"{prefill.visual} {what}, {prefill.kept} kept, {prefill.visual - prefill.kept} removed; "
@@ -175,9 +214,10 @@ def _finish(args: argparse.Namespace, chat: Chat, steps: list[Step], pictures: l
         save_drawing(draw_kept(views, prefill), args.show_kept)
 
 
-def _record(chat: Chat, steps: list[Step], opened: float) -> dict[str, Any]:
+def _record(chat: Chat | Guided, steps: list[Step], opened: float) -> dict[str, Any]:
     """What --json prints."""
     prefill, times = steps[-1].prefill, chat.session.times
+    guidance = chat.guidance if isinstance(chat, Guided) else None
     return {
         "text": "".join(step.text for step in steps),
         "token_ids": [step.token_ids[0] for step in steps],
@@ -188,6 +228,7 @@ def _record(chat: Chat, steps: list[Step], opened: float) -> dict[str, Any]:
         "kept_by_layer": None if prefill.kept_by_layer is None else prefill.layers_that_keep(0).sum(axis=1).tolist(),
         "backend": chat.session.backend.name,
         "selection": chat.session.contract.selection,
+        "guide": None if guidance is None else {name: _rounded(value) for name, value in asdict(guidance).items()},
         "times": {
             "open": round(opened, 6),
             "vision": round(times.vision, 6),
@@ -195,6 +236,10 @@ def _record(chat: Chat, steps: list[Step], opened: float) -> dict[str, Any]:
             "decode": round(times.decode, 6),
         },
     }
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import Picture as Still
 from vlmtrim.runtime.prompt import Conversation
-from vlmtrim.runtime.sampling import Sampler, Sampling
+from vlmtrim.runtime.sampling import Sampler, Sampling, largest_probability
 from vlmtrim.runtime.session import Prefill, Session
 from vlmtrim.runtime.stopping import Stopper
 from vlmtrim.runtime.video import Video, as_pictures, load_picture
@@ -71,6 +71,7 @@ class Step:
         ended: per row, why it ended with this step: ``eos``, ``stop``, ``length`` or ``capacity``; None while it goes
             on.
         prefill: what the prefill did; the same object on every step.
+        sure: per row, the largest probability (at temperature 1) where the token was chosen; None unless asked for.
     """
 
     index: int
@@ -78,6 +79,7 @@ class Step:
     texts: tuple[str, ...]
     ended: tuple[str | None, ...]
     prefill: Prefill
+    sure: tuple[float, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -133,6 +135,7 @@ class Chat:
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
         guide: np.ndarray | None = None,
+        sure: bool = False,
     ) -> Iterator[Step]:
         """Ask, and yield the answer token by token.
 
@@ -147,6 +150,7 @@ class Chat:
             stop: texts that end an answer, which then holds what stands before them.
             guide: what the visual tokens are ranked by, float32 [rows, N], where another bundle provides that
                 (:class:`vlmtrim.runtime.Guided`).
+            sure: say with every step how probable the likeliest token was.
 
         Raises:
             RuntimeRefusal: before the first step, where prompt or pictures do not fit.
@@ -161,7 +165,7 @@ class Chat:
             self._end_answer()
             prefill = self._prefill(questions, pictures, guide)
             stoppers = [Stopper(stops) for _ in questions]
-            answer = self._answer(prefill, max_new_tokens, Sampler(sampling or Sampling()), stoppers)
+            answer = self._answer(prefill, max_new_tokens, Sampler(sampling or Sampling()), stoppers, sure)
             self._running, self._asker = weakref.ref(answer), threading.get_ident()
         return answer
 
@@ -242,7 +246,7 @@ class Chat:
         self._pending[:] = -1
 
     def _answer(
-        self, prefill: Prefill, limit: int, sample: Sampler, stoppers: Sequence[Stopper]
+        self, prefill: Prefill, limit: int, sample: Sampler, stoppers: Sequence[Stopper], sure: bool
     ) -> Generator[Step, None, None]:
         session, eos = self.session, set(self.session.contract.eos_token_ids)
         streams = [session.prompter.decode_stream() for _ in range(session.batch)]
@@ -253,6 +257,7 @@ class Chat:
         try:
             for index in range(limit):
                 tokens = sample(logits)
+                probable = tuple(largest_probability(logits).tolist()) if sure else None
                 was_live, room = live.copy(), session.room()
                 texts = [""] * session.batch
                 ended: list[str | None] = [None] * session.batch
@@ -268,7 +273,7 @@ class Chat:
                         self._pending[row] = -1 if reason == "eos" else token
                         self._rows[row].answer(said[row])
                 ids = tuple(int(t) if was_live[row] else None for row, t in enumerate(tokens))
-                yield Step(index, ids, tuple(texts), tuple(ended), prefill)
+                yield Step(index, ids, tuple(texts), tuple(ended), prefill, probable)
                 if not live.any():
                     return
                 logits = session.decode(tokens, live)

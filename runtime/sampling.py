@@ -74,3 +74,9 @@ def token_probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     probabilities = np.zeros(len(logits))
     probabilities[order] = kept
     return probabilities
+
+
+def largest_probability(logits: np.ndarray) -> np.ndarray:
+    """Of the likeliest token, at temperature 1: logits [B, V] -> float64 [B]."""
+    wide = logits.astype(np.float64)
+    return 1 / np.exp(wide - wide.max(axis=-1, keepdims=True)).sum(axis=-1)

@@ -11,6 +11,7 @@ import numpy as np
 from vlmtrim.graphs.bundle import Bundle
 from vlmtrim.graphs.contract import BUNDLE, IMAGES, TOKENS, VISION, cache_names
 from vlmtrim.runtime import dtypes
+from vlmtrim.runtime.attention import Attention
 from vlmtrim.runtime.backends.base import Backend, Chain, Graph, Tensor
 from vlmtrim.runtime.choosing import Choosing
 from vlmtrim.runtime.crossing import Crossing, CrossProcessor
@@ -102,6 +103,7 @@ class Session:
         self._graphs["decoder"].bind_caches(self.caches)
         self._selects = any(tensor.name == "visual_positions" for tensor in self.contract.graphs["decoder"].inputs)
         self._choosing = Choosing(self.contract, backend)
+        self.attention = Attention(self.contract, backend)
         self._hidden = int(self.contract.graphs["embed"].outputs[0].shape[-1])
         logits = next(tensor for tensor in self.contract.graphs["decoder"].outputs if tensor.name == "logits")
         self._vocabulary = int(logits.shape[-1])
@@ -133,6 +135,7 @@ class Session:
         zero = np.zeros(self.batch, dtype=np.int64)
         self.lengths = Lengths(zero.copy(), [zero.copy() for _ in self.contract.groups])
         self.times = Times()
+        self.attention.forget()
         self._crossing = None
         if isinstance(self.processor, CrossProcessor):
             self._crossing = Crossing(self.contract, self.processor, self.batch)
@@ -339,6 +342,7 @@ class Session:
             "position_ids": positions[0],
             "last_index": np.maximum(counts - 1, 0),
             **given,
+            **self.attention.feeds(ids.shape[1], counts, visual_positions),
         }
         if self._selects:
             feeds["visual_positions"] = visual_positions
@@ -355,6 +359,7 @@ class Session:
             feeds["image_features"] = features
             feeds |= self._crossing.feeds(ids, counts, pictures, dict(enumerate(windows)))
         outputs = self._graph("decoder").run(feeds)
+        self.attention.took(outputs, counts, visual_positions, self.lengths.entries[0])
         self.lengths.positions = positions[1]
         added = {index: np.where(counts > 0, n - (tokens - counts), 0) for index, n in enumerate(grown)}
         added |= self._choosing.added(outputs, counts, visual)

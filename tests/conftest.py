@@ -31,7 +31,7 @@ def export_tiny(tmp_path_factory):
     from vlmtrim.export.weights import tiny
     from vlmtrim.graphs.methods import make_method, parameters
 
-    selection = {"method", "max_batch", "image_tokens", "engine", "engine_shards"}
+    selection = {"method", "max_batch", "image_tokens", "engine", "engine_shards", "emit_guide"}
     done, checkpoints_, traces = {}, {}, {}
     base = tmp_path_factory.getbasetemp()
     common = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "traces"  # of all workers

@@ -1,6 +1,6 @@
-"""One row of a layer's attention, computed beside the layer: what scores are made of.
+"""Rows of a layer's attention, computed beside the layer: what scores are made of.
 
-Shapes: B rows, W keys, H query heads, KV key/value heads, G = H / KV, Dh head size.
+Shapes: B rows, R query rows, W keys, H query heads, KV key/value heads, G = H / KV, Dh head size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.surgery.anatomy import Layer
+from vlmtrim.graphs.surgery.anatomy import Layer, before_scaling
 
 
 def row_index(ops: Ops, last_index: ir.Value) -> ir.Value:
@@ -23,13 +23,49 @@ def query_row(
 ) -> ir.Value:
     """The query at ``index`` (of :func:`row_index`), scaled and grouped by key head: [B, KV, G, Dh]."""
     heads, kv_heads, size = head_counts(layer)
-    shape = ops.concat(batch, ops.const([heads]), ops.const([1]), ops.const([size]))
-    row = ops("GatherElements", query, ops("Expand", index, shape), axis=2)
-    if factor is not None:
-        row = ops("Mul", row, factor)
-    if layer.scale != 1.0:
-        row = ops("Mul", row, ops("CastLike", ops.const(layer.scale, np.float32), row))
+    row = scaled(ops, layer, _at(ops, layer, query, index, batch), factor)
     return ops("Reshape", row, ops.const([0, kv_heads, heads // kv_heads, size]))
+
+
+def query_rows(ops: Ops, layer: Layer, rows: ir.Value, batch: ir.Value) -> ir.Value:
+    """The queries at ``rows`` int64 [B, R], scaled: [B, H, R, Dh]. No second reader of the product that attention reads
+    (:func:`anatomy.before_scaling`)."""
+    query, factor = before_scaling(layer.query)
+    index = ops("Unsqueeze", rows, ops.const([1, 3]))
+    return scaled(ops, layer, _at(ops, layer, query, index, batch, ops.dim(rows, 1)), factor)
+
+
+def rows_probabilities(ops: Ops, layer: Layer, queries: ir.Value, limit: ir.Value, batch: ir.Value) -> ir.Value:
+    """Softmax of scaled queries [B, H, R, Dh] over the layer's keys, in float32 under the limit [B, 1, R, W]:
+    [B, H, R, W]. R may be 0."""
+    heads, kv_heads, size = head_counts(layer)
+    count = ops.dim(queries, 2)
+    columns = ops("Mul", count, ops.const([heads // kv_heads]))
+    grouped = ops.concat(batch, ops.const([kv_heads]), columns, ops.const([size]))
+    grouped = ops("Reshape", queries, grouped, allowzero=1)
+    logits = ops("MatMul", layer.key, ops("Transpose", grouped, perm=[0, 1, 3, 2]))  # [B, KV, W, G * R]
+    by_head = ops.concat(batch, ops.const([heads]), count, ops.dim(layer.key, 2))
+    logits = ops("Reshape", ops("Transpose", logits, perm=[0, 1, 3, 2]), by_head, allowzero=1)
+    limited = ops("Add", ops("Cast", logits, to=ir.DataType.FLOAT), ops("Cast", limit, to=ir.DataType.FLOAT))
+    return ops("Softmax", limited, axis=-1)
+
+
+def _at(
+    ops: Ops, layer: Layer, query: ir.Value, index: ir.Value, batch: ir.Value, count: ir.Value | None = None
+) -> ir.Value:
+    """Of ``query`` [B, H, S, Dh] the tokens at ``index`` [B, 1, R, 1]; ``count`` is R, [1], None for 1."""
+    heads, _, size = head_counts(layer)
+    shape = ops.concat(batch, ops.const([heads]), count or ops.const([1]), ops.const([size]))
+    return ops("GatherElements", query, ops("Expand", index, shape), axis=2)
+
+
+def scaled(ops: Ops, layer: Layer, queries: ir.Value, factor: ir.Value | None = None) -> ir.Value:
+    """Queries times ``factor`` and the attention's own scale."""
+    if factor is not None:
+        queries = ops("Mul", queries, factor)
+    if layer.scale != 1.0:
+        queries = ops("Mul", queries, ops("CastLike", ops.const(layer.scale, np.float32), queries))
+    return queries
 
 
 def probabilities(ops: Ops, row: ir.Value, key: ir.Value, limit: ir.Value) -> ir.Value:

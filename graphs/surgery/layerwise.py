@@ -13,9 +13,9 @@ import onnx_ir as ir
 from vlmtrim.graphs.contract import most_features
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.surgery.anatomy import Layer, before_scaling, graph_input, seam_before
-from vlmtrim.graphs.surgery.attention import head_counts
-from vlmtrim.graphs.surgery.region import SideInputs, downstream, upstream
+from vlmtrim.graphs.surgery.anatomy import Layer, graph_input
+from vlmtrim.graphs.surgery.parts import Parts, parts_of, queries_at, stand_in
+from vlmtrim.graphs.surgery.region import SideInputs, upstream
 from vlmtrim.graphs.surgery.select import gather_tokens
 from vlmtrim.graphs.surgery.split import common_capacity, drop_unused, rename_dims, shrink_caches
 
@@ -35,29 +35,6 @@ class Choice:
     size: ir.Value
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Values of a layer.
-
-    Attributes:
-        seam: the residual stream on entry.
-        normed: its norm, which keys and values read.
-        added: what the attention adds to it.
-        state, ids, tables: what queries read: states, position ids by their shape, cosines and sines.
-        key_tables: the tables of all tokens.
-        one_row: whether queries are of each row's last token alone (:mod:`vlmtrim.graphs.passes.last_row`).
-    """
-
-    seam: ir.Value
-    normed: ir.Value
-    added: ir.Value
-    state: ir.Value
-    ids: ir.Value
-    tables: tuple[ir.Value, ...]
-    key_tables: tuple[ir.Value, ...]
-    one_row: bool
-
-
 class Layerwise:
     """One pass over a plain decoder; the inputs of a step as values, and the changes to its layers."""
 
@@ -66,7 +43,7 @@ class Layerwise:
             raise GraphError("the decoder already selects visual tokens; start from the unpruned export")
         self._model, self._layers = model, layers
         self.most_visual = common_capacity(layers)
-        self._parts = [_parts(model, layers, layer) for layer in layers]
+        self._parts = [parts_of(model, layers, layer) for layer in layers]
         self.ops = ops = Ops("keep")
         self._embeds, self._ids = graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
         self.last_index = graph_input(model, "last_index")
@@ -102,21 +79,8 @@ class Layerwise:
     def queries(self, layer: Layer, rows: ir.Value) -> ir.Value:
         """Queries [B, H, R, Dh] of the tokens at ``rows`` [B, R], computed beside the layer's own."""
         parts = self._parts[layer.index]
-        at_rows = gather_tokens(self.ops, parts.seam if parts.one_row else parts.normed, rows)
-        roots = {parts.state: at_rows, parts.ids: self._stand_in(rows)}
-        if not parts.one_row:
-            roots[self._embeds] = at_rows
-        roots |= {o: self._table(n, rows) for o, n in zip(parts.tables, parts.key_tables, strict=True)}
-        side = SideInputs(roots, shape_only=None, suffix=f".probe{layer.index}")
-        found = side.derive(layer.query)
-        heads, _, size = head_counts(layer)
-        shape = self.ops.concat(self.batch, self.ops.dim(rows, 1), self.ops.const([heads]), self.ops.const([size]))
-        for node in side.cloned:
-            if node.op_type == "Reshape" and len(node.outputs[0].shape or ()) == 4:
-                node.replace_input_with(1, shape)  # no -1: where there are no rows, it could be anything
-            for value in node.outputs:
-                value.shape = None  # named after the layer's own tokens
-        self._derived += side.cloned
+        found, cloned = queries_at(self._model, self.ops, layer, parts, rows, self.batch, self._table)
+        self._derived += cloned
         return found
 
     def choice(self, ranked: ir.Value, kept: ir.Value | None, most: ir.Value) -> Choice:
@@ -152,7 +116,7 @@ class Layerwise:
         window = graph_input(self._model, "key_positions.0")
         roots = {
             parts.normed: taken,
-            self._ids: self._stand_in(choice.indices),
+            self._ids: stand_in(self.ops, self._ids, choice.indices),
             new_key: self._keys(layer, choice),
             layer.write_indices: layer.write_indices,
             window: window,
@@ -192,11 +156,6 @@ class Layerwise:
         graph.sort()
         return self._model
 
-    def _stand_in(self, indices: ir.Value) -> ir.Value:
-        """In place of position ids, whose shape alone is read: the tables are gathered."""
-        axes = len(self._ids.shape or ()) - 2
-        return self.ops("Unsqueeze", indices, self.ops.const([0])) if axes else indices
-
     def _table(self, table: ir.Value, indices: ir.Value) -> ir.Value:
         if (table, indices) not in self._tables:
             self._tables[table, indices] = gather_tokens(self.ops, table, indices)
@@ -208,7 +167,7 @@ class Layerwise:
         by_token = gather_tokens(ops, ops("Transpose", self.new_key(layer), perm=[0, 2, 1, 3]), choice.indices)
         return ops("Transpose", by_token, perm=[0, 2, 1, 3])
 
-    def _add_back(self, parts: _Parts, choice: Choice) -> None:
+    def _add_back(self, parts: Parts, choice: Choice) -> None:
         """The layer's output for all tokens: zero, one row behind the others, for those that do not stay."""
         ops, added = self.ops, parts.added
         width = ops.const([int((parts.seam.shape or ())[-1])])  # type: ignore[arg-type]
@@ -240,28 +199,6 @@ class Layerwise:
                 raise GraphError(f"{node.op_type} ({node.name}) reads position ids in a layer; only tables may be read")
 
 
-def _parts(model: ir.Model, layers: list[Layer], layer: Layer) -> _Parts:
-    seam = seam_before(model, layers, layer.index) if layer.index else graph_input(model, "inputs_embeds")
-    key, value = layer.key_update.inputs[1], layer.value_update.inputs[1]
-    assert key is not None and value is not None
-    normed = _projected(key)
-    if normed is not _projected(value) or not (normed is seam or normed.producer() in downstream(seam)):
-        raise GraphError(f"keys and values of attention {layer.index} are not projections of the same states")
-    one_row = layer.query.producer() not in downstream(normed)
-    state, ids = normed, graph_input(model, "position_ids")
-    if one_row:
-        before = upstream(layer.query)
-        state, ids = _gathered(before, seam), _gathered(before, ids)
-    added = layer.attention.outputs[0]
-    while True:
-        readers = [node for node, _ in added.uses()]
-        if len(readers) != 1 or len(readers[0].outputs) != 1:
-            raise GraphError(f"{added.name} is read by {len(readers)} nodes; expected the way to the residual stream")
-        if readers[0].op_type == "Add" and (state if one_row else seam) in readers[0].inputs:
-            return _Parts(seam, normed, added, state, ids, _rotary(layer.query), _rotary(key), one_row)
-        added = readers[0].outputs[0]
-
-
 def _states(value: ir.Value) -> set[ir.Node]:
     """Nodes that depend on what ``value`` holds, not on its shape alone."""
     found: set[ir.Node] = set()
@@ -272,30 +209,3 @@ def _states(value: ir.Value) -> set[ir.Node]:
                 found.add(node)
                 stack.extend(node.outputs)
     return found
-
-
-def _projected(value: ir.Value) -> ir.Value:
-    """The states [B, S, D] whose projection a key or a value is."""
-    node = value.producer()
-    while node is not None and node.op_type != "MatMul":
-        value = next(v for v in node.inputs if v is not None and v.producer() is not None)  # biases have no producer
-        node = value.producer()
-    if node is None or node.inputs[0] is None:
-        raise GraphError(f"{value.name} is no projection of token states by a MatMul")
-    return node.inputs[0]
-
-
-def _gathered(nodes: set[ir.Node], source: ir.Value) -> ir.Value:
-    """What one of the nodes gathered of a value."""
-    found = [node for node in nodes if node.op_type.startswith("Gather") and node.inputs[0] is source]
-    if len(found) != 1:
-        raise GraphError(f"{source.name} is gathered by {len(found)} nodes before the last layer's query; expected one")
-    return found[0].outputs[0]
-
-
-def _rotary(value: ir.Value) -> tuple[ir.Value, ...]:
-    """Cosines and sines of the rotary embedding that queries or keys come from."""
-    node = before_scaling(value)[0].producer()
-    if node is None or node.op_type != "RotaryEmbedding":
-        raise GraphError(f"{value.name} does not come from a RotaryEmbedding (opset 23), whose tables are gathered")
-    return tuple(table for table in node.inputs[1:3] if table is not None)

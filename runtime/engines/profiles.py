@@ -62,6 +62,8 @@ def decoder_profiles(contract: Contract) -> dict[str, Profile]:
     if "Nk" in dims:  # the same of image features
         kept = max(group.length(0, visual) for group in contract.groups if group.source == IMAGES)
         prefill["Nk"], decode["Nk"] = Range(0, kept, dims["Nk"][1]), Range(0, 0, 0)
+    if "R" in dims:  # rows whose attention is summed: a question's text, and a decode step's one token
+        prefill["R"], decode["R"] = Range(0, min(_TYPICAL_TEXT, dims["R"][1]), dims["R"][1]), Range(0, 1, 1)
     for index, group in enumerate(contract.groups):
         window = Range(1, min(group.length(tokens, visual), group.capacity), group.capacity)
         prefill[f"W{index}"] = decode[f"W{index}"] = window

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
+from vlmtrim.export.checkpoint import SHIPPED
 from vlmtrim.export.demo import task
 from vlmtrim.export.demo.evaluate import CHECKPOINT, Demo, judged
 from vlmtrim.export.demo.model import prompt
@@ -18,6 +19,7 @@ from vlmtrim.export.demo.model import prompt
 EXAMPLES = CHECKPOINT.parent / "examples"
 ASKED = 60
 MEASURED = 0.992  # over 2400 test questions, as printed by scripts/train_demo.py --evaluate-only
+SMALL = 0.983  # of demo-small, over 480
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,19 @@ def test_held_out_questions_are_answered(demo: Demo):
     right = sum(answer == example.question.answer for example, answer in answered)
     # Three standard deviations below what the model earns on the whole test.
     assert right >= ASKED * MEASURED - 3 * math.sqrt(ASKED * MEASURED * (1 - MEASURED))
+
+
+def test_the_small_demo_sees_the_same_tokens_and_answers():
+    """Half of the decoder; tokenizer, processor and vision settings to the byte."""
+    small = SHIPPED["demo-small"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
+        assert (small / name).read_bytes() == (CHECKPOINT / name).read_bytes()
+    one, other = (json.loads((folder / "config.json").read_text()) for folder in (small, CHECKPOINT))
+    assert one["text_config"].pop("num_hidden_layers") * 2 == other["text_config"].pop("num_hidden_layers") == 8
+    assert one == other
+    answered = list(judged(Demo(small), task.examples("test", 48)))
+    right = sum(answer == example.question.answer for example, answer in answered)
+    assert right >= 48 * SMALL - 3 * math.sqrt(48 * SMALL * (1 - SMALL))
 
 
 def test_padding_does_not_change_answers(demo: Demo):

@@ -78,6 +78,7 @@ CHANGES = [
     (("dims", "N"), [0, 15], "image_tokens is 16, a step takes 15"),
     (("dims", "B"), [2, 1], "dims.'B' is 2 to 1"),
     (("dims",), {}, "dims has no"),
+    (("dims", "R"), [1, 8], "dims.R must begin at 0"),
     (("max_seq_len",), 63, "max_seq_len 63"),
     (("eos_token_ids",), [100], "eos_token_ids holds 100, the decoder returns logits of 100"),
     (("image_grid",), [4, 5], r"image_grid is \[4, 5\]"),
@@ -115,6 +116,14 @@ def test_one_promise_against_the_others_is_refused(path, value, says):
         agreement.check(Contract.from_json(json.dumps(raw)), "here/contract.json")
     assert str(caught.value).startswith("here/contract.json: ")
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_removed_gives_no_attention():
+    emits = decoder_spec(dtype="float16", hidden=32, vocabulary=100, groups=GROUPS, selects=True, emits=True)
+    changed = contract()
+    changed = dataclasses.replace(changed, graphs={**changed.graphs, "decoder": emits})
+    with pytest.raises(BundleError, match="the decoder returns key_scores, and does not hold all visual tokens"):
+        agreement.check(changed)
 
 
 def test_scores_from_outside_have_a_provider():

@@ -40,6 +40,12 @@ def crossing_chain(export_tiny):
     return export_tiny("crossing-chain", engine="tensorrt-rtx", engine_shards=3, **fields)
 
 
+@pytest.fixture(scope="module")
+def emitting_chain(export_tiny):
+    fields = {"method": "none", "emit_guide": True, "engine": "tensorrt-rtx", "engine_shards": 3}
+    return export_tiny("emitting-chain", max_batch=2, **fields)
+
+
 def conversation(backend, folder, picture, batch=1):
     """Two turns with pictures and one without, rows of different length; then all that was computed."""
     chat = runtime.Chat(runtime.Session(open_bundle(folder), backend, batch))
@@ -114,6 +120,19 @@ def test_a_chain_with_cross_attention_equals_ort_cpu_to_the_bit(crossing_chain, 
     folder = machine.with_engines(crossing_chain, tmp_path / "bundle")
     found = conversation(tensorrt.TrtBackend("tensorrt"), folder, picture, batch=2)
     assert_equal(found, conversation(ort_cpu(), crossing_chain, picture, batch=2))
+
+
+def test_attention_is_summed_over_the_engines_of_a_chain(emitting_chain, machine, tmp_path, picture):
+    """Each engine adds its layers' part; replayed steps feed the rows as plain ones do."""
+    folder = machine.with_engines(emitting_chain, tmp_path / "bundle")
+    found = []
+    for backend in (tensorrt.TrtBackend("tensorrt"), ort_cpu()):
+        chat = runtime.Chat(runtime.Session(open_bundle(folder), backend, batch=2))
+        chat.session.attention.on = True
+        steps = list(chat.generate(["What?", "What is it, and why?"], [[picture]] * 2, max_new_tokens=8))
+        found.append(([step.token_ids for step in steps], [], [chat.session.attention.received]))
+    assert_equal(*found)
+    assert found[0][2][0].min() > 0 and machine.cuda.count["replays"] > 3
 
 
 @pytest.mark.parametrize("how", ["auto", "off"])
