@@ -23,7 +23,7 @@ def query_row(
 ) -> ir.Value:
     """The query at ``index`` (of :func:`row_index`), scaled and grouped by key head: [B, KV, G, Dh]."""
     heads, kv_heads, size = head_counts(layer)
-    row = scaled(ops, layer, _at(ops, layer, query, index, batch, ops.const([1])), factor)
+    row = scaled(ops, layer, _at(ops, layer, query, index, batch), factor)
     return ops("Reshape", row, ops.const([0, kv_heads, heads // kv_heads, size]))
 
 
@@ -50,10 +50,12 @@ def rows_probabilities(ops: Ops, layer: Layer, queries: ir.Value, limit: ir.Valu
     return ops("Softmax", limited, axis=-1)
 
 
-def _at(ops: Ops, layer: Layer, query: ir.Value, index: ir.Value, batch: ir.Value, count: ir.Value) -> ir.Value:
-    """Of ``query`` [B, H, S, Dh] the tokens at ``index`` [B, 1, R, 1]; ``count`` is R, [1]."""
+def _at(
+    ops: Ops, layer: Layer, query: ir.Value, index: ir.Value, batch: ir.Value, count: ir.Value | None = None
+) -> ir.Value:
+    """Of ``query`` [B, H, S, Dh] the tokens at ``index`` [B, 1, R, 1]; ``count`` is R, [1], None for 1."""
     heads, _, size = head_counts(layer)
-    shape = ops.concat(batch, ops.const([heads]), count, ops.const([size]))
+    shape = ops.concat(batch, ops.const([heads]), count or ops.const([1]), ops.const([size]))
     return ops("GatherElements", query, ops("Expand", index, shape), axis=2)
 
 
