@@ -52,7 +52,7 @@ def parts_of(model: ir.Model, layers: list[Layer], layer: Layer, ids: ir.Value |
     normed = _projected(key)
     if normed is not _projected(value) or not (normed is seam or normed.producer() in downstream(seam)):
         raise GraphError(f"keys and values of attention {layer.index} are not projections of the same states")
-    one_row = layer.query.producer() in downstream(graph_input(model, "last_index"))
+    one_row = layer.query.shape is not None and layer.query.shape[2] == 1
     state, ids = normed, ids or graph_input(model, "position_ids")
     if one_row:
         before = upstream(layer.query)
@@ -79,8 +79,8 @@ def queries_at(
 ) -> tuple[ir.Value, list[ir.Node]]:
     """(queries [B, H, R, Dh] of the tokens at ``rows`` [B, R], cloned nodes to put into the graph).
 
-    ``batch`` is B, [1]; ``table`` gathers cosines or sines at the rows; ``embeds`` is what the layer reads its sizes of,
-    unless those are the whole step's.
+    ``batch`` is B, [1]; ``table`` gathers cosines or sines at the rows; ``embeds`` is what the layer reads its sizes
+    of, unless those are the whole step's.
     """
     embeds, ids = embeds or graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
     at_rows = gather_tokens(ops, parts.seam if parts.one_row else parts.normed, rows)

@@ -43,15 +43,18 @@ def counts(ops: Ops, hidden: ir.Value, visual_positions: ir.Value, removed: floa
     return Counts(batch, tokens, visual, kept, survivors, most_visual, removed)
 
 
-def keep_best(ops: Ops, scores: ir.Value, visual_positions: ir.Value, sizes: Counts, removed: float) -> ir.Value:
+def keep_best(
+    ops: Ops, scores: ir.Value, visual_positions: ir.Value, sizes: Counts, removed: float, by_winners: bool = False
+) -> ir.Value:
     """Keep vector int64 [B, S]: 1 for text and for the M visual tokens of highest score; lowest index wins ties.
 
-    TopK runs on the smaller side, so K stays below N / 2. When it names the losers, the scores are reversed first:
-    among equals TopK takes the lowest index, and of equals the highest index must go.
+    TopK runs on the smaller side, so K stays below N / 2, unless it is to name the winners anyway. When it names the
+    losers, the scores are reversed first: among equals TopK takes the lowest index, and of equals the highest index
+    must go.
     """
     most_kept = kept_count(sizes.most_visual, removed)
     ones = ops("Expand", ops.const([1]), ops.concat(sizes.batch, sizes.tokens))
-    if removed < 0.5:
+    if removed < 0.5 and not by_winners:
         # TensorRT bounds sizes by interval arithmetic; what may be negative by its bounds does not build.
         dropped_count = ops("Max", ops("Sub", sizes.visual, sizes.kept_visual), ops.const([0]))
         last = ops("Sub", sizes.visual, ops.const([1]))

@@ -36,8 +36,8 @@ class Running:
 
 def whole(model: ir.Model) -> Running:
     """All tokens of a step."""
-    names = ("inputs_embeds", "position_ids", "last_index")
-    return Running(*(graph_input(model, name) for name in names))
+    embeds, positions = graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
+    return Running(embeds, positions, graph_input(model, "last_index"))
 
 
 def split_at(
