@@ -174,7 +174,7 @@ class Pyramid:
         of_step = kept if left.kept is None else ops("GatherElements", left.kept, kept, axis=1)
         is_visual = ops("ScatterElements", ops("Sub", keep, keep), left.visual, _ones(ops, left.visual), axis=1)
         is_visual = ops("GatherElements", is_visual, kept, axis=1)
-        first_visual = select.kept_first(ops, is_visual, sizes.survivors, sizes.kept_visual)
+        first_visual = select.kept_first(ops, is_visual, sizes.survivors, sizes.kept_visual, clip=True)
         visual = ops.slice(first_visual, ops.const([0]), sizes.kept_visual, axis=1)
         running = split.split_at(model, ops, seam, layers, first, survivors, capacity, left.running, tokens)
         return _Left(running, visual, of_step, left.scores or scores, share)
