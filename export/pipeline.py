@@ -188,7 +188,8 @@ def _cut(decoder: ir.Model, contract: Contract, pieces: int, folder: Path) -> Co
     if contract.selection is not None and contract.crosses:
         dims["Nk"] = 0, max(group.capacity for group in contract.groups if group.source == IMAGES)
     elif contract.selection is not None:
-        dims["Sk"] = dims["S"]
+        crossing = {dim for spec in specs for tensor in spec.inputs for dim in tensor.shape if str(dim)[:2] == "Sk"}
+        dims |= {str(dim): dims["S"] for dim in sorted(crossing, key=str)}
     return dataclasses.replace(
         contract, graphs={**contract.graphs, **named}, dims=dims, chains={"decoder": tuple(named)}
     )

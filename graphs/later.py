@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from vlmtrim.graphs.surgery import anatomy, attention, greedy, layerwise, region, select, split, states
+    from vlmtrim.graphs.surgery import anatomy, attention, greedy, layerwise, parts, region, select, split, states
 else:
 
     class _Later:
@@ -22,9 +22,9 @@ else:
             return getattr(importlib.import_module(self._name), attribute)
 
     ir = _Later("onnx_ir")
-    anatomy, attention, greedy, layerwise, region, select, split, states = (
+    anatomy, attention, greedy, layerwise, parts, region, select, split, states = (
         _Later(f"vlmtrim.graphs.surgery.{name}")
-        for name in ("anatomy", "attention", "greedy", "layerwise", "region", "select", "split", "states")
+        for name in ("anatomy", "attention", "greedy", "layerwise", "parts", "region", "select", "split", "states")
     )
 
-__all__ = ["anatomy", "attention", "greedy", "ir", "layerwise", "region", "select", "split", "states"]
+__all__ = ["anatomy", "attention", "greedy", "ir", "layerwise", "parts", "region", "select", "split", "states"]

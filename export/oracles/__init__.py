@@ -19,12 +19,14 @@ from torch import Tensor
 class Kept:
     """What an oracle kept of a step: ascending indices that later layers take, or those of every layer.
 
+    token_margins: of a choice in stages, by how much of a threshold each token of the step is from changing sides.
     margins: of every layer's choice, by how much of its threshold a visual token would have to change to change sides.
     """
 
     tokens: Tensor | None = None
     layers: list[Tensor] | None = None
     margins: list[Tensor] | None = None
+    token_margins: Tensor | None = None
 
 
 def load_oracle(selection: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ states can be gathered in between.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,28 +32,20 @@ class Oracle:
         """(hidden states [1, T, D] of the survivors, their ascending indices); ``hidden`` [1, S, D]."""
         kept = torch.arange(hidden.shape[1])
         watched = text.layers[max(self._k - 1, 0)]
-        attention = watched.self_attn
         seen = Seen(
-            attention.head_dim,
+            watched.self_attn.head_dim,
             embeds=hidden[0],
             positions=positions.squeeze(-2),
             removed=self._r,
             vision=self.vision,
             side=self._side,
         )
-        handles = [
-            attention.register_forward_hook(lambda _, __, output: setattr(seen, "attention", output[1][0])),
-            attention.q_proj.register_forward_hook(lambda _, __, output: setattr(seen, "query", output[0])),
-            attention.k_proj.register_forward_hook(lambda _, __, output: setattr(seen, "key", output[0])),
-            watched.input_layernorm.register_forward_pre_hook(lambda _, args: setattr(seen, "entered", args[0][0])),
-            watched.post_attention_layernorm.register_forward_hook(
-                lambda _, __, output: setattr(seen, "normed", output[0])
-            ),
-        ]
+        handles = watch(watched, seen)
         try:
             for index, layer in enumerate(text.layers):
                 if index == self._k:
                     seen.seam = hidden[0]
+                    seen.ahead = partial(attention, text, layer, hidden, positions)
                     seen.rotated = cache.layers[index - 1].keys[0][:, -hidden.shape[1] :] if index else None
                     kept = self._choose(seen, visual, hidden.shape[1])
                     hidden, positions = hidden[:, kept], positions[..., kept]
@@ -80,3 +73,25 @@ class Oracle:
         is_text = torch.ones(tokens, dtype=torch.bool)
         is_text[visual] = False
         return torch.cat([torch.nonzero(is_text)[:, 0], winners]).sort().values
+
+
+def watch(layer: Any, seen: Seen) -> list[Any]:
+    """Hooks that note what a layer does, to be removed."""
+    attention = layer.self_attn
+    return [
+        attention.register_forward_hook(lambda _, __, output: setattr(seen, "attention", output[1][0])),
+        attention.q_proj.register_forward_hook(lambda _, __, output: setattr(seen, "query", output[0])),
+        attention.k_proj.register_forward_hook(lambda _, __, output: setattr(seen, "key", output[0])),
+        layer.input_layernorm.register_forward_pre_hook(lambda _, args: setattr(seen, "entered", args[0][0])),
+        layer.post_attention_layernorm.register_forward_hook(lambda _, __, output: setattr(seen, "normed", output[0])),
+    ]
+
+
+def attention(text: Any, layer: Any, hidden: Tensor, positions: Tensor) -> Tensor:
+    """Probabilities [H, S, S] of a layer on these tokens alone; its hooks and caches see nothing of it."""
+    return layer.self_attn(
+        hidden_states=layer.input_layernorm(hidden),
+        position_embeddings=text.rotary_emb(hidden, positions),
+        attention_mask=causal(hidden.shape[1], 0),
+        past_key_values=None,
+    )[1][0]

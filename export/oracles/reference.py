@@ -64,6 +64,7 @@ class Reference:
             torch.stack(all_logits).numpy(),
             visual=np.array([i for i, token in enumerate(turn.ids) if token == self._visual_token and turn.images]),
             kept_by_layer=arrays(kept.layers),
+            margins=None if kept.token_margins is None else kept.token_margins.numpy(),
             layer_margins=arrays(kept.margins),
         ), tokens
 

@@ -156,11 +156,13 @@ class FastV:
             seed=self.seed,
             grid=grid,
             guide=guide,
+            behind=layers[self.k],
         )
         ranking = rank(step)
         keep = select.keep_best(ops, ranking, visual, sizes, self.r)
         survivors = select.compact(ops, keep, last_index, sizes)
-        split.split_at(model, ops, seam, layers, self.k, survivors, capacity - saved)
+        split.split_at(model, ops, seam, layers, self.k, survivors, capacity - saved, split.whole(model))
+        split.name_kept(model, survivors.kept_indices)
         ranking.name, ranking.type = "visual_scores", ir.TensorType(ir.DataType.FLOAT)
         ranking.shape = ir.Shape(("B", "N"))
         model.graph.outputs.insert(2, ranking)

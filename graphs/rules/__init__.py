@@ -34,8 +34,8 @@ class Step:
 
     Attributes:
         model: the decoder, before the selection.
-        layers: the layers that run on all tokens.
-        embeds, seam: [B, S, D], what enters the first layer, and the first layer behind the selection.
+        layers: the layers before the selection; ``behind`` is the first one behind it.
+        embeds, seam: [B, S, D], what enters the first layer, and what enters ``behind``.
         last_index: int64 [B], each row's last real token.
         visual_positions: int64 [B, N].
         position_ids: int64 [B, S], or [3, B, S] of time, row and column.
@@ -56,6 +56,7 @@ class Step:
     seed: int
     grid: tuple[int, int] | None = None
     guide: ir.Value | None = None
+    behind: Layer | None = None
 
     @property
     def layer(self) -> Layer:

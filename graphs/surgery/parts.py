@@ -41,16 +41,19 @@ class Parts:
     one_row: bool
 
 
-def parts_of(model: ir.Model, layers: list[Layer], layer: Layer) -> Parts:
-    """Of one of the ``layers`` of a plain decoder. Raises GraphError where it is not of the form that is known."""
+def parts_of(model: ir.Model, layers: list[Layer], layer: Layer, ids: ir.Value | None = None) -> Parts:
+    """Of one of the ``layers`` of a decoder; ``ids`` are its position ids, unless they are those of the whole step.
+
+    Raises GraphError where the layer is not of the form that is known.
+    """
     seam = seam_before(model, layers, layer.index) if layer.index else graph_input(model, "inputs_embeds")
     key, value = layer.key_update.inputs[1], layer.value_update.inputs[1]
     assert key is not None and value is not None
     normed = _projected(key)
     if normed is not _projected(value) or not (normed is seam or normed.producer() in downstream(seam)):
         raise GraphError(f"keys and values of attention {layer.index} are not projections of the same states")
-    one_row = layer.query.producer() in downstream(graph_input(model, "last_index"))
-    state, ids = normed, graph_input(model, "position_ids")
+    one_row = layer.query.shape is not None and layer.query.shape[2] == 1
+    state, ids = normed, ids or graph_input(model, "position_ids")
     if one_row:
         before = upstream(layer.query)
         state, ids = _gathered(before, seam), _gathered(before, ids)
@@ -72,12 +75,14 @@ def queries_at(
     rows: ir.Value,
     batch: ir.Value,
     table: Callable[[ir.Value, ir.Value], ir.Value],
+    embeds: ir.Value | None = None,
 ) -> tuple[ir.Value, list[ir.Node]]:
     """(queries [B, H, R, Dh] of the tokens at ``rows`` [B, R], cloned nodes to put into the graph).
 
-    ``batch`` is B, [1]; ``table`` gathers cosines or sines at the rows.
+    ``batch`` is B, [1]; ``table`` gathers cosines or sines at the rows; ``embeds`` is what the layer reads its sizes
+    of, unless those are the whole step's.
     """
-    embeds, ids = graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
+    embeds, ids = embeds or graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
     at_rows = gather_tokens(ops, parts.seam if parts.one_row else parts.normed, rows)
     roots = {parts.state: at_rows, parts.ids: stand_in(ops, ids, rows)}
     if not parts.one_row:

@@ -43,15 +43,18 @@ def counts(ops: Ops, hidden: ir.Value, visual_positions: ir.Value, removed: floa
     return Counts(batch, tokens, visual, kept, survivors, most_visual, removed)
 
 
-def keep_best(ops: Ops, scores: ir.Value, visual_positions: ir.Value, sizes: Counts, removed: float) -> ir.Value:
+def keep_best(
+    ops: Ops, scores: ir.Value, visual_positions: ir.Value, sizes: Counts, removed: float, by_winners: bool = False
+) -> ir.Value:
     """Keep vector int64 [B, S]: 1 for text and for the M visual tokens of highest score; lowest index wins ties.
 
-    TopK runs on the smaller side, so K stays below N / 2. When it names the losers, the scores are reversed first:
-    among equals TopK takes the lowest index, and of equals the highest index must go.
+    TopK runs on the smaller side, so K stays below N / 2, unless it is to name the winners anyway. When it names the
+    losers, the scores are reversed first: among equals TopK takes the lowest index, and of equals the highest index
+    must go.
     """
     most_kept = kept_count(sizes.most_visual, removed)
     ones = ops("Expand", ops.const([1]), ops.concat(sizes.batch, sizes.tokens))
-    if removed < 0.5:
+    if removed < 0.5 and not by_winners:
         # TensorRT bounds sizes by interval arithmetic; what may be negative by its bounds does not build.
         dropped_count = ops("Max", ops("Sub", sizes.visual, sizes.kept_visual), ops.const([0]))
         last = ops("Sub", sizes.visual, ops.const([1]))
@@ -109,17 +112,20 @@ def compact(ops: Ops, keep: ir.Value, last_index: ir.Value, sizes: Counts) -> Su
     return Survivors(kept_indices, ops("Sub", last_index, ops("Sub", sizes.tokens, sizes.survivors)))
 
 
-def kept_first(ops: Ops, keep: ir.Value, size: ir.Value, count: ir.Value) -> ir.Value:
+def kept_first(ops: Ops, keep: ir.Value, size: ir.Value, count: ir.Value, clip: bool = False) -> ir.Value:
     """Numbers 0 .. n-1 of each row with the ones in ``keep`` [B, n] first, ascending, without a sort.
 
     Each one's slot is its rank, the others go behind. ``size`` is n, [1]; ``count`` how many ones there are, [1] where
-    every row has as many, else [B, 1].
+    every row has as many, else [B, 1]. ``clip``: with fewer ones than that, as when engines are asked for their shapes
+    with positions that repeat, some of the others share a slot.
     """
     rank = ops("CumSum", keep, ops.const(1))
     number = ops("Range", ops.const(0), ops("Squeeze", size, ops.const([0])), ops.const(1))
     slot_kept = ops("Sub", rank, ops.const([1]))
     slot_removed = ops("Sub", ops("Add", count, number), rank)
     slot = ops("Where", ops("Cast", keep, to=ir.DataType.BOOL), slot_kept, slot_removed)
+    if clip:
+        slot = ops("Min", slot, ops("Sub", size, ops.const([1])))
     numbers = ops("Expand", number, ops("Shape", keep))
     return ops("ScatterElements", numbers, slot, numbers, axis=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -14,6 +15,31 @@ from vlmtrim.graphs.surgery.region import SideInputs, downstream
 from vlmtrim.graphs.surgery.select import Survivors, gather_tokens
 
 
+@dataclass(frozen=True)
+class Running:
+    """What a run of layers computes on, of a step's tokens or of those that a selection left.
+
+    Attributes:
+        embeds: what later layers read the sizes of, [B, S or T, D].
+        positions: position ids, [B, S or T] or [3, B, S or T].
+        last_index: int64 [B].
+        group: number of its cache group.
+        tokens: name of its dimension of tokens, S or Sk...
+    """
+
+    embeds: ir.Value
+    positions: ir.Value
+    last_index: ir.Value
+    group: int = 0
+    tokens: str = "S"
+
+
+def whole(model: ir.Model) -> Running:
+    """All tokens of a step."""
+    embeds, positions = graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
+    return Running(embeds, positions, graph_input(model, "last_index"))
+
+
 def split_at(
     model: ir.Model,
     ops: Ops,
@@ -22,37 +48,39 @@ def split_at(
     first: int,
     survivors: Survivors,
     capacity: int,
-) -> None:
+    running: Running,
+    tokens: str = "Sk",
+) -> Running:
     """Feed layers >= ``first`` with the survivors of ``seam`` and caches of ``capacity``.
 
-    ``ops`` holds the selection's nodes; they are inserted here. The graph gains the output ``kept_indices`` and, unless
-    ``first`` is 0, the inputs ``write_indices.1`` and ``key_positions.1`` of the new cache group.
+    ``ops`` holds the selection's nodes; they are inserted here. ``running`` is what enters, ``tokens`` names the
+    dimension of what is returned. Unless ``first`` is 0, the graph gains the inputs ``write_indices.g`` and
+    ``key_positions.g`` of the new cache group.
     """
     graph = model.graph
     region = downstream(seam)
-    embeds, positions = graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
+    embeds, positions = running.embeds, running.positions
     gathered = gather_tokens(ops, seam, survivors.kept_indices)
-    gathered.type, gathered.shape = seam.type, ir.Shape(("B", "Sk", *list(seam.shape or ())[2:]))
+    gathered.type, gathered.shape = seam.type, ir.Shape(("B", tokens, *list(seam.shape or ())[2:]))
     axes = list(positions.shape or ())[:-2]  # M-RoPE: three numbers a token, one tensor each
     everywhere = survivors.kept_indices
     if axes:
         everywhere = ops("Expand", everywhere, ops.concat(ops.const(axes), ops("Shape", everywhere)))
     kept_positions = ops("GatherElements", positions, everywhere, axis=1 + len(axes))
-    for value, shape in ((kept_positions, (*axes, "B", "Sk")), (survivors.last_index, ("B",))):
+    for value, shape in ((kept_positions, (*axes, "B", tokens)), (survivors.last_index, ("B",))):
         value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(shape)
-    kept_positions.name, survivors.last_index.name = "kept_position_ids", "kept_last_index"
-    roots = {
-        seam: gathered,
-        embeds: gathered,
-        positions: kept_positions,
-        graph_input(model, "last_index"): survivors.last_index,
-    }
+    group = running.group + (first > 0)
+    suffix = "" if group < 2 else f".{group}"
+    kept_positions.name, survivors.last_index.name = f"kept_position_ids{suffix}", f"kept_last_index{suffix}"
+    roots = {seam: gathered, embeds: gathered, positions: kept_positions, running.last_index: survivors.last_index}
+    rename: dict[str, str | int] = {running.tokens: tokens}
     if first:
-        window = graph_input(model, "key_positions.0")
-        write_indices = layers[0].write_indices
-        roots[write_indices] = ir.val("write_indices.1", dtype=ir.DataType.INT64, shape=("B",))
-        roots[window] = ir.val("key_positions.1", dtype=ir.DataType.INT64, shape=("W1",))
-    side = SideInputs(roots, shape_only=None if seam is embeds else embeds, suffix=".1")
+        window = graph_input(model, f"key_positions.{running.group}")
+        write_indices = layers[first - 1].write_indices
+        roots[write_indices] = ir.val(f"write_indices.{group}", dtype=ir.DataType.INT64, shape=("B",))
+        roots[window] = ir.val(f"key_positions.{group}", dtype=ir.DataType.INT64, shape=(f"W{group}",))
+        rename[f"W{running.group}"] = f"W{group}"
+    side = SideInputs(roots, shape_only=None if seam is embeds else embeds, suffix=f".{max(group, 1)}")
     order = [node for node in graph if node in region]
     side.rewire(order)
     shrink_caches(layers[first:], capacity)
@@ -61,14 +89,17 @@ def split_at(
     if first:
         start = min(graph.inputs.index(layer.key_cache) for layer in layers[first:])
         graph.inputs[start:start] = [roots[write_indices], roots[window]]
-    survivors.kept_indices.name = "kept_indices"
-    survivors.kept_indices.type = ir.TensorType(ir.DataType.INT64)
-    survivors.kept_indices.shape = ir.Shape(("B", "Sk"))
-    graph.outputs.insert(1, survivors.kept_indices)
-    rename = {"S": "Sk", "W0": "W1"} if first else {"S": "Sk"}
     for node in [*order, *side.cloned]:
         rename_dims(node, rename)
     graph.sort()
+    return Running(gathered, kept_positions, survivors.last_index, group, tokens)
+
+
+def name_kept(model: ir.Model, kept_indices: ir.Value) -> None:
+    """Make indices [B, T] of the step's tokens that survive the output ``kept_indices``."""
+    kept_indices.name, kept_indices.type = "kept_indices", ir.TensorType(ir.DataType.INT64)
+    kept_indices.shape = ir.Shape(("B", "Sk"))
+    model.graph.outputs.insert(1, kept_indices)
 
 
 def shrink_caches(layers: list[Layer], capacity: int) -> None:

@@ -56,9 +56,9 @@ def decoder_profiles(contract: Contract) -> dict[str, Profile]:
     tokens = min(_TYPICAL_TEXT + (0 if contract.crosses else visual), dims["S"][1])
     prefill = {"B": batch, "S": Range(1, tokens, dims["S"][1]), "N": Range(0, visual, dims["N"][1])}
     decode = {"B": batch, "S": Range(1, 1, 2), "N": Range(0, 0, 0)}
-    if "Sk" in dims:  # enters the pieces of a chain that lie behind a selection
-        survivors = contract.groups[-1].length(tokens, visual)
-        prefill["Sk"], decode["Sk"] = Range(1, survivors, dims["Sk"][1]), Range(1, 1, 2)
+    for name in (name for name in dims if name[:2] == "Sk"):  # enters the pieces of a chain behind a selection
+        survivors = contract.groups[int(name[2:] or -1)].length(tokens, visual)
+        prefill[name], decode[name] = Range(1, survivors, dims[name][1]), Range(1, 1, 2)
     if "Nk" in dims:  # the same of image features
         kept = max(group.length(0, visual) for group in contract.groups if group.source == IMAGES)
         prefill["Nk"], decode["Nk"] = Range(0, kept, dims["Nk"][1]), Range(0, 0, 0)

@@ -17,6 +17,7 @@ ORACLES = Path(oracles.__file__).parent
 GOLDENS = {
     "fastv": ("losers", "stride", "winners"),
     "guided": ("losers", "winners"),  # of scores that are given
+    "pyramid": ("pyramid",),
     "trimmed-llama": ("trimmed-llama",),
     "zipvl": ("zipvl",),
 }

@@ -7,6 +7,7 @@ first, and the scores of all of them, float32 [N].
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ class Seen:
         positions: [S], or [3, S] of time, row and column.
         removed: share of visual tokens that goes.
         side: rows, and columns, of a picture's visual tokens, where all pictures are alike.
+        ahead: probabilities [H, S, S] of the layer behind the selection, on all of the step's tokens and nothing else.
         vision: what the vision tower looks at in this step's pictures, [N].
     """
 
@@ -44,6 +46,7 @@ class Seen:
     removed: float = 0.0
     side: int | None = None
     vision: Tensor | None = None
+    ahead: Callable[[], Tensor] | None = None
 
 
 def load_rule(name: str) -> Any:
