@@ -1,10 +1,11 @@
-"""What there is: families, presets, methods, and which method is proven for which family."""
+"""What there is: families, presets, methods, scores, and which method is proven for which family."""
 
 from __future__ import annotations
 
 from vlmtrim.export.arguments import methods_of
 from vlmtrim.export.checkpoint import PRESETS, SHIPPED, family_names
 from vlmtrim.graphs.methods import method_names, parameters
+from vlmtrim.graphs.rules import load_rule, rule_names
 
 
 def combinations() -> dict[tuple[str, str], bool]:
@@ -24,6 +25,12 @@ def text() -> str:
         flags = " ".join(f"--{parameter.replace('_', '-')}" for parameter in parameters(name))
         lines.append(f"    {name:22} {flags}")
     lines.append(f"    {'none':22} the unpruned model")
+    lines.append("scores of fastv (--score)")
+    for name in rule_names():
+        rule = load_rule(name)
+        needs = f" [needs {', '.join(sorted(rule.NEEDS))}]" if rule.NEEDS else ""
+        costs = f" [costs {rule.COST}]" if hasattr(rule, "COST") else ""
+        lines.append(f"    {name:22} {(rule.__doc__ or '').splitlines()[0].rstrip('.')}{needs}{costs}")
     proven = combinations()
     lines.append(f"{'families':26} " + " ".join(f"{name:14}" for name in (*method_names(), "none")).rstrip())
     for family in family_names():
