@@ -68,6 +68,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -78,6 +79,8 @@ from vlmtrim.graphs.schema import Among, Range, decode
 
 SCHEMA = 2
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+
+_PLAIN = re.compile(r"--[a-z]{1,16} [a-z0-9.-]{1,32}").fullmatch
 
 # What fills the caches of a group, one entry each.
 TOKENS, IMAGES = "tokens", "images"
@@ -302,9 +305,18 @@ class Contract:
         if raw.get("schema") != SCHEMA:
             raise BundleError(
                 f"{where} has schema {shown(raw.get('schema'))}, this vlmtrim reads schema {SCHEMA}: "
-                "export the model again, or install the vlmtrim that made the bundle"
+                f"export the model again ({_command(raw.get('selection'))}, MODEL as job.json names it), or install "
+                "the vlmtrim that made the bundle"
             )
         return decode(Contract, raw, where)
+
+
+def _command(selection: Any) -> str:
+    """How a bundle with this selection is exported, as far as it can be told."""
+    if not isinstance(selection, dict):
+        return "export-vlm --model MODEL --method none" if selection is None else "export-vlm --model MODEL"
+    words = [f"--{name} {value}" for name, value in selection.items() if isinstance(value, int | float | str)]
+    return " ".join(["export-vlm --model MODEL", *(word for word in words if _PLAIN(word))])
 
 
 def cache_names(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -75,6 +75,20 @@ def test_unknown_schema_is_refused_with_what_was_given_and_what_to_do(schema):
     assert "export the model again" in str(caught.value)
 
 
+def test_an_older_bundle_is_refused_with_the_command_that_makes_it_again():
+    raw = {
+        "schema": 1,
+        "selection": {"method": "fastv", "k": 2, "r": 0.5, "score": "no-rope", "x y": "$(rm)", "z": "a b"},
+    }
+    with pytest.raises(
+        ValueError, match=r"--model MODEL --method fastv --k 2 --r 0\.5 --score no-rope, MODEL as"
+    ) as caught:
+        Contract.from_json(json.dumps(raw))
+    assert "rm" not in str(caught.value) and "a b" not in str(caught.value)
+    with pytest.raises(ValueError, match="--method none"):
+        Contract.from_json(json.dumps({"schema": 1, "selection": None}))
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"schema": 1', "\x00\x01", "[]", "3", "null", '"contract"', "{}"])
 def test_what_is_no_contract_is_refused_with_a_value_error(text):
     with pytest.raises(ValueError) as caught:
