@@ -80,6 +80,7 @@ def profile(
     options = ort.SessionOptions()
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / f"profile-{name}")
+    options.log_severity_level = 3  # caches are copied here on purpose
     session = ort.InferenceSession(folder / f"{name}.onnx", options)
     feeds: dict[str, Any] = {
         value.name: np.zeros([1 if isinstance(dim, str) else dim for dim in value.shape], np.float32)

@@ -12,6 +12,7 @@ from vlmtrim.graphs.later import ir, states
 from vlmtrim.graphs.rules import Step, dpp
 
 NEEDS: frozenset[str] = frozenset()
+COST = "2 % of a prefill at 576 visual tokens, 24 % at 2,880"
 _FAR = 1e9
 
 

@@ -14,6 +14,7 @@ from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.rules import Step
 
 NEEDS: frozenset[str] = frozenset()
+COST = "1 % of a prefill at 576 visual tokens, 9 % at 2,880"
 LEAST = 1e-3  # of a gain: below, the picked tokens all but span a token, and rounding would decide
 STEPS = 64.0  # to a factor of e
 
