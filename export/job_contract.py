@@ -57,7 +57,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         family=family.__name__.rpartition(".")[2],
         dtype=name,
         graphs={
-            "vision": _vision_spec(family.vision_spec(shape, name), shape, guide),
+            "vision": _vision_spec(family.vision_spec(shape, name), shape, method),
             "embed": family.embed_spec(shape, name),
             "decoder": decoder,
         },
@@ -79,15 +79,15 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     return contract
 
 
-def _vision_spec(spec: GraphSpec, shape: Any, guide: str | None) -> GraphSpec:
+def _vision_spec(spec: GraphSpec, shape: Any, method: Any) -> GraphSpec:
     """The vision graph's boundary, with what its tower looks at where that ranks visual tokens. Raises Refusal."""
-    if guide != VISION:
+    if getattr(method, "guide", None) != VISION:
         return spec
     if len(spec.outputs[0].shape) != 3 or spec.outputs[0].shape[1] != shape.image_tokens:
         others = [name for name in rule_names() if not load_rule(name).NEEDS]
         raise Refusal(
-            "--score fastervlm ranks visual tokens by the vision tower's attention, patch by patch; this family joins "
-            f"patches to tokens, or tiles to pictures, behind its tower: give one of {', '.join(others)}"
+            f"--score {method.score} ranks visual tokens by the vision tower's attention, patch by patch; this family "
+            f"joins patches to tokens, or tiles to pictures, behind its tower: give one of {', '.join(others)}"
         )
     seen = TensorSpec("visual_attention", "float32", ("I", shape.image_tokens))
     return dataclasses.replace(spec, outputs=(*spec.outputs, seen))

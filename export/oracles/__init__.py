@@ -35,6 +35,19 @@ def load_oracle(selection: Mapping[str, Any]) -> Any:
     return module.Oracle(selection)
 
 
+def run_layer(text: Any, index: int, cache: Any, hidden: Tensor, positions: Tensor) -> Tensor:
+    """Hidden states [1, S, D] behind layer ``index`` of transformers' text model, which appends to its cache."""
+    output = text.layers[index](
+        hidden,
+        attention_mask=causal(hidden.shape[1], cache.get_seq_length(index)),
+        position_ids=positions,
+        position_embeddings=text.rotary_emb(hidden, positions),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output[0] if isinstance(output, tuple) else output
+
+
 def causal(tokens: int, past: int) -> Tensor:
     """Additive mask [1, 1, tokens, past + tokens]."""
     above = torch.full((tokens, past + tokens), torch.finfo(torch.float32).min)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmtrim.export.oracles import Kept, causal
+from vlmtrim.export.oracles import Kept, causal, run_layer
 from vlmtrim.export.oracles.rules import Seen, load_rule
 
 
@@ -26,7 +26,7 @@ class Oracle:
         self.vision: Tensor | None = None
         self._k, self._r, self._seed = selection["k"], selection["r"], selection["seed"]
         self._rule = load_rule(selection["score"])
-        self.looks = selection["score"] == "fastervlm"
+        self.looks = getattr(self._rule, "LOOKS", False)
 
     def layers(self, text: Any, cache: Any, hidden: Tensor, positions: Tensor, visual: Tensor) -> tuple[Tensor, Kept]:
         """(hidden states [1, T, D] of the survivors, their ascending indices); ``hidden`` [1, S, D]."""
@@ -49,15 +49,7 @@ class Oracle:
                     seen.rotated = cache.layers[index - 1].keys[0][:, -hidden.shape[1] :] if index else None
                     kept = self._choose(seen, visual, hidden.shape[1])
                     hidden, positions = hidden[:, kept], positions[..., kept]
-                output = layer(
-                    hidden,
-                    attention_mask=causal(hidden.shape[1], cache.get_seq_length(index)),
-                    position_ids=positions,
-                    position_embeddings=text.rotary_emb(hidden, positions),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                hidden = output[0] if isinstance(output, tuple) else output
+                hidden = run_layer(text, index, cache, hidden, positions)
         finally:
             for handle in handles:
                 handle.remove()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmtrim.export.oracles import Kept, causal
+from vlmtrim.export.oracles import Kept, run_layer
 from vlmtrim.export.oracles.fastv import attention, watch
 from vlmtrim.export.oracles.rules import Seen, load_rule
 
@@ -46,17 +46,9 @@ class Oracle:
                 hidden, positions, kept = hidden[:, ~goes], positions[..., ~goes], kept[~goes]
             seen = Seen(layer.self_attn.head_dim)
             handles = watch(layer, seen)
-            output = layer(
-                hidden,
-                attention_mask=causal(hidden.shape[1], cache.get_seq_length(index)),
-                position_ids=positions,
-                position_embeddings=text.rotary_emb(hidden, positions),
-                past_key_values=cache,
-                use_cache=True,
-            )
+            hidden = run_layer(text, index, cache, hidden, positions)
             for handle in handles:
                 handle.remove()
-            hidden = output[0] if isinstance(output, tuple) else output
         return hidden, Kept(kept, token_margins=margins)
 
 

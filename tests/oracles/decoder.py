@@ -15,28 +15,11 @@ def rotate(x, positions, freq):  # [heads, S, Dh]
 
 def forward(w, x, positions, visual, past, k, r, score="last-row"):
     """x [S, D] -> (logits, kept, caches); past: list of (K, V) [KV, n, Dh] per layer; k None: nothing is removed."""
-    kept, (heads, kv, dh), caches, scores = np.arange(len(x)), w["sizes"], [], None
-    for i, layer in enumerate(w["layers"]):
-        if i == k:
-            order = sorted(range(len(visual)), key=lambda j: (-scores[visual[j]], j))
-            gone = {visual[j] for j in order[round(len(visual) * (1 - r)) :]}
-            kept = np.array([t for t in range(len(x)) if t not in gone])
-            x, positions = x[kept], positions[kept]
-        q, kk, v = (np.moveaxis((x @ layer[n]).reshape(len(x), -1, dh), 1, 0) for n in "qkv")
-        plain = softmax(np.einsum("hd,hsd->hs", q[:, -1], np.repeat(kk, heads // kv, 0)) * dh**-0.5).mean(0)
-        q, kk = rotate(q, positions, w["freq"]), rotate(kk, positions, w["freq"])
-        kk, v = np.concatenate([past[i][0], kk], 1), np.concatenate([past[i][1], v], 1)
-        caches.append((kk, v))
-        seen = np.tril(np.ones((len(x), kk.shape[1])), kk.shape[1] - len(x)).astype(bool)
-        p = softmax(np.where(seen, q @ np.repeat(kk, heads // kv, 0).swapaxes(1, 2) * dh**-0.5, -np.inf))
-        scores = plain if score == "no-rope" else p.mean(0)[-1, -len(x) :]
-        x = x + np.moveaxis(p @ np.repeat(v, heads // kv, 0), 0, 1).reshape(len(x), -1) @ layer["o"]
-        x = x + np.tanh(x @ layer["m"])
-    return x[-1] @ w["head"], kept, caches
+    return staged(w, x, positions, visual, past, {} if k is None else {k: 1 - r}, score)
 
 
 def staged(w, x, positions, visual, past, stages, score):
-    """The same with several selections: stages {layer: share of the visual tokens that stays from it on}."""
+    """With any number of selections: stages {layer: share of the visual tokens that stays from it on}."""
     kept, (heads, kv, dh), caches, scores = np.arange(len(x)), w["sizes"], [], None
     left = list(visual)  # of the step's own tokens
     for i, layer in enumerate(w["layers"]):

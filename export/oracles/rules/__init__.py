@@ -1,7 +1,7 @@
 """The scoring rules written a second time: one module a rule, named like it.
 
 ``rank(seen, visual, count, seed)`` returns what stays whatever it scores, as indices into the visual tokens, best
-first, and the scores of all of them, float32 [N].
+first, and the scores of all of them, float32 [N]. A module with ``LOOKS`` is given :attr:`Seen.vision`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from vlmtrim.export.oracles.rules import Seen
 
+LOOKS = True  # needs what the vision tower looks at
+
 
 def rank(seen: Seen, visual: Tensor, count: int, seed: int) -> tuple[list[int], Tensor]:
     """See the package."""
