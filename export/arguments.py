@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmtrim.export import checkpoint as checkpoints
-from vlmtrim.export.job import Job, Refusal, check_numbers
+from vlmtrim.export.job import FLOAT, Job, Refusal, check_numbers
 from vlmtrim.graphs.contract import IMAGES, CacheGroup
+from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.formats import check_block, load_format
 from vlmtrim.graphs.methods import load_method, make_method, method_names, parameters
 from vlmtrim.runtime.engines import find_library
 from vlmtrim.runtime.errors import RuntimeRefusal
@@ -32,6 +34,8 @@ def make_job(args: argparse.Namespace) -> Job:
     if args.output == "":
         raise Refusal("--output is empty; give a folder, or leave it out")
     label = method.label if method else "guide" if args.emit_guide else "dense"
+    label += "" if args.weights == FLOAT else f"-{args.weights}"
+    fields["keep"] = tuple(args.keep)
     fields["output"] = args.output or default_output(args.model, label)
     fields["eos_token_ids"] = tuple(args.eos_token_ids or ())
     return Job(**{**fields, "method": method})
@@ -46,6 +50,7 @@ def default_output(model: str, label: str) -> str:
 def check(job: Job) -> None:
     """Raises Refusal where numbers, names or the model's config say that the job cannot be done."""
     check_numbers(job)
+    check_packing(job)
     checkpoints.check_name(job.model)
     family, text = _family_and_text(job.model)
     if family is None:
@@ -62,6 +67,26 @@ def check(job: Job) -> None:
             job.method.groups((CacheGroup(tuple(range(layers)), 1, 1, 1),), 0)
         except ValueError as error:
             raise Refusal(str(error)) from error
+
+
+def check_packing(job: Job) -> None:
+    """Raises Refusal for formats, blocks and dtypes that do not go together."""
+    if not job.packs:
+        if job.block is not None or job.keep:
+            raise Refusal("--block and --keep are of weights in fewer bits; give --weights or --vision-weights as well")
+        return
+    chosen = [name for name in (job.weights, job.head_format, job.vision_weights) if name != FLOAT]
+    if job.block is not None:
+        try:
+            check_block(chosen[0], job.block)
+        except GraphError as error:
+            raise Refusal(str(error)) from error
+    engines_only = [name for name in chosen if load_format(name).ENGINES_ONLY]
+    if engines_only and job.dtype == "float32":
+        raise Refusal(
+            f"{engines_only[0]} weights are for engines, which multiply them by float16 or bfloat16; give --dtype "
+            "float16"
+        )
 
 
 def missing_library(job: Job) -> str | None:

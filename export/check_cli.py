@@ -22,7 +22,7 @@ from vlmtrim.runtime.image import generated_picture, load_image
 from vlmtrim.runtime.measure.check import Parity, Recording, Row, Turn, compare_turns, record
 from vlmtrim.runtime.measure.stages import Recorder, Replayer
 from vlmtrim.runtime.prompt import Conversation
-from vlmtrim.runtime.select_backend import AUTO, BACKENDS, choose_backend
+from vlmtrim.runtime.select_backend import ACTIVATIONS, AUTO, BACKENDS, choose_backend
 from vlmtrim.runtime.session import Session
 
 
@@ -40,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image", action="append", default=[], help="picture to ask about (default: two generated ones)")
     p.add_argument("--prompt", default="What is in the picture?", help="question")
     p.add_argument("--tokens", type=int, default=32, help="greedy tokens to compare (default 32)")
+    p.add_argument(
+        "--activations",
+        default="float32",
+        choices=ACTIVATIONS,
+        help="what ONNX Runtime multiplies packed weights by (default float32, which is exact)",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
 
@@ -73,7 +79,7 @@ def check(args: argparse.Namespace) -> Parity:
     bundle = open_bundle(args.bundle)
     if args.tokens < 1:
         raise RuntimeRefusal(f"--tokens is {args.tokens}; give 1 or more")
-    replayer = Replayer(bundle, choose_backend(args.backend, bundle))
+    replayer = Replayer(bundle, choose_backend(args.backend, bundle, activations=args.activations))
     session = replayer.session
     images = args.image or [generated_picture(seed) for seed in (0, 1)]
     turns = make_turns(session, args.prompt, images)
@@ -87,9 +93,9 @@ def check(args: argparse.Namespace) -> Parity:
 
 def _against_backend(args: argparse.Namespace, bundle: Bundle, replayer: Replayer, turns: list[Turn]) -> list[Row]:
     """Every turn as a whole, and graph by graph on the other side's inputs."""
-    recorder = Recorder(bundle, choose_backend(args.against, bundle))
+    recorder = Recorder(bundle, choose_backend(args.against, bundle, activations=args.activations))
     recorded = [recorder.record(turn, args.tokens) for turn in turns]
-    groups, dtype = [group.layers for group in bundle.contract.groups], bundle.contract.dtype
+    groups, dtype = [group.layers for group in bundle.contract.groups], _precision(args, bundle)
     pairs = (
         (record(replayer.session, turn, tokens)[0], expected)
         for turn, (expected, tokens, _) in zip(turns, recorded, strict=True)
@@ -117,8 +123,13 @@ def _against_pytorch(
         expected, tokens = reference.record(turn, args.tokens)
         return record(session, turn, tokens)[0], expected
 
-    compared = compare_turns(turns, map(both, turns), groups, bundle.contract.dtype)
+    compared = compare_turns(turns, map(both, turns), groups, _precision(args, bundle))
     return [*rows, *itertools.chain.from_iterable(compared)]
+
+
+def _precision(args: argparse.Namespace, bundle: Bundle) -> str:
+    """What decides how near the two sides must be."""
+    return "int8" if bundle.contract.packed and args.activations == "int8" else bundle.contract.dtype
 
 
 def _compare_inputs(bundle: Bundle, session: Session, prompt: str, image: Any) -> list[Row]:

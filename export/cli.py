@@ -13,14 +13,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from vlmtrim.export import arguments, calibration
-from vlmtrim.export.job import DTYPES, ENGINES, Job, Refusal
+from vlmtrim.export.job import AUTO, DTYPES, ENGINES, FLOAT, Job, Refusal
 from vlmtrim.export.requirements import missing_extra
 from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.formats import format_names
 from vlmtrim.graphs.methods import load_method, method_names, parameters
 from vlmtrim.graphs.staging import TargetError, check_target
 from vlmtrim.runtime.errors import RuntimeRefusal
 
 DEFAULT_METHOD = "fastv"
+_FORMATS_HELP = (
+    "the decoder's matrices: int4 or int8 for ONNX Runtime and engines, fp8 or nvfp4 for engines (default: float, "
+    "as --dtype says). Recommended on a device: --dtype float16 --weights int4; for ort-cpu: float32, int4"
+)
 
 
 def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
@@ -34,7 +39,10 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help="demo, a preset (--list), tiny:<family>, folder or hub id")
     _add_method_arguments(p, method)
     _add_measuring(p)
-    p.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights; auto keeps the checkpoint's")
+    p.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="of activations and weights; auto keeps the checkpoint's"
+    )
+    _add_packing(p)
     p.add_argument(
         "--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)"
     )
@@ -80,6 +88,42 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     p.add_argument("--operators", action="store_true", help="with --dry-run: trace the graphs and count operators")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     return p
+
+
+def _add_packing(p: argparse.ArgumentParser) -> None:
+    formats = (FLOAT, *format_names())
+    group = p.add_argument_group("weights in fewer bits", "of the matrices; embeddings, norms and projector stay")
+    group.add_argument("--weights", default=FLOAT, choices=formats, help=_FORMATS_HELP)
+    group.add_argument(
+        "--block",
+        type=_block,
+        default=None,
+        metavar="32|64|128|channel",
+        help="weights of a column that share a scale; where it does not divide the inputs, the next smaller that does "
+        "(default: 128 for int4 and int8; fp8 takes channel, nvfp4 16)",
+    )
+    group.add_argument(
+        "--head-weights",
+        default=AUTO,
+        choices=(AUTO, *formats),
+        help="the logits' matrix (auto: 8 bits with --weights)",
+    )
+    group.add_argument("--vision-weights", default=FLOAT, choices=formats, help="the vision tower (default float)")
+    group.add_argument(
+        "--keep",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="parameters that stay, e.g. '*.layers.0.*' '*down_proj*'",
+    )
+
+
+def _block(text: str) -> int:
+    if text == "channel":
+        return 0
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither channel nor a number of weights such as 32, 64 or 128")
+    return int(text)
 
 
 def _add_measuring(p: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from vlmtrim.graphs.methods.fastv import FastV
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ENGINES = ("none", "tensorrt-rtx", "tensorrt")
+FLOAT, AUTO = "float", "auto"  # of weights: as they come; of the logits' matrix: by the format of the others
 
 
 class Refusal(Exception):
@@ -39,6 +40,11 @@ class Job:
         force: replace an existing bundle.
         eos_token_ids: tokens that end an answer; none for those that the checkpoint names.
         emit_guide: let the decoder also return its attention to the caches, for a bundle that is guided by it.
+        weights: format of :mod:`vlmtrim.graphs.formats` that the decoder's matrices are stored in; FLOAT for ``dtype``.
+        block: weights of a column that share a scale; 0 for all, None for the format's own.
+        head_weights: the same of the matrix of the logits; AUTO for 8 bits where ``weights`` packs at all.
+        vision_weights: the same of the vision tower's matrices.
+        keep: patterns of parameters that are not packed.
         calibrate: folder of pictures with questions that the method's bounds are measured on; None for those it has.
     """
 
@@ -58,7 +64,24 @@ class Job:
     force: bool = False
     eos_token_ids: tuple[int, ...] = ()
     emit_guide: bool = False
+    weights: str = FLOAT
+    block: int | None = None
+    head_weights: str = AUTO
+    vision_weights: str = FLOAT
+    keep: tuple[str, ...] = ()
     calibrate: str | None = None
+
+    @property
+    def head_format(self) -> str:
+        """Format of the matrix of the logits. Its errors are errors of the answer, so AUTO gives it 8 bits."""
+        if self.head_weights != AUTO:
+            return self.head_weights
+        return {FLOAT: FLOAT, "int4": "int8", "int8": "int8"}.get(self.weights, "fp8")
+
+    @property
+    def packs(self) -> bool:
+        """Whether any weights are stored in fewer bits."""
+        return {self.weights, self.head_format, self.vision_weights} != {FLOAT}
 
     def fields(self) -> dict[str, Any]:
         """Name -> value, for ``job.json`` and for printing; the method's parameters beside its name."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from vlmtrim.export import weights
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.weights import taking
 from vlmtrim.graphs.contract import DTYPE_BYTES, TOKENS, Contract
+from vlmtrim.graphs.formats import Packing
+from vlmtrim.graphs.packed import HEAD
 from vlmtrim.graphs.staging import nearest_folder
 from vlmtrim.graphs.surgery.shard import boundaries
 from vlmtrim.runtime.measure.machine import free_memory
@@ -25,6 +26,7 @@ from vlmtrim.runtime.measure.machine import free_memory
 EXPORT_BYTES = 0.7e9
 # A cast holds one tensor as it is stored, as it is written, and what the check for overflow needs.
 CAST_COPIES = 4
+PACK_COPIES = 2.5  # of the largest matrix in float32: as it is stored, turned, and packed
 # TensorRT-RTX 1.7: peak of a build over the weights of the engine (DESIGN, section 5).
 BUILD_FACTOR = 3.2
 # Share of the free memory that an engine build may plan with.
@@ -66,10 +68,17 @@ class Plan:
         return max(self.export, self.build)
 
 
-def make_plan(job: Job, contract: Contract, model: Any, tensors: Mapping[str, weights.StoredTensor] | None) -> Plan:
+def make_plan(
+    job: Job,
+    contract: Contract,
+    model: Any,
+    tensors: Mapping[str, weights.StoredTensor] | None,
+    packings: Mapping[str, Packing],
+) -> Plan:
     """Plan for a model on the meta device or without memory.
 
     Args:
+        packings: parameter -> how it is packed.
         tensors: of the checkpoint; None where its files are not at hand, and then they are taken to have the dtype
             that was asked for.
 
@@ -78,16 +87,18 @@ def make_plan(job: Job, contract: Contract, model: Any, tensors: Mapping[str, we
             cannot be linked as asked.
     """
     _check_shards(job, contract)
-    size = DTYPE_BYTES[contract.dtype]
-    sizes = {name: math.prod(parameter.shape) * size for name, parameter in model.named_parameters()}
+    sizes = _sizes(model, contract.dtype, tensors, packings)
     total = sum(sizes.values())
     vision = sum(n for name, n in sizes.items() if "language_model" not in name and "lm_head" not in name)
     embedding = sum(n for name, n in sizes.items() if "embed_tokens" in name)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    decoder = total - vision - (0 if tied else embedding)
+    reads_embedding = tied and "lm_head.weight" not in packings
+    decoder = total - vision - (0 if reads_embedding else embedding)
     where = nearest_folder(job.output)
-    means, added = _taking(job, tensors, getattr(torch, contract.dtype), where, total)
-    export = EXPORT_BYTES + (0 if means != taking.WRITTEN else CAST_COPIES * max(sizes.values()) * 4 / size)
+    means, added = _taking(job, tensors, getattr(torch, contract.dtype), where, total, bool(packings))
+    copies = PACK_COPIES if packings else CAST_COPIES
+    largest = max(parameter.numel() for parameter in model.parameters())
+    export = EXPORT_BYTES + (0 if means != taking.WRITTEN else copies * largest * 4)
     shards = build = 0
     if job.engine != "none":
         shards = job.engine_shards or engine_shards(decoder, contract, memory_limit(job))
@@ -117,10 +128,31 @@ def make_plan(job: Job, contract: Contract, model: Any, tensors: Mapping[str, we
     return plan
 
 
+def _sizes(
+    model: Any, dtype: str, tensors: Mapping[str, weights.StoredTensor] | None, packings: Mapping[str, Packing]
+) -> dict[str, int]:
+    """Bytes of every parameter as it is stored; of a packed one that shares its tensor with another, too."""
+    size = DTYPE_BYTES[dtype]
+    own = weights.common_dtype(tensors).itemsize if tensors is not None and packings else size
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sizes = {n: p.numel() * (min(size, own) if p.ndim > 1 else size) for n, p in model.named_parameters()}
+    for name, packing in packings.items():
+        outputs, inputs = parameters[name].shape
+        sizes[name] = packing.nbytes(inputs, outputs, dtype)
+    return sizes
+
+
 def _taking(
-    job: Job, tensors: Mapping[str, weights.StoredTensor] | None, dtype: torch.dtype, where: Path, total: int
+    job: Job,
+    tensors: Mapping[str, weights.StoredTensor] | None,
+    dtype: torch.dtype,
+    where: Path,
+    total: int,
+    packs: bool,
 ) -> tuple[str, int]:
     """How the weights come into the bundle, and the bytes that they add on its disk."""
+    if packs:
+        return taking.WRITTEN, total
     if tensors is None:
         return (taking.LINKED, 0) if job.link_weights else (taking.COPIED, total)
     if not weights.keeps_files(tensors, dtype):
@@ -166,7 +198,8 @@ def layer_bytes(decoder: int, contract: Contract) -> tuple[float, float]:
     spec = contract.graphs["decoder"]
     hidden, vocabulary = spec.inputs[0].shape[2], spec.outputs[0].shape[1]
     assert isinstance(hidden, int) and isinstance(vocabulary, int)
-    tail = hidden * vocabulary * DTYPE_BYTES[contract.dtype]
+    packed = next((kind.nbytes for kind in contract.packed if kind.part == HEAD), None)
+    tail = packed or hidden * vocabulary * DTYPE_BYTES[contract.dtype]
     return (decoder - tail) / sum(len(group.layers) for group in contract.groups), tail
 
 
@@ -187,6 +220,10 @@ def lines(plan: Plan, contract: Contract, batch: int, parameters: int) -> list[s
     out = [
         f"    weights      {megabytes(plan.weights)}  ({parameters / 1e6:.1f} M parameters, {contract.dtype}, {origin})"
     ]
+    for kind in contract.packed:
+        block = f"blocks of {kind.block}" if kind.block else "a scale a column"
+        said = f"{kind.matrices} matrices, {kind.weights / 1e6:.1f} M weights, {kind.format}, {block}"
+        out.append(f"    of it {kind.part:6} {megabytes(kind.nbytes)}  ({said})")
     pruned = 0
     for index, group in enumerate(contract.groups):
         size = group.nbytes(batch, contract.dtype)

@@ -18,17 +18,19 @@ import onnx_ir as ir
 import torch
 
 from vlmtrim.export import checkpoint as checkpoints
-from vlmtrim.export import memory, weights
+from vlmtrim.export import memory, packing, weights
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.job_contract import build_contract, plain_decoder
 from vlmtrim.export.tracing import trace
 from vlmtrim.export.tracing.attention import IMPLEMENTATION
 from vlmtrim.graphs.bundle import seal
 from vlmtrim.graphs.contract import IMAGES, VISION, Contract, TensorSpec
+from vlmtrim.graphs.formats import Packing
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
 from vlmtrim.graphs.passes.key_scores import key_scores
 from vlmtrim.graphs.passes.last_row import last_row
 from vlmtrim.graphs.passes.vision_scores import vision_scores
+from vlmtrim.graphs.passes.widen import widen
 from vlmtrim.graphs.staging import check_target, staging
 from vlmtrim.graphs.surgery import shard
 from vlmtrim.runtime.engines import build_engines, import_library
@@ -66,6 +68,7 @@ class Prepared:
     method: Any
     model: Any
     plan: memory.Plan
+    packings: dict[str, Packing] = dataclasses.field(default_factory=dict)
 
     @property
     def plan_lines(self) -> list[str]:
@@ -96,14 +99,19 @@ def export(
             matched = weights.match_parameters(prepared.model, prepared.tensors)
         print("\n".join(prepared.plan_lines), file=sys.stderr, flush=True)
         memory.check_disk(prepared.plan, job.output)
-        contract = prepared.contract
         traced = dict(graphs(prepared, report, traces))
         for graph in traced.values():
             weights.check_bindings(graph, matched, prepared.tensors, prepared.dtype)
+        placed = _placed(traced, prepared.packings)
+        contract = dataclasses.replace(
+            prepared.contract, packed=packing.summary(placed, prepared.model, prepared.contract.dtype)
+        )
         with _stage(report, "weights") as show:
-            stored = weights.store(prepared.tensors, prepared.dtype, folder, show, job.link_weights, job.clip_overflow)
+            wanted = weights.Wanted(prepared.dtype, placed, matched, job.clip_overflow)
+            stored = weights.store(prepared.tensors, wanted, folder, show, job.link_weights)
         with _stage(report, "save"):
             for name, graph in traced.items():
+                widen(graph, weights.stored_dtypes(graph, matched, stored))
                 weights.bind(graph, matched, stored)
                 lint(graph, contract.graphs[name], weights_bound=True)
                 ir.save(graph, folder / contract.graphs[name].file)
@@ -132,14 +140,16 @@ def prepare(job: Job, source: Path, tensors: dict[str, weights.StoredTensor] | N
     dtype = _dtype(job, config, tensors)
     contract = build_contract(job, family, config, dtype, source)
     model = trace.build_on_meta(family.MODEL_CLASS, config, dtype, IMPLEMENTATION)
-    plan = memory.make_plan(job, contract, model, tensors)
+    packings = packing.plan(job, model)
+    contract = dataclasses.replace(contract, packed=packing.summary(packings, model, contract.dtype))
+    plan = memory.make_plan(job, contract, model, tensors, packings)
     if not contract.eos_token_ids:
         print(
             f"warning: {source} names no eos_token_id in generation_config.json or config.json, so answers end at "
             "their limit of tokens alone; --eos-token-id sets it",
             file=sys.stderr,
         )
-    return Prepared(job, source, family, config, tensors, dtype, contract, job.method, model, plan)
+    return Prepared(job, source, family, config, tensors, dtype, contract, job.method, model, plan, packings)
 
 
 def graphs(
@@ -167,7 +177,14 @@ def graphs(
             with _stage(report, "emit attention"):
                 key_scores(graph)
                 lint(graph, contract.graphs[name])
+        packing.place(graph, prepared.packings)
         yield name, graph
+
+
+def _placed(traced: Mapping[str, ir.Model], planned: Mapping[str, Packing]) -> dict[str, Packing]:
+    """Of the planned packings those of matrices that a graph reads; a tower's last layers may be read by none."""
+    used = {name for graph in traced.values() for name in graph.graph.initializers}
+    return {n: p for n, p in planned.items() if any(i.startswith(f"full.{n}.{p.format}") for i in used)}
 
 
 def _cut(decoder: ir.Model, contract: Contract, pieces: int, folder: Path) -> Contract:

@@ -74,6 +74,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from vlmtrim.graphs.macs import Macs
+from vlmtrim.graphs.packed import TOWER, Packed
 from vlmtrim.graphs.reading import BundleError, json_object, shown
 from vlmtrim.graphs.schema import Among, Range, decode
 
@@ -193,6 +194,7 @@ class Contract:
         eos_token_ids: tokens that end an answer.
         macs: what the decoder computes; None where it is not known.
         guide: who provides the decoder's guide_scores; None where it takes none.
+        packed: matrices in fewer bits, by part, format and block.
     """
 
     family: str
@@ -211,6 +213,7 @@ class Contract:
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     macs: Macs | None = None
     guide: Guide | None = None
+    packed: tuple[Packed, ...] = ()
     schema: Size = SCHEMA
     producer: str = field(default="vlmtrim")
 
@@ -275,7 +278,8 @@ class Contract:
         return total - self.macs.spared(keys if last.source == TOKENS else tokens, keys)
 
     def step_bytes(self, entries: Sequence[int]) -> int | None:
-        """Bytes that a decode step of one row must read: the decoder's matrices once, the filled part of its caches.
+        """Bytes that a decode step of one row must read: the decoder's matrices as they are stored, and the filled
+        part of its caches.
 
         Args:
             entries: filled cache entries of each group.
@@ -285,10 +289,15 @@ class Contract:
         weights = self.macs.logits
         for group in self.groups:  # a step without pictures computes no keys of theirs
             weights += len(group.layers) * (self.macs.token - (self.macs.written if group.source == IMAGES else 0))
-        matrices = weights * DTYPE_BYTES[self.dtype]
-        return matrices + sum(
-            dataclasses.replace(group, capacity=length).nbytes(1, self.dtype)
-            for group, length in zip(self.groups, entries, strict=True)
+        size = DTYPE_BYTES[self.dtype]
+        spared = sum(kind.weights * size - kind.nbytes for kind in self.packed if kind.part != TOWER)
+        return (
+            weights * size
+            - spared
+            + sum(
+                dataclasses.replace(group, capacity=length).nbytes(1, self.dtype)
+                for group, length in zip(self.groups, entries, strict=True)
+            )
         )
 
     def to_json(self) -> str:

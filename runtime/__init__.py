@@ -47,6 +47,7 @@ def open(
     verify: bool = False,
     threads: int = 0,
     verbose: bool = False,
+    activations: str = "int8",
 ) -> Chat:
     """Open a bundle on a backend; ``with`` closes it.
 
@@ -56,10 +57,13 @@ def open(
         batch: rows that run together.
         verify: hash every byte, also of large files that were hashed before and seem unchanged.
         threads: CPU threads of ONNX Runtime; 0 for one per core.
+        activations: what ONNX Runtime multiplies packed weights by: ``int8``, or ``float32``, which is exact and slow.
         verbose: say on stderr which backend ``auto`` took, and why not the others.
 
     Raises BundleError for a damaged bundle, RuntimeRefusal where it cannot run.
     """
     with running("checking the bundle") as show:
         opened = open_bundle(bundle, verify, show)
-    return Chat(Session(opened, choose_backend(backend, opened, threads, verbose=verbose), batch))
+    return Chat(
+        Session(opened, choose_backend(backend, opened, threads, verbose=verbose, activations=activations), batch)
+    )

@@ -14,7 +14,7 @@ from vlmtrim.graphs.bundle import BundleError
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.generate import Chat, Step
 from vlmtrim.runtime.guided import Guided
-from vlmtrim.runtime.select_backend import AUTO, BACKENDS
+from vlmtrim.runtime.select_backend import ACTIVATIONS, AUTO, BACKENDS
 from vlmtrim.runtime.terminal import OutputError, harmless, write
 
 LARGEST_PROMPT = 1 << 20  # bytes of a prompt on stdin; what a bundle takes is checked against its own length
@@ -46,6 +46,12 @@ def parser() -> argparse.ArgumentParser:
         "--backend", default=AUTO, choices=(AUTO, *BACKENDS), help="what runs it (default: the fastest here)"
     )
     p.add_argument("--threads", type=int, default=0, help="CPU threads of ONNX Runtime (default: one per core)")
+    p.add_argument(
+        "--activations",
+        default=ACTIVATIONS[0],
+        choices=ACTIVATIONS,
+        help="what ONNX Runtime multiplies packed weights by (default int8; float32 is exact and slow)",
+    )
     p.add_argument("--max-new-tokens", type=int, default=128, help="at most so many tokens (default 128)")
     p.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable"
@@ -149,7 +155,8 @@ def _open(args: argparse.Namespace) -> Chat | Guided:
 
     if args.exit_confidence is not None and args.guide is None:
         raise RuntimeRefusal("--exit-confidence is of a guide's answer; give --guide SMALL as well")
-    settings = {"backend": args.backend, "verify": args.verify, "threads": args.threads, "verbose": args.verbose}
+    settings = {"backend": args.backend, "verify": args.verify, "threads": args.threads}
+    settings |= {"verbose": args.verbose, "activations": args.activations}
     chat = runtime.open(args.bundle, **settings)
     if args.guide is None:
         return chat

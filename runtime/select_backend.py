@@ -11,15 +11,17 @@ from vlmtrim.runtime.errors import RuntimeRefusal
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu")  # in the order in which auto tries them
 AUTO = "auto"
+ACTIVATIONS = ("int8", "float32")  # what ONNX Runtime multiplies packed weights by; the first is the default
 
 
-def make_backend(name: str, threads: int = 0, cuda_graphs: str = "auto") -> Backend:
+def make_backend(name: str, threads: int = 0, cuda_graphs: str = "auto", activations: str = ACTIVATIONS[0]) -> Backend:
     """Create a backend. Raises RuntimeRefusal naming what is missing.
 
     Args:
         name: one of BACKENDS.
         threads: CPU threads of ONNX Runtime; 0 for its default, one per core.
         cuda_graphs: how TensorRT's decode steps are replayed: ``auto``, ``capture`` or ``off``.
+        activations: of ACTIVATIONS; ``float32`` multiplies packed weights exactly, and slowly.
     """
     if name not in BACKENDS:
         raise RuntimeRefusal(f"backend {name!r} is not supported; supported: {', '.join((AUTO, *BACKENDS))}")
@@ -31,11 +33,16 @@ def make_backend(name: str, threads: int = 0, cuda_graphs: str = "auto") -> Back
         raise RuntimeRefusal(f"--cuda-graphs is of the TensorRT backends, not of {name}; leave it out")
     from vlmtrim.runtime.backends.ort import OrtBackend
 
-    return OrtBackend(name, threads)
+    return OrtBackend(name, threads, activations)
 
 
 def choose_backend(
-    name: str, bundle: Bundle, threads: int = 0, cuda_graphs: str = "auto", verbose: bool = False
+    name: str,
+    bundle: Bundle,
+    threads: int = 0,
+    cuda_graphs: str = "auto",
+    verbose: bool = False,
+    activations: str = ACTIVATIONS[0],
 ) -> Backend:
     """Create a backend for a bundle; for ``auto`` the first that can run it. ``verbose`` says on stderr which, and why
     not the others.
@@ -44,11 +51,11 @@ def choose_backend(
         RuntimeRefusal: the backend that was asked for cannot start here, or none can run the bundle; says why.
     """
     if name != AUTO:
-        return make_backend(name, threads, cuda_graphs)
+        return make_backend(name, threads, cuda_graphs, activations)
     passed_over = []
     for candidate in BACKENDS:
         try:
-            backend = make_backend(candidate, threads, cuda_graphs)
+            backend = make_backend(candidate, threads, cuda_graphs, activations)
             backend.check(bundle.folder, bundle.contract)
         except RuntimeRefusal as refusal:
             passed_over.append(f"{candidate}: {_short(refusal, bundle.folder)}")

@@ -77,7 +77,7 @@ def test_contract_and_bundle_need_the_standard_library_only():
 
     own = tuple(
         f"vlmtrim.graphs.{name}"
-        for name in ("contract", "bundle", "checksums", "reading", "schema", "agreement", "external", "macs")
+        for name in ("contract", "bundle", "checksums", "reading", "schema", "agreement", "external", "macs", "packed")
     )
     for module in (*own, "vlmtrim.graphs.staging"):
         name = module.rpartition(".")[2] + ".py"

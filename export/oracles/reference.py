@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from vlmtrim.export.oracles import Kept, load_oracle
+from vlmtrim.export.oracles.formats import unpacked
 from vlmtrim.runtime.measure.check import Recording, Turn
 
 
@@ -28,7 +29,8 @@ class Reference:
     """
 
     def __init__(self, model_class: Any, folder: Path, selection: dict[str, Any] | None):
-        self.model = model_class.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+        with unpacked(folder) as plain:
+            self.model = model_class.from_pretrained(plain, attn_implementation="eager", dtype=torch.float32).eval()
         self._text = self.model.model.language_model
         vision: Any = self.model.config.vision_config
         side = vision.image_size // vision.patch_size if hasattr(vision, "image_size") else None

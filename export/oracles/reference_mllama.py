@@ -21,6 +21,7 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from vlmtrim.export.oracles import causal, load_oracle
+from vlmtrim.export.oracles.formats import unpacked
 from vlmtrim.runtime.measure.check import Recording, Turn
 
 
@@ -34,7 +35,8 @@ class Reference:
     """
 
     def __init__(self, model_class: Any, folder: Path, selection: dict[str, Any] | None):
-        self.model = model_class.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+        with unpacked(folder) as plain:
+            self.model = model_class.from_pretrained(plain, attn_implementation="eager", dtype=torch.float32).eval()
         self._text: Any = self.model.model.language_model
         self._processor: Any = AutoProcessor.from_pretrained(folder).image_processor
         self._oracle = None if selection is None else load_oracle(selection)

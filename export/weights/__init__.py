@@ -12,11 +12,13 @@ from vlmtrim.export.weights.files import (
     match_parameters,
     read_checkpoint,
     read_header,
-    store,
+    stored_dtypes,
 )
+from vlmtrim.export.weights.writing import Wanted, store, stored_bytes
 
 __all__ = [
     "StoredTensor",
+    "Wanted",
     "bind",
     "bytes_by_dtype",
     "check_bindings",
@@ -28,4 +30,6 @@ __all__ = [
     "read_checkpoint",
     "read_header",
     "store",
+    "stored_bytes",
+    "stored_dtypes",
 ]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import struct
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,6 @@ import onnx_ir as ir
 import torch
 
 from vlmtrim.export.job import Refusal
-from vlmtrim.export.weights import taking
-from vlmtrim.runtime.progress import Progress
 
 _DTYPES = {
     "F64": torch.float64,
@@ -33,6 +29,7 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in _DTYPES.items()}
@@ -187,31 +184,6 @@ def match_parameters(model: Any, tensors: Mapping[str, StoredTensor]) -> dict[st
     return matched
 
 
-def store(
-    tensors: Mapping[str, StoredTensor],
-    dtype: torch.dtype,
-    folder: Path,
-    progress: Progress,
-    link: bool = False,
-    clip: bool = False,
-) -> dict[str, StoredTensor]:
-    """Bring the checkpoint's weights into ``folder`` and say where each tensor lies there.
-
-    Same dtype: its files are taken as they are (:mod:`vlmtrim.export.weights.taking`), as hard links where ``link`` is
-    set. Otherwise one ``model.safetensors`` is written, one tensor in memory at a time; names stay. Values that do not
-    fit the dtype are refused, or become its largest where ``clip`` is set.
-    """
-    if not keeps_files(tensors, dtype):
-        return _write_cast(tensors, dtype, folder / "model.safetensors", progress, clip)
-    files = files_of(tensors)
-    taking.take(files, folder, link, progress)
-    if len(files) > 1:
-        shutil.copyfile(files[0].parent / "model.safetensors.index.json", folder / "model.safetensors.index.json")
-    return {
-        name: StoredTensor(folder / t.file.name, t.code, t.shape, t.offset, t.length) for name, t in tensors.items()
-    }
-
-
 def keeps_files(tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> bool:
     """Whether a bundle of that dtype can hold the checkpoint's files as they are."""
     return set(bytes_by_dtype(tensors)) <= {dtype}
@@ -220,47 +192,6 @@ def keeps_files(tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> bool
 def files_of(tensors: Mapping[str, StoredTensor]) -> list[Path]:
     """The files that tensors lie in."""
     return sorted({tensor.file for tensor in tensors.values()})
-
-
-def _write_cast(
-    tensors: Mapping[str, StoredTensor], dtype: torch.dtype, path: Path, progress: Progress, clip: bool
-) -> dict[str, StoredTensor]:
-    targets = {n: (dtype if t.dtype.is_floating_point else t.dtype, t.shape) for n, t in tensors.items()}
-    header = make_header(targets)
-    total = len(header) + sum(math.prod(shape) * target.itemsize for target, shape in targets.values())
-    flushed = clipped = 0
-    with path.open("wb") as stream:
-        stream.write(header)
-        for name, tensor in tensors.items():
-            values = tensor.read()
-            cast = values.to(dtype) if tensor.dtype.is_floating_point else values
-            if cast is not values:
-                overflow = torch.isinf(cast) & ~torch.isinf(values)
-                clipped += _clip(cast, overflow) if clip else _refuse_overflow(name, values, cast, overflow)
-                flushed += int(((cast == 0) & (values != 0)).sum())
-            stream.write(cast.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            progress(stream.tell(), total)
-    if clipped:
-        print(f"weights: {clipped} values were clipped to {torch.finfo(dtype).max:.6g} in {dtype}", file=sys.stderr)
-    if flushed:
-        print(f"weights: {flushed} small values became zero in {dtype}", file=sys.stderr)
-    return read_header(path)
-
-
-def _refuse_overflow(name: str, values: torch.Tensor, cast: torch.Tensor, overflow: torch.Tensor) -> int:
-    count = int(overflow.sum())
-    if count:
-        largest = float(values.abs().max())
-        raise Refusal(
-            f"{name}: {count} values do not fit {cast.dtype} (largest {largest:.3g}, limit "
-            f"{torch.finfo(cast.dtype).max:.3g}); export with --dtype bfloat16 or float32, or with --clip-overflow"
-        )
-    return 0
-
-
-def _clip(cast: torch.Tensor, overflow: torch.Tensor) -> int:
-    cast[overflow] = torch.copysign(torch.tensor(torch.finfo(cast.dtype).max, dtype=cast.dtype), cast[overflow])
-    return int(overflow.sum())
 
 
 def check_bindings(
@@ -284,28 +215,40 @@ def check_bindings(
 def bind(model: ir.Model, matched: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> int:
     """Point every weight of a traced graph at its stored bytes; returns the number of weights bound.
 
-    Weights are the initializers named ``full.<parameter>``; they are renamed to the parameter.
+    Weights are the initializers named ``full.<parameter>``; they are renamed to the parameter. What a parameter is
+    packed into is stored under that name itself.
     """
     bound = 0
     for name in [name for name in model.graph.initializers if name.startswith("full.")]:
         value = model.graph.initializers.pop(name)
         parameter = name.removeprefix("full.")
         value.name = parameter
-        if parameter not in matched:  # a buffer computed from the config, such as CLIP's position ids
+        source = parameter if parameter in stored and parameter not in matched else matched.get(parameter)
+        if source is None:  # a buffer computed from the config, such as CLIP's position ids
             assert value.const_value is not None
             value.const_value = ir.tensor(value.const_value.numpy(), name=parameter)
             model.graph.initializers.add(value)
             continue
-        tensor = stored[matched[parameter]]
+        tensor = stored[source]
+        assert value.dtype is not None and value.shape is not None
         value.const_value = ir.ExternalTensor(
             location=tensor.file.name,
             offset=tensor.offset,
             length=tensor.length,
-            dtype=_IR_DTYPES[tensor.code],
-            shape=ir.Shape(tensor.shape),
+            dtype=value.dtype,
+            shape=ir.Shape(value.shape),
             name=parameter,
             base_dir=tensor.file.parent,
         )
         model.graph.initializers.add(value)
         bound += 1
     return bound
+
+
+def stored_dtypes(
+    model: ir.Model, matched: Mapping[str, str], stored: Mapping[str, StoredTensor]
+) -> dict[str, ir.DataType]:
+    """Weights of a traced graph that have a tensor of their own -> the dtype that it lies in."""
+    parameters = {name: name.removeprefix("full.") for name in model.graph.initializers if name.startswith("full.")}
+    tensors = {name: stored[matched[parameter]] for name, parameter in parameters.items() if parameter in matched}
+    return {name: _IR_DTYPES[tensor.code] for name, tensor in tensors.items()}

@@ -17,10 +17,14 @@ import numpy as np
 
 from vlmtrim.graphs.contract import Contract, GraphSpec
 from vlmtrim.runtime import dtypes
-from vlmtrim.runtime.backends.base import Backend, Graph, Opened, Tensor, check_boundary
+from vlmtrim.runtime.backends import fusing
+from vlmtrim.runtime.backends.base import Backend, Chain, Graph, Opened, Tensor, check_boundary
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.measure.machine import free_memory
 
+# What packed weights are multiplied by: activations rounded to 8 bits, as the fast kernels do, or as they are.
+INT8, FLOAT32 = "int8", "float32"
+_LEVELS = {INT8: "4", FLOAT32: "1"}  # MatMulNBits' accuracy_level
 FREE_SHARE = 0.9  # of the free memory that a decoder may fill
 _PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
 # float32 stays float32 on CUDA: TF32, the provider's default, keeps 10 bits of it.
@@ -42,10 +46,11 @@ def _import() -> Any:
     return onnxruntime
 
 
-def _resident_bytes(folder: Path, spec: GraphSpec) -> int:
-    """What the CPU provider keeps in memory for a graph: its weights transposed, float16 ones as float32."""
+def _resident_bytes(folder: Path, contract: Contract) -> int:
+    """What the CPU provider keeps in memory: weights transposed or packed anew, float16 ones as float32."""
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return weights * (2 if any(tensor.dtype == "float16" for tensor in spec.inputs) else 1)
+    packed = sum(kind.nbytes for kind in contract.packed)
+    return packed + max(0, weights - packed) * (2 if contract.dtype == "float16" else 1)
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class OrtBackend(Backend):
     Marks are points on the host's clock, on CUDA too: ``run_with_iobinding`` returns when the device has finished.
     """
 
-    def __init__(self, name: str, threads: int = 0):
+    def __init__(self, name: str, threads: int = 0, activations: str = INT8):
         ort = _import()
         provider = _PROVIDERS[name]
         if provider not in ort.get_available_providers():
@@ -155,6 +160,8 @@ class OrtBackend(Backend):
         self._provider = provider
         self._device = "cuda" if name == "ort-cuda" else "cpu"
         self._threads = threads
+        self._entries = {fusing.LEVEL: _LEVELS[activations]}
+        self._needed = 0
         self._used: Counter[str] = Counter()
 
     def check(self, folder: Path, contract: Contract) -> None:
@@ -163,9 +170,33 @@ class OrtBackend(Backend):
             raise RuntimeRefusal(
                 "ONNX Runtime has no bfloat16 kernels on the CPU; export with --dtype float32, or use a GPU backend"
             )
+        self._check_packed(contract)
+
+    def open(self, folder: Path, contract: Contract, graph: str) -> Graph | Chain:
+        """Open a graph of a bundle. Raises RuntimeRefusal where packed weights do not fit into memory."""
+        self._needed = _resident_bytes(folder, contract)
+        free = free_memory()
+        if contract.packed and self._device == "cpu" and self._needed > FREE_SHARE * free:
+            raise RuntimeRefusal(  # to read weights from the file at every step would unpack them at every step
+                f"the bundle's weights take {self._needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; free "
+                "some, or export with fewer bits (--weights int4, --vision-weights int8)"
+            )
+        return super().open(folder, contract, graph)
+
+    def _check_packed(self, contract: Contract) -> None:
+        """Raise RuntimeRefusal unless the library multiplies by every packed matrix as it is."""
+        for kind in contract.packed:
+            if fusing.fuses(self._ort, self._provider, kind, contract.dtype, self._entries):
+                continue
+            size = sum(k.weights for k in contract.packed if k.format == kind.format) * 4
+            raise RuntimeRefusal(
+                f"{self.name} does not run {kind.format} weights: ONNX Runtime {self._ort.__version__} has no kernel "
+                f"for them here and would turn {kind.matrices} matrices into {size / 1e9:.2f} GB of floats at every "
+                "step; use a TensorRT backend, or export with --weights int4 or int8"
+            )
 
     def _open(self, folder: Path, spec: GraphSpec, dims: Mapping[str, tuple[int, int]]) -> Graph:
-        options = self._options(folder, spec)
+        options = self._options(spec)
         try:
             session = self._ort.InferenceSession(
                 folder / spec.file, options, providers=[(self._provider, _OPTIONS[self.name])]
@@ -181,13 +212,15 @@ class OrtBackend(Backend):
         check_boundary(spec.file, spec.outputs, _boundary(session.get_outputs()), whole=True)
         return OrtGraph(spec, dims, session, self._device)
 
-    def _options(self, folder: Path, spec: GraphSpec) -> Any:
+    def _options(self, spec: GraphSpec) -> Any:
         ort = self._ort
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 4  # what fails is said by the refusal
+        for name, value in self._entries.items():
+            options.add_session_config_entry(name, value)
         if self._device == "cpu" and spec.file == "decoder.onnx":
-            needed, free = _resident_bytes(folder, spec), free_memory()
+            needed, free = self._needed, free_memory()
             if needed > FREE_SHARE * free:
                 print(
                     f"{spec.file}: ONNX Runtime's copies of the weights would take {needed / 1e9:.1f} GB, "

@@ -111,7 +111,7 @@ def test_the_names_of_old_llava_checkpoints_are_understood(model, tmp_path):
 @pytest.mark.parametrize("kind", ["whole", "sharded"])
 def test_files_of_the_dtype_are_taken_as_they_are_and_transformers_loads_them(kind, link, model, request, tmp_path):
     source = request.getfixturevalue(kind)
-    stored = weights.store(weights.read_checkpoint(source), torch.float32, tmp_path, quiet, link)
+    stored = weights.store(weights.read_checkpoint(source), weights.Wanted(torch.float32), tmp_path, quiet, link)
     for path in source.glob("*.safetensors"):
         taken = tmp_path / path.name
         assert taken.read_bytes() == path.read_bytes()
@@ -127,7 +127,9 @@ def test_a_copy_tells_how_far_it_is(sharded, tmp_path, monkeypatch):
     monkeypatch.setattr(taking, "COPY_BYTES", 4096)
     monkeypatch.setattr(taking, "_clone", lambda *_: False)
     told = []
-    weights.store(weights.read_checkpoint(sharded), torch.float32, tmp_path, lambda *now: told.append(now))
+    weights.store(
+        weights.read_checkpoint(sharded), weights.Wanted(torch.float32), tmp_path, lambda *now: told.append(now)
+    )
     total = sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
     assert len(told) > 10 and told == sorted(told) and told[-1] == (total, total)
 
@@ -144,7 +146,7 @@ def test_a_file_system_that_clones_is_asked_first(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(taking, "_copy", None)
     files = weights.files_of(weights.read_checkpoint(whole))
     assert taking.how(files, tmp_path, link=False) == "cloned" and list(tmp_path.iterdir()) == []
-    weights.store(weights.read_checkpoint(whole), torch.float32, tmp_path, quiet)
+    weights.store(weights.read_checkpoint(whole), weights.Wanted(torch.float32), tmp_path, quiet)
     assert (tmp_path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -173,7 +175,7 @@ def test_another_file_system_is_told_before_the_work(whole):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_streamed_cast_is_torchs_cast_and_names_stay(model, sharded, tmp_path, dtype):
-    stored = weights.store(weights.read_checkpoint(sharded), dtype, tmp_path, quiet)
+    stored = weights.store(weights.read_checkpoint(sharded), weights.Wanted(dtype), tmp_path, quiet)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert set(file.keys()) == set(stored) == set(weights.read_checkpoint(sharded))
     written = load_file(tmp_path / "model.safetensors")
@@ -195,7 +197,7 @@ def test_integers_keep_their_dtype_and_special_values_survive_a_cast(tmp_path):
         {"a": special, "ids": torch.arange(3), "scalar": torch.tensor(2.5), "none": torch.zeros(0, 4)},
         source / "model.safetensors",
     )
-    weights.store(weights.read_checkpoint(source), torch.float16, target, quiet)
+    weights.store(weights.read_checkpoint(source), weights.Wanted(torch.float16), target, quiet)
     written = load_file(target / "model.safetensors")
     assert torch.equal(written["ids"], torch.arange(3))
     assert torch.equal(written["scalar"], torch.tensor(2.5, dtype=torch.float16))
@@ -213,7 +215,9 @@ def test_an_overflow_is_refused_by_the_tensors_name(tmp_path):
     save_file({"fine": torch.ones(3), "model.huge": torch.tensor([1.0, 7e4])}, tmp_path / "model.safetensors")
     out = tmp_path / "out"
     out.mkdir()
-    message = refusal(lambda: weights.store(weights.read_checkpoint(tmp_path), torch.float16, out, quiet))
+    message = refusal(
+        lambda: weights.store(weights.read_checkpoint(tmp_path), weights.Wanted(torch.float16), out, quiet)
+    )
     assert "model.huge" in message
     assert "bfloat16" in message
 
@@ -223,7 +227,7 @@ def test_an_overflow_is_clipped_where_asked_and_counted(tmp_path, capsys):
     save_file({"a": values}, tmp_path / "model.safetensors")
     out = tmp_path / "out"
     out.mkdir()
-    weights.store(weights.read_checkpoint(tmp_path), torch.float16, out, quiet, clip=True)
+    weights.store(weights.read_checkpoint(tmp_path), weights.Wanted(torch.float16, clip=True), out, quiet)
     expected = torch.tensor([1.0, 65504.0, -65504.0, float("inf"), 0.0, 0.0], dtype=torch.float16)
     assert torch.equal(load_file(out / "model.safetensors")["a"], expected)
     said = capsys.readouterr().err
@@ -270,11 +274,11 @@ def test_a_damaged_header_is_refused_by_name(tmp_path, header):
 
 
 def test_an_unknown_dtype_is_refused_by_the_tensors_name(tmp_path):
-    header = json.dumps({"odd": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    header = json.dumps({"odd": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0")
     message = refusal(lambda: weights.read_checkpoint(tmp_path))
     assert "odd" in message
-    assert "F8_E4M3" in message
+    assert "F8_E8M0" in message
 
 
 def test_a_missing_tensor_is_refused_by_name(model, whole):

@@ -1,0 +1,91 @@
+"""Which matrices of a model are stored in fewer bits, and how: from the job to the graphs and the contract."""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from vlmtrim.export.job import FLOAT, Job, Refusal
+from vlmtrim.graphs.formats import Packing, fitting_block, load_format
+from vlmtrim.graphs.packed import HEAD, LAYERS, TOWER, Packed
+from vlmtrim.graphs.passes.quantise import quantise
+
+# Projectors stay: they are small, and everything that the decoder sees of a picture passes them.
+_PROJECTORS = ("multi_modal_projector", "merger")
+_FULL = "full."  # what initializers of a traced graph begin with
+
+
+def part_of(parameter: str) -> str | None:
+    """What a matrix belongs to; None where it is part of a projector."""
+    if parameter.startswith("lm_head"):
+        return HEAD
+    if "language_model" in parameter:
+        return LAYERS
+    return None if any(name in parameter for name in _PROJECTORS) else TOWER
+
+
+def plan(job: Job, model: Any) -> dict[str, Packing]:
+    """Parameter -> how it is packed, of all linear layers of a model (on the meta device) that the job asks for.
+
+    Raises Refusal where a pattern of ``--keep`` fits nothing, or nothing is left to pack.
+    """
+    from torch import nn
+
+    matrices = {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for pattern in job.keep:
+        if not fnmatch.filter(matrices, pattern):
+            raise Refusal(f"--keep {pattern} fits no matrix; they are named like {next(iter(matrices))}")
+    formats = {LAYERS: job.weights, HEAD: job.head_format, TOWER: job.vision_weights, None: FLOAT}
+    planned, left = {}, []
+    for name, weight in matrices.items():
+        chosen = formats[part_of(name)]
+        if chosen == FLOAT or any(fnmatch.fnmatch(name, pattern) for pattern in job.keep):
+            continue
+        block = fitting_block(chosen, int(weight.shape[1]), _block(job, chosen))
+        if block is None:
+            left.append(name)
+        else:
+            planned[name] = Packing(chosen, block)
+    if left:
+        print(
+            f"warning: {len(left)} matrices stay as they are, since no block divides their inputs (the first is "
+            f"{left[0]}, {matrices[left[0]].shape[1]} inputs)",
+            file=sys.stderr,
+        )
+    if job.packs and not planned:
+        raise Refusal("no matrix is left to be stored in fewer bits; leave --weights out, or give a smaller --block")
+    return planned
+
+
+def _block(job: Job, name: str) -> int:
+    """The job's block where the format has it, else the format's own."""
+    blocks = load_format(name).BLOCKS
+    return blocks[0] if job.block is None or job.block not in blocks else job.block
+
+
+def place(graph: ir.Model, planned: Mapping[str, Packing]) -> dict[str, Packing]:
+    """Let a traced graph read its matrices as planned; returns those that it has."""
+    here = {name: packing for name, packing in planned.items() if f"{_FULL}{name}" in graph.graph.initializers}
+    quantise(graph, {f"{_FULL}{name}": packing for name, packing in here.items()})
+    return here
+
+
+def summary(placed: Mapping[str, Packing], model: Any, dtype: str) -> tuple[Packed, ...]:
+    """What the contract says of them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    kinds: dict[tuple[str, Packing], list[str]] = {}
+    for name, packing in placed.items():
+        part = part_of(name)
+        assert part is not None
+        kinds.setdefault((part, packing), []).append(name)
+    found = []
+    for (part, packing), names in kinds.items():
+        shapes = [tuple(parameters[name].shape) for name in names]
+        stored = sum(packing.nbytes(inputs, outputs, dtype) for outputs, inputs in shapes)
+        weights = sum(outputs * inputs for outputs, inputs in shapes)
+        found.append(Packed(part, packing.format, packing.block, len(names), weights, stored))
+    return tuple(found)

@@ -1,0 +1,208 @@
+"""Bundles of packed matrices: parity with an oracle that unpacks them in PyTorch, fused kernels, engines, sizes."""
+
+import json
+import re
+from collections import Counter
+
+import onnx
+import onnxruntime
+import pytest
+from parity import assert_parity
+
+from vlmtrim import runtime
+from vlmtrim.export import check_cli, cli, memory, pipeline
+from vlmtrim.export import checkpoint as checkpoints
+from vlmtrim.export.checkpoint import family_names
+from vlmtrim.export.job import Job, Refusal
+from vlmtrim.export.weights import read_header, tiny
+from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.graphs.formats import format_names
+from vlmtrim.graphs.packed import Packed
+from vlmtrim.runtime.backends import fusing
+from vlmtrim.runtime.errors import RuntimeRefusal
+
+SELECTING = {"mllama": "trimmed-llama"}
+LAYERS = 4 * 7  # matrices of the tiny models' decoders without cross-attention
+
+
+def pruned(family):
+    """The family's first method, and a length that holds its pictures."""
+    return {"method": SELECTING.get(family, "fastv"), **({} if family == "mllama" else {"k": 1, "r": 0.5})}
+
+
+def fused(path, tmp_path, **entries) -> Counter:
+    """Operators that ONNX Runtime makes of a graph."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.bin")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(
+        node.op_type for node in onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node
+    )
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("family", family_names())
+def test_packed_bundles_equal_pytorch_and_every_matrix_is_fused(family, weights, export_tiny, capsys, tmp_path):
+    fields = {"weights": weights, "block": 64 if weights == "int4" else 32, "vision_weights": "int8"}
+    folder = export_tiny(f"packed-{weights}", family=family, **pruned(family), **fields)
+    assert_parity(folder, capsys)
+    contract = open_bundle(folder).contract
+    for graph, parts in (("decoder", ("layers", "head")), ("vision", ("tower",))):
+        matrices = sum(kind.matrices for kind in contract.packed if kind.part in parts)
+        operators = fused(folder / f"{graph}.onnx", tmp_path)
+        assert operators["MatMulNBits"] == matrices > 0 and "DequantizeLinear" not in operators
+    if family != "mllama":
+        assert sum(kind.matrices for kind in contract.packed if kind.part == "layers") == LAYERS
+
+
+@pytest.mark.parametrize("method", ["zipvl", "pyramid", "none"])
+def test_other_methods_are_packed_alike(method, export_tiny, capsys):
+    fields = {"tau": 0.9, "bound": 0.75} if method == "zipvl" else {}
+    assert_parity(export_tiny("packed", method=method, weights="int4", block=32, **fields), capsys)
+
+
+def test_float16_activations_run_on_the_same_kernels(export_tiny, capsys, tmp_path):
+    folder = export_tiny("packed-half", k=1, r=0.5, dtype="float16", weights="int4", vision_weights="int4")
+    assert_parity(folder, capsys)
+    assert fused(folder / "decoder.onnx", tmp_path)["MatMulNBits"] == LAYERS + 1
+
+
+def test_activations_in_eight_bits_are_near_and_are_the_default(export_tiny, capsys):
+    """MatMulNBits rounds them; the same bundle run exactly is nearer to the oracle."""
+    folder = export_tiny("packed-int4", k=1, r=0.5, weights="int4", block=64, vision_weights="int8")
+    assert_parity(folder, capsys, "--tokens", "4", "--activations", "int8")
+    errors = []
+    for activations in ((), ("--activations", "int8")):
+        check_cli.main([str(folder), "--json", "--tokens", "4", *activations])
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        errors.append(max(row["difference"] for row in rows if "caches" in row["what"]))
+    assert errors[0] < 1e-5 < 1e-3 < errors[1]
+    assert runtime.make_backend("ort-cpu")._entries == {fusing.LEVEL: "4"}
+
+
+ENGINES = [(family, weights) for family in family_names() for weights in format_names()]
+
+
+@pytest.mark.parametrize(("family", "weights"), ENGINES)
+def test_engines_are_built_of_every_format(family, weights, export_tiny):
+    """All three graphs, prefill and decode profile, float16; packed towers as well."""
+    fields = {"dtype": "float16", "engine": "tensorrt-rtx", "weights": weights, "vision_weights": weights}
+    folder = export_tiny(f"engine-{weights}", family=family, **pruned(family), **fields)
+    prints = json.loads((folder / "engines.json").read_text())
+    assert set(prints) == {"vision.engine", "embed.engine", "decoder.engine"}
+    assert {"prefill", "decode"} <= set(prints["decoder.engine"]["profiles"])
+    if weights in ("fp8", "nvfp4"):
+        with pytest.raises(RuntimeRefusal, match=f"ort-cpu does not run {weights} weights: .* has no kernel for them"):
+            runtime.open(folder, "ort-cpu")
+
+
+def test_bfloat16_engines_in_a_chain_of_two(export_tiny):
+    fields = {"dtype": "bfloat16", "engine": "tensorrt-rtx", "engine_shards": 2, "weights": "int4"}
+    folder = export_tiny("engine-chain", k=1, r=0.5, **fields)
+    assert (folder / "decoder-1.engine").stat().st_size > 100_000
+
+
+def test_what_is_kept_and_what_the_bundle_says(export_tiny):
+    folder = export_tiny("keep", k=1, r=0.5, weights="int4", block=32, keep=("*.layers.0.*", "*down_proj*"))
+    names = set(read_header(folder / "model.safetensors"))
+    floats = {f"{layer}.{matrix}" for layer in range(4) for matrix in ("mlp.up_proj.weight", "mlp.down_proj.weight")}
+    floats = {name for name in floats if any(stored.endswith(f"layers.{name}") for stored in names)}
+    assert floats == {"0.mlp.up_proj.weight", *(f"{layer}.mlp.down_proj.weight" for layer in range(4))}
+    assert {f"model.language_model.layers.1.mlp.up_proj.weight.{part}" for part in ("int4", "int4_scale")} <= names
+    kinds = {(kind.part, kind.format, kind.block): kind.matrices for kind in open_bundle(folder).contract.packed}
+    assert kinds == {("layers", "int4", 32): 3 * 6, ("head", "int8", 32): 1}
+    job = json.loads((folder / "job.json").read_text())
+    assert (job["weights"], job["block"], job["keep"]) == ("int4", 32, ["*.layers.0.*", "*down_proj*"])
+
+
+def test_a_head_that_shares_the_embedding_is_packed_beside_it(tmp_path, capsys):
+    """demo ties the two: the embedding stays float, the head is read from its own bytes."""
+    folder = tmp_path / "demo"
+    assert cli.main(["--model", "demo", "--weights", "int4", "--dtype", "float32", "--output", str(folder)]) == 0
+    names = read_header(folder / "model.safetensors")
+    assert "lm_head.weight.int8" in names and "lm_head.weight" not in names
+    embedding = next(tensor for name, tensor in names.items() if "embed_tokens" in name)
+    assert embedding.code == "F16"  # as the checkpoint has it: only its rows are widened
+    norms = [tensor.code for name, tensor in names.items() if name.endswith("layernorm.weight")]
+    assert norms and set(norms) == {"F32"}
+    capsys.readouterr()
+    assert_parity(folder, capsys)
+
+
+def test_the_plan_foresees_what_is_written(export_tiny, tmp_path):
+    """Weights in the bundle, and the pieces that engines are cut into."""
+    folder = tiny.write_checkpoint(checkpoints.load_family("qwen2_vl"), tmp_path / "c")
+    job = Job(str(folder), str(tmp_path / "b"), max_seq_len=512, weights="int4", block=32)
+    bundle = pipeline.export(job, folder)
+    prepared = pipeline.prepare(job, folder, pipeline.weights.read_checkpoint(folder))
+    written = sum(tensor.length for tensor in read_header(bundle / "model.safetensors").values())
+    assert prepared.plan.weights == written
+    packed = sum(kind.nbytes for kind in prepared.contract.packed)
+    assert any(line.split()[:3] == ["of", "it", "layers"] for line in prepared.plan_lines)
+    floats = pipeline.prepare(Job(str(folder), str(tmp_path / "f"), max_seq_len=512), folder, None)
+    weights = sum(kind.weights for kind in prepared.contract.packed)
+    assert floats.plan.decoder - prepared.plan.decoder == 4 * weights - packed
+    _, tail = memory.layer_bytes(prepared.plan.decoder, prepared.contract)
+    assert tail == next(kind.nbytes for kind in prepared.contract.packed if kind.part == "head")
+    step, dense = (p.contract.step_bytes([0] * len(p.contract.groups)) for p in (prepared, floats))
+    assert dense - step == 4 * weights - packed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--block", "32"], "--block and --keep are of weights in fewer bits; give --weights or --vision-weights"),
+        (["--weights", "int4", "--block", "16"], "--block is 16; int4 weights take 128, 64, 32, channel"),
+        (["--weights", "fp8", "--block", "64"], "--block is 64; fp8 weights take channel"),
+        (["--weights", "nvfp4", "--dtype", "float32"], "nvfp4 weights are for engines, .* give --dtype float16"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_any_work(arguments, message, capsys):
+    assert cli.main(["--model", "tiny:llava", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_pattern_that_fits_nothing_and_matrices_that_no_block_divides(tmp_path, capsys):
+    source = tiny.write_checkpoint(checkpoints.load_family("llava"), tmp_path / "c")
+    with pytest.raises(Refusal, match=r"--keep \*.mlpp.\* fits no matrix; they are named like model\."):
+        pipeline.prepare(Job(str(source), "b", max_seq_len=512, weights="int4", keep=("*.mlpp.*",)), source, None)
+    with pytest.raises(Refusal, match="no matrix is left to be stored in fewer bits"):
+        pipeline.prepare(Job(str(source), "b", max_seq_len=512, weights="int4", keep=("*",)), source, None)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = tiny.write_checkpoint(checkpoints.load_family("llava"), tmp_path / "c")
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.2.mlp.up_proj.weight"))
+    tensors[name][3, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Refusal, match=r"layers.2.mlp.up_proj.weight holds values that are not finite, which int4"):
+        pipeline.export(Job(str(source), str(tmp_path / "b"), max_seq_len=512, weights="int4"), source)
+
+
+@pytest.mark.parametrize("block", [32, 64, 128, 0])
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_this_onnx_runtime_fuses_every_form(name, block):
+    kind = Packed("layers", name, block, 1, 1, 1)
+    for dtype in ("float32", "float16"):
+        assert fusing.fuses(onnxruntime, "CPUExecutionProvider", kind, dtype, {fusing.LEVEL: "4"})
+    assert not fusing.fuses(onnxruntime, "CPUExecutionProvider", kind, "bfloat16", {fusing.LEVEL: "4"})
+
+
+def test_what_is_not_fused_is_refused_with_the_floats_that_it_would_make(export_tiny, monkeypatch):
+    folder = export_tiny("packed-int4", k=1, r=0.5, weights="int4", block=64, vision_weights="int8")
+    monkeypatch.setattr(fusing, "KERNEL", b"MatMulNothing")
+    with pytest.raises(RuntimeRefusal, match=r"ort-cpu does not run .* would turn \d+ matrices into .* GB of floats"):
+        runtime.open(folder)
+
+
+def test_packed_weights_that_do_not_fit_are_not_read_from_the_file(export_tiny, monkeypatch):
+    """That is the way out for floats; packed ones would be unpacked at every step."""
+    folder = export_tiny("packed-int4", k=1, r=0.5, weights="int4", block=64, vision_weights="int8")
+    monkeypatch.setattr("vlmtrim.runtime.backends.ort.free_memory", lambda: 1e6)
+    with pytest.raises(RuntimeRefusal, match=r"the bundle's weights take .* GB of memory, 0.0 GB are free; free some"):
+        runtime.open(folder)
