@@ -38,12 +38,22 @@ def check(job: Job) -> None:
     """Raise Refusal where a job cannot be calibrated, before any work."""
     if job.calibrate is None:
         return
-    if not hasattr(job.method, "calibrated"):
+    questions(Path(job.calibrate))
+    if not measures_bounds(job):
         name = "none" if job.method is None else job.method.name
-        raise Refusal(f"--calibrate measures bounds of --method zipvl; the method is {name}, leave it out")
+        if not job.calibrates_weights:
+            raise Refusal(
+                "--calibrate measures bounds of --method zipvl, or rounds --weights int4 or int8 by what pictures make "
+                f"of them; the method is {name}, the weights are {job.weights}: leave it out"
+            )
+        return
     if job.method.budgets is not None or isinstance(job.method.bound, tuple):
         raise Refusal("--calibrate measures what --budgets or --bound FILE would give; leave one of them out")
-    questions(Path(job.calibrate))
+
+
+def measures_bounds(job: Job) -> bool:
+    """Whether a job's pictures are there for its method."""
+    return job.calibrate is not None and hasattr(job.method, "calibrated")
 
 
 def measure(bundle: Path, asked: Sequence[tuple[Any, str]]) -> dict[str, Any]:
@@ -78,7 +88,7 @@ def calibrate(job: Job, export: Any, scratch: Path) -> tuple[Job, str]:
     asked = questions(Path(job.calibrate))
     exact = dataclasses.replace(
         job, method=dataclasses.replace(job.method, bound=1.0), output=str(scratch / "exact"), engine="none",
-        dtype="float32", force=False,
+        dtype="float32", force=False, calibrate=None,
     )  # fmt: skip
     found = measure(export(exact), asked)
     shares = [f"{layer['mean']:.2f} +- {layer['deviation']:.2f}" for layer in found["layers"]]

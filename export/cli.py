@@ -131,8 +131,9 @@ def _add_measuring(p: argparse.ArgumentParser) -> None:
         "--calibrate",
         default=None,
         metavar="FOLDER",
-        help="zipvl: measure what every layer keeps on the pictures of a folder (NAME.txt beside a picture is its "
-        "question), bound each by its mean and one deviation, and put budgets.json into the bundle",
+        help="pictures (NAME.txt beside one is its question). zipvl: measure what every layer keeps of them, bound "
+        "each by its mean and one deviation, and put budgets.json into the bundle. --weights int4, int8: GPTQ on the "
+        "first 128 of them, instead of every weight by itself",
     )
     p.add_argument(
         "--emit-guide",

@@ -45,7 +45,7 @@ class Job:
         head_weights: the same of the matrix of the logits; AUTO for 8 bits where ``weights`` packs at all.
         vision_weights: the same of the vision tower's matrices.
         keep: patterns of parameters that are not packed.
-        calibrate: folder of pictures with questions that the method's bounds are measured on; None for those it has.
+        calibrate: folder of pictures with questions that bounds are measured, and integers rounded, on; None for none.
     """
 
     model: str
@@ -77,6 +77,11 @@ class Job:
         if self.head_weights != AUTO:
             return self.head_weights
         return {FLOAT: FLOAT, "int4": "int8", "int8": "int8"}.get(self.weights, "fp8")
+
+    @property
+    def calibrates_weights(self) -> bool:
+        """Whether the decoder's matrices are packed on what the pictures of ``calibrate`` make of their inputs."""
+        return self.calibrate is not None and self.weights in ("int4", "int8")
 
     @property
     def packs(self) -> bool:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +18,13 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from vlmtrim.export import calibration, memory, packing, weights
 from vlmtrim.export import checkpoint as checkpoints
-from vlmtrim.export import memory, packing, weights
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.job_contract import build_contract, plain_decoder
 from vlmtrim.export.tracing import trace
 from vlmtrim.export.tracing.attention import IMPLEMENTATION
+from vlmtrim.export.weights import layerwise
 from vlmtrim.graphs.bundle import seal
 from vlmtrim.graphs.contract import IMAGES, VISION, Contract, TensorSpec
 from vlmtrim.graphs.formats import Packing
@@ -106,9 +108,14 @@ def export(
         contract = dataclasses.replace(
             prepared.contract, packed=packing.summary(placed, prepared.model, prepared.contract.dtype)
         )
-        with _stage(report, "weights") as show:
-            wanted = weights.Wanted(prepared.dtype, placed, matched, job.clip_overflow)
-            stored = weights.store(prepared.tensors, wanted, folder, show, job.link_weights)
+        with tempfile.TemporaryDirectory(prefix=".packed-", dir=folder) as waiting:
+            ready = {}
+            if job.calibrates_weights:
+                with _stage(report, "calibrate weights") as show:
+                    ready = _calibrated(prepared, matched, placed, Path(waiting), show)
+            with _stage(report, "weights") as show:
+                wanted = weights.Wanted(prepared.dtype, placed, matched, job.clip_overflow, ready)
+                stored = weights.store(prepared.tensors, wanted, folder, show, job.link_weights)
         with _stage(report, "save"):
             for name, graph in traced.items():
                 widen(graph, weights.stored_dtypes(graph, matched, stored))
@@ -179,6 +186,18 @@ def graphs(
                 lint(graph, contract.graphs[name])
         packing.place(graph, prepared.packings)
         yield name, graph
+
+
+def _calibrated(
+    prepared: Prepared, matched: dict[str, str], placed: dict[str, Packing], waiting: Path, show: Progress
+) -> dict[str, layerwise.Packer]:
+    """Matrices of the language model's layers, packed on the job's pictures."""
+    assert prepared.tensors is not None and prepared.job.calibrate is not None
+    family, config, contract = prepared.family, prepared.config, prepared.contract
+    model = trace.build_without_memory(family.MODEL_CLASS, config, torch.float32, "sdpa")
+    prompts = layerwise.prompts_of(prepared.source, contract, calibration.questions(Path(prepared.job.calibrate)))
+    loader = layerwise.Weights(model, prepared.tensors, matched)
+    return layerwise.pack(model, loader, placed, prompts, contract.dtype, waiting, show)
 
 
 def _placed(traced: Mapping[str, ir.Model], planned: Mapping[str, Packing]) -> dict[str, Packing]:

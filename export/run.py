@@ -33,7 +33,7 @@ def execute(job: Job) -> Path:
     """Export; returns the bundle's folder."""
     with scratch() as folder:
         job, source, _, _ = _read(job, folder, with_weights=True)
-        if job.calibrate is None:
+        if not calibration.measures_bounds(job):
             return pipeline.export(job, source)
         traces: dict[str, Any] = {}
         job, budgets = calibration.calibrate(job, lambda exact: pipeline.export(exact, source, traces), folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,14 +31,14 @@ class Wanted:
         packings: parameter -> how its matrix is packed.
         matched: parameter -> tensor of the checkpoint; needed where anything is packed.
         clip: a value that does not fit the dtype becomes its largest instead of ending the export.
-        importance: parameter -> float32 [K], what an error in each of its inputs counts.
+        ready: parameter -> what reads the arrays of a matrix that is packed already.
     """
 
     dtype: torch.dtype
     packings: Mapping[str, Packing] = field(default_factory=dict)
     matched: Mapping[str, str] = field(default_factory=dict)
     clip: bool = False
-    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+    ready: Mapping[str, Callable[[], tuple[np.ndarray, ...]]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -137,12 +137,14 @@ def _write(
 
 def _packed(parameter: str, tensor: StoredTensor, wanted: Wanted) -> tuple[np.ndarray, ...]:
     packing = wanted.packings[parameter]
+    if parameter in wanted.ready:
+        return wanted.ready[parameter]()
     matrix = tensor.read().t().to(torch.float32).contiguous().numpy()
     if not np.isfinite(matrix).all():
         raise Refusal(
             f"{tensor.file}: {parameter} holds values that are not finite, which {packing.format} cannot hold"
         )
-    return load_format(packing.format).pack(matrix, packing.block, wanted.name, wanted.importance.get(parameter))
+    return load_format(packing.format).pack(matrix, packing.block, wanted.name)
 
 
 def _cast(name: str, values: torch.Tensor, dtype: torch.dtype, clip: bool, counts: _Counts) -> torch.Tensor:

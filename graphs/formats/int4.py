@@ -29,7 +29,11 @@ def pack(matrix: np.ndarray, block: int, dtype: str, importance: np.ndarray | No
     """float32 [K, N] -> (nibbles uint8 [K * N / 2], scales); ``importance`` [K] weighs the rows' squared errors."""
     from vlmtrim.graphs.formats.scales import symmetric
 
-    codes, scales = symmetric(matrix, block, dtype, -8, 7, SHRINK, importance)
+    return from_codes(*symmetric(matrix, block, dtype, -8, 7, SHRINK, importance))
+
+
+def from_codes(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, ...]:
+    """int8 [K, N] of -8 to 7, and scales, as they are stored."""
     return nibbles(codes), scales
 
 

@@ -30,6 +30,11 @@ def pack(matrix: np.ndarray, block: int, dtype: str, importance: np.ndarray | No
     return symmetric(matrix, block, dtype, -127, 127, (1.0,), None)
 
 
+def from_codes(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, ...]:
+    """int8 [K, N] and scales, as they are stored."""
+    return codes, scales
+
+
 def restore(ops: Ops, stored: tuple[ir.Value, ...], block: int) -> ir.Value:
     """The matrix [K, N] in the scales' dtype."""
     layout = {"axis": 1} if block == CHANNEL else {"axis": 0, "block_size": block}

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from parity import assert_parity
 
 from vlmtrim.export import pipeline
 from vlmtrim.export.demo import task
 from vlmtrim.export.demo.evaluate import CHECKPOINT, Demo
 from vlmtrim.export.demo.measure import Z, ask
 from vlmtrim.export.job import Job
+from vlmtrim.export.weights import read_header
 from vlmtrim.graphs import FastV
 from vlmtrim.graphs.checksums import sha256
 
@@ -39,7 +41,7 @@ def bundles(tmp_path_factory):
     return {
         name: pipeline.export(Job(output=str(folder / name), method=method, **common), CHECKPOINT, traces)
         for name, method in SETTINGS.items()
-    }
+    } | {"int4": pipeline.export(Job(output=str(folder / "int4"), weights="int4", **common), CHECKPOINT, traces)}
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,22 @@ def test_a_fixed_list_of_held_out_questions_is_answered(bundles, examples, name)
     expected = [example.question.answer for example in both]
     said = Demo().answers(both) if name == "pytorch" else ask(bundles[name], both).texts
     assert said == expected
+
+
+def test_four_bits_answer_alike(bundles, examples):
+    """k = 2 and r = 0.5, in int4 and in float32: as many questions are right (intervals: BENCHMARKS)."""
+    packed, plain = (ask(bundles[name], examples) for name in ("int4", "k2-r0.5"))
+    same = sum(one == other for one, other in zip(packed.texts, plain.texts, strict=True))
+    assert same >= 0.97 * len(examples)
+    assert abs(packed.right.mean() - plain.right.mean()) <= 0.02
+
+
+def test_a_head_that_shares_the_embedding_is_packed_beside_it(bundles, capsys):
+    """The demo ties the two: the embedding stays as the checkpoint has it, the head is read from its own bytes."""
+    names = read_header(bundles["int4"] / "model.safetensors")
+    assert "lm_head.weight.int8" in names and "lm_head.weight" not in names
+    embedding = next(tensor for name, tensor in names.items() if "embed_tokens" in name)
+    assert embedding.code == "F16"  # only the rows that are read are widened
+    norms = [tensor.code for name, tensor in names.items() if name.endswith("layernorm.weight")]
+    assert norms and set(norms) == {"F32"}
+    assert_parity(bundles["int4"], capsys, "--tokens", "8")

@@ -42,12 +42,17 @@ def fused(path, tmp_path, **entries) -> Counter:
     )
 
 
-@pytest.mark.parametrize("weights", ["int4", "int8"])
-@pytest.mark.parametrize("family", family_names())
+slow = pytest.mark.slow
+PACKED = [
+    pytest.param(f, w, marks=[slow] * (w == "int8" and f != "llava")) for f in family_names() for w in ("int4", "int8")
+]
+
+
+@pytest.mark.parametrize(("family", "weights"), PACKED)
 def test_packed_bundles_equal_pytorch_and_every_matrix_is_fused(family, weights, export_tiny, capsys, tmp_path):
     fields = {"weights": weights, "block": 64 if weights == "int4" else 32, "vision_weights": "int8"}
     folder = export_tiny(f"packed-{weights}", family=family, **pruned(family), **fields)
-    assert_parity(folder, capsys)
+    assert_parity(folder, capsys, "--tokens", "8")
     contract = open_bundle(folder).contract
     for graph, parts in (("decoder", ("layers", "head")), ("vision", ("tower",))):
         matrices = sum(kind.matrices for kind in contract.packed if kind.part in parts)
@@ -82,7 +87,10 @@ def test_activations_in_eight_bits_are_near_and_are_the_default(export_tiny, cap
     assert runtime.make_backend("ort-cpu")._entries == {fusing.LEVEL: "4"}
 
 
-ENGINES = [(family, weights) for family in family_names() for weights in format_names()]
+# All formats of one family, one of all families; the rest is slow. README's table is of all.
+ENGINES = [
+    pytest.param(f, w, marks=[slow] * (f != "llava" and w != "int4")) for f in family_names() for w in format_names()
+]
 
 
 @pytest.mark.parametrize(("family", "weights"), ENGINES)
@@ -115,20 +123,6 @@ def test_what_is_kept_and_what_the_bundle_says(export_tiny):
     assert kinds == {("layers", "int4", 32): 3 * 6, ("head", "int8", 32): 1}
     job = json.loads((folder / "job.json").read_text())
     assert (job["weights"], job["block"], job["keep"]) == ("int4", 32, ["*.layers.0.*", "*down_proj*"])
-
-
-def test_a_head_that_shares_the_embedding_is_packed_beside_it(tmp_path, capsys):
-    """demo ties the two: the embedding stays float, the head is read from its own bytes."""
-    folder = tmp_path / "demo"
-    assert cli.main(["--model", "demo", "--weights", "int4", "--dtype", "float32", "--output", str(folder)]) == 0
-    names = read_header(folder / "model.safetensors")
-    assert "lm_head.weight.int8" in names and "lm_head.weight" not in names
-    embedding = next(tensor for name, tensor in names.items() if "embed_tokens" in name)
-    assert embedding.code == "F16"  # as the checkpoint has it: only its rows are widened
-    norms = [tensor.code for name, tensor in names.items() if name.endswith("layernorm.weight")]
-    assert norms and set(norms) == {"F32"}
-    capsys.readouterr()
-    assert_parity(folder, capsys)
 
 
 def test_the_plan_foresees_what_is_written(export_tiny, tmp_path):

@@ -1,0 +1,207 @@
+"""Calibrated packing: prompts with pictures run through the language model one layer at a time.
+
+A layer is loaded, sees the prompts' states as the layers before it, already packed, give them, is packed by GPTQ
+(:mod:`vlmtrim.export.weights.gptq`), and passes the states on; so one layer and its Hessians are in memory at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from vlmtrim.export.job import Refusal
+from vlmtrim.export.weights.files import StoredTensor
+from vlmtrim.export.weights.gptq import gptq
+from vlmtrim.graphs.contract import Contract
+from vlmtrim.graphs.formats import Packing, load_format
+from vlmtrim.graphs.reading import Folder
+from vlmtrim.runtime.image import load_image
+from vlmtrim.runtime.progress import Progress
+from vlmtrim.runtime.prompt import Prompter
+
+LONGEST = 128  # prompts; more change little and cost memory (GPTQ's own number)
+# Format -> limits of its integers.
+_LIMITS = {"int4": (-8, 7), "int8": (-127, 127)}
+FORMATS = tuple(_LIMITS)
+
+Packer = Callable[[], tuple[np.ndarray, ...]]
+
+
+class _Caught(Exception):
+    """The first layer was reached."""
+
+
+class Weights:
+    """Parameters of a model without memory, given to it and taken away again."""
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, StoredTensor], matched: Mapping[str, str]):
+        self._model, self._tensors, self._matched = model, tensors, matched
+
+    def load(self, names: Sequence[str]) -> None:
+        """Read parameters as float32."""
+        for name in names:
+            self._put(name, self._tensors[self._matched[name]].read().to(torch.float32))
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Free parameters; their shapes stay."""
+        for name in names:
+            self._put(name, torch.zeros(()).expand(self._model.get_parameter(name).shape))
+
+    def _put(self, name: str, values: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        self._model.get_submodule(owner)._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+
+
+@torch.no_grad()
+def pack(
+    model: Any,
+    weights: Weights,
+    packings: Mapping[str, Packing],
+    prompts: Sequence[Mapping[str, Tensor]],
+    dtype: str,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Packer]:
+    """Pack the matrices of a language model's layers on what its inputs are.
+
+    Args:
+        model: transformers' model without memory, in float32.
+        packings: parameter -> how it is packed; what is no matrix of a layer, or of no format in FORMATS, is left out.
+        prompts: inputs of the model, as its own processor makes them.
+        dtype: of the scales.
+        folder: where packed layers wait.
+
+    Returns:
+        Parameter -> what reads its arrays.
+    """
+    text = model.model.language_model
+    prefix = next(name for name, module in model.named_modules() if module is text)
+    outside = [name for name, _ in model.named_parameters() if not name.startswith((f"{prefix}.layers.", "lm_head"))]
+    weights.load(outside)
+    states = [_entering(model, text.layers[0], prompt) for prompt in prompts]
+    weights.drop(outside)
+    ready: dict[str, Packer] = {}
+    for index, layer in enumerate(text.layers):
+        inside = f"{prefix}.layers.{index}"
+        names = [f"{inside}.{name}" for name, _ in layer.named_parameters()]
+        weights.load(names)
+        chosen = {n: p for n, p in packings.items() if n in names and p.format in FORMATS}
+        matrices = {name: layer.get_submodule(name[len(inside) + 1 :].rpartition(".")[0]) for name in chosen}
+        arrays: dict[str, np.ndarray] = {}
+        for name, hessian in _hessians(layer, matrices, states):
+            arrays |= _pack(name, matrices[name], hessian, chosen[name], dtype)
+        file = folder / f"packed-{index}.safetensors"
+        save_file(arrays, file)
+        ready |= {name: _reader(file, name, packing) for name, packing in chosen.items()}
+        states = [(_states(layer(hidden, **others)), others) for hidden, others in states]
+        weights.drop(names)
+        progress(index + 1, len(text.layers))
+    return ready
+
+
+def _entering(model: Any, layer: nn.Module, prompt: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """States [1, S, D] that enter the first layer, and the other arguments of every layer."""
+    caught: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def catch(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = dict(kwargs)
+        hidden = args[0] if args else given.pop("hidden_states")
+        caught.append((hidden, given))
+        raise _Caught
+
+    handle = layer.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        model.model(**prompt, use_cache=False)
+    except _Caught:
+        return caught[0]
+    finally:
+        handle.remove()
+    raise AssertionError("the language model has no layers")
+
+
+def _states(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _hessians(
+    layer: nn.Module, matrices: Mapping[str, nn.Module], states: Sequence[tuple[Tensor, dict[str, Any]]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, sum of x x^T over all inputs [K, K]) of every matrix, a copy that may be overwritten. Matrices that
+    read the same values, such as those of queries, keys and values, share one sum until then."""
+    sums: dict[str, Tensor] = {}
+    owner: dict[str, str] = {}
+    last: list[Any] = [None, ""]
+
+    def watch(name: str) -> Callable[..., None]:
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0] is not last[0]:
+                rows = args[0].reshape(-1, args[0].shape[-1])
+                sums[name] = rows.t() @ rows if name not in sums else sums[name].addmm_(rows.t(), rows)
+                last[:] = args[0], name
+            owner[name] = last[1]
+
+        return add
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in matrices.items()]
+    for hidden, others in states:
+        layer(hidden, **others)
+    for handle in handles:
+        handle.remove()
+    last[0] = None
+    for name in matrices:
+        yield name, sums[owner[name]].clone()
+
+
+def _pack(name: str, module: Any, hessian: Tensor, packing: Packing, dtype: str) -> dict[str, np.ndarray]:
+    """The arrays of a matrix, by name; the module goes on with what they stand for."""
+    matrix = module.weight.t().contiguous()
+    if not torch.isfinite(matrix).all() or not torch.isfinite(hessian).all():
+        raise Refusal(f"{name}: weights or the states that it reads are not finite, so it cannot be calibrated")
+    form = load_format(packing.format)
+    codes, scales = gptq(
+        matrix, hessian, packing.block, dtype, *_LIMITS[packing.format], getattr(form, "SHRINK", (1.0,))
+    )
+    module.weight.data = matrix.t()
+    outputs, inputs = module.weight.shape
+    described = packing.arrays(inputs, outputs, dtype)
+    stored = form.from_codes(codes, scales)
+    return {
+        f"{name}.{array.suffix}": np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        for array, data in zip(described, stored, strict=True)
+    }
+
+
+def _reader(file: Path, name: str, packing: Packing) -> Packer:
+    suffixes = [array.suffix for array in packing.arrays(packing.block or 2, 2, "float32")]
+
+    def read() -> tuple[np.ndarray, ...]:
+        with safe_open(file, "np") as arrays:
+            return tuple(arrays.get_tensor(f"{name}.{suffix}") for suffix in suffixes)
+
+    return read
+
+
+def prompts_of(source: Path, contract: Contract, asked: Sequence[tuple[Path, str]]) -> list[dict[str, Tensor]]:
+    """What the model takes of pictures and questions, as the checkpoint's own processor makes it."""
+    from vlmtrim.export.oracles.reference import own_processor
+
+    if len(asked) > LONGEST:
+        print(f"calibrating on the first {LONGEST} of {len(asked)} pictures", file=sys.stderr)
+    prompter, processor = Prompter(Folder(source), contract), own_processor(source)
+    start = processor.tokenizer.bos_token
+    found = []
+    for picture, question in asked[:LONGEST]:
+        parts: Any = [{"type": "image"}, {"type": "text", "text": question}]
+        text = prompter.render([{"role": "user", "content": parts}]).text
+        special = not (start and text.startswith(start))  # else the template has written it
+        inputs = processor(text=text, images=load_image(picture), return_tensors="pt", add_special_tokens=special)
+        found.append(dict(inputs))
+    return found
