@@ -27,7 +27,7 @@ import numpy as np
 from vlmtrim.graphs.errors import GraphError
 
 CHANNEL = 0  # as a block: one scale a column, whatever K is
-SLICE = 1 << 22  # weights that are packed at once, to bound what the search for scales holds
+SLICE = 1 << 17  # weights whose scales are searched at once; they stay in a core's cache
 
 
 @dataclass(frozen=True)

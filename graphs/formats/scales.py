@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 
 from vlmtrim.graphs.formats import CHANNEL, SLICE
 
+WORKERS = min(4, len(os.sched_getaffinity(0)))  # each holds some copies of a slice
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -40,11 +44,18 @@ def symmetric(
     integers = np.empty((inputs // length, length, outputs), np.int8)
     scales = np.empty((inputs // length, outputs), DTYPES[dtype])
     blocks = matrix.reshape(-1, length, outputs)
-    step = max(1, SLICE // (length * outputs))
-    for start in range(0, len(blocks), step):
-        part = slice(start, start + step)
-        weights = counts.reshape(-1, length, 1)[part]
-        integers[part], scales[part] = _nearest(blocks[part], weights, scales.dtype, low, high, shrink)
+    weights = counts.reshape(-1, length, 1)
+    columns = max(1, min(outputs, SLICE // length))
+    step = max(1, SLICE // (length * columns))
+
+    def find(place: tuple[int, int]) -> None:
+        rows, some = slice(place[0], place[0] + step), slice(place[1], place[1] + columns)
+        found = _nearest(np.ascontiguousarray(blocks[rows, :, some]), weights[rows], scales.dtype, low, high, shrink)
+        integers[rows, :, some], scales[rows, some] = found
+
+    places = itertools.product(range(0, len(blocks), step), range(0, outputs, columns))
+    with ThreadPoolExecutor(WORKERS) as pool:  # numpy computes outside of Python's lock
+        list(pool.map(find, places))
     return integers.reshape(inputs, outputs), scales[0] if block == CHANNEL else scales
 
 
@@ -54,21 +65,25 @@ def _nearest(
     """Of [b, length, N] with counts [b, length, 1]: (int8 of the same shape, scales [b, N])."""
     largest = np.abs(blocks).max(axis=1)
     smallest = np.float32(ml_dtypes.finfo(dtype).smallest_normal)
-    best = codes = scales = None
-    for share in shrink:
+    tried = np.empty_like(blocks)
+    best = scales = None
+    for share in shrink if len(shrink) > 1 else ():
         scale = np.maximum(largest * np.float32(share / high), smallest).astype(dtype)
-        wide = scale.astype(np.float32)[:, None]
-        tried = np.clip(np.rint(blocks / wide), low, high)
-        if len(shrink) == 1:
-            return tried.astype(np.int8), scale
-        error = (counts * np.square(tried * wide - blocks)).sum(axis=1)
-        if best is None:
-            best, codes, scales = error, tried.astype(np.int8), scale
-            continue
-        assert codes is not None and scales is not None
-        better = error < best
-        best = np.where(better, error, best)
-        scales = np.where(better, scale, scales)
-        np.copyto(codes, tried.astype(np.int8), where=better[:, None])
-    assert codes is not None and scales is not None
-    return codes, scales
+        _round(blocks, scale, low, high, tried)
+        tried *= scale.astype(np.float32)[:, None]
+        tried -= blocks
+        error = np.einsum("bln,bln,bl->bn", tried, tried, counts[..., 0])
+        if best is None or scales is None:
+            best, scales = error, scale
+        else:
+            scales = np.where(error < best, scale, scales)
+            np.minimum(best, error, out=best)
+    if scales is None:
+        scales = np.maximum(largest / np.float32(high), smallest).astype(dtype)
+    return _round(blocks, scales, low, high, tried).astype(np.int8), scales
+
+
+def _round(blocks: np.ndarray, scales: np.ndarray, low: int, high: int, out: np.ndarray) -> np.ndarray:
+    np.divide(blocks, scales.astype(np.float32)[:, None], out=out)
+    np.rint(out, out=out)
+    return np.clip(out, low, high, out=out)
