@@ -23,6 +23,7 @@ MODELS = [  # model, method and its arguments
         ("tiny:mllama", ["--method", "trimmed-llama"]),
     ),
     *(("tiny:mllama", ["--method", "none"]), ("demo", ["--dtype", "float32"])),
+    ("tiny:qwen2_vl", ["--k", "1", "--weights", "int4", "--block", "32"]),
 ]
 
 
