@@ -36,6 +36,7 @@ def make_job(args: argparse.Namespace) -> Job:
     label = method.label if method else "guide" if args.emit_guide else "dense"
     label += "" if args.weights == FLOAT else f"-{args.weights}"
     fields["keep"] = tuple(args.keep)
+    fields["fp32_layers"] = tuple(args.fp32_layers)
     fields["output"] = args.output or default_output(args.model, label)
     fields["eos_token_ids"] = tuple(args.eos_token_ids or ())
     return Job(**{**fields, "method": method})
@@ -51,6 +52,8 @@ def check(job: Job) -> None:
     """Raises Refusal where numbers, names or the model's config say that the job cannot be done."""
     check_numbers(job)
     check_packing(job)
+    if job.fp32_layers and job.dtype != "float16":
+        raise Refusal(f"--fp32-layers are layers of --dtype float16; the dtype is {job.dtype}: leave them out")
     checkpoints.check_name(job.model)
     family, text = _family_and_text(job.model)
     if family is None:
@@ -59,6 +62,8 @@ def check(job: Job) -> None:
     layers, positions = text.get("num_hidden_layers"), text.get("max_position_embeddings")
     if isinstance(positions, int) and job.max_seq_len > positions:
         raise Refusal(f"--max-seq-len is {job.max_seq_len}; the model takes 2 to {positions} tokens")
+    if isinstance(layers, int) and max(job.fp32_layers, default=0) >= layers:
+        raise Refusal(f"--fp32-layers names layer {max(job.fp32_layers)}; the model has layers 0 to {layers - 1}")
     vocabulary = text.get("vocab_size")
     if isinstance(vocabulary, int) and max(job.eos_token_ids, default=0) >= vocabulary:
         raise Refusal(f"--eos-token-id is {max(job.eos_token_ids)}; the model has tokens 0 to {vocabulary - 1}")

@@ -41,10 +41,11 @@ def check(job: Job) -> None:
     questions(Path(job.calibrate))
     if not measures_bounds(job):
         name = "none" if job.method is None else job.method.name
-        if not job.calibrates_weights:
+        if not job.calibrates_weights and not job.checks_ranges:
             raise Refusal(
-                "--calibrate measures bounds of --method zipvl, or rounds --weights int4 or int8 by what pictures make "
-                f"of them; the method is {name}, the weights are {job.weights}: leave it out"
+                "--calibrate measures bounds of --method zipvl, rounds --weights int4 or int8, or finds what leaves "
+                f"--dtype float16; the method is {name}, the weights are {job.weights}, the dtype is {job.dtype}: "
+                "leave it out"
             )
         return
     if job.method.budgets is not None or isinstance(job.method.bound, tuple):

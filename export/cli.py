@@ -42,6 +42,13 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     p.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of activations and weights; auto keeps the checkpoint's"
     )
+    p.add_argument(
+        "--fp32-layers",
+        type=_numbers,
+        default=(),
+        metavar="I,J",
+        help="decoder layers, from 0, that compute in float32 where float16 would overflow; --calibrate names them",
+    )
     _add_packing(p)
     p.add_argument(
         "--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)"
@@ -118,6 +125,12 @@ def _add_packing(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    if not all(part.isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 0,1,30")
+    return tuple(sorted({int(part) for part in text.split(",")}))
+
+
 def _block(text: str) -> int:
     if text == "channel":
         return 0
@@ -133,7 +146,7 @@ def _add_measuring(p: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="pictures (NAME.txt beside one is its question). zipvl: measure what every layer keeps of them, bound "
         "each by its mean and one deviation, and put budgets.json into the bundle. --weights int4, int8: GPTQ on the "
-        "first 128 of them, instead of every weight by itself",
+        "first 128 of them, instead of every weight by itself. --dtype float16: say which layers leave its range",
     )
     p.add_argument(
         "--emit-guide",

@@ -45,6 +45,7 @@ class Job:
         head_weights: the same of the matrix of the logits; AUTO for 8 bits where ``weights`` packs at all.
         vision_weights: the same of the vision tower's matrices.
         keep: patterns of parameters that are not packed.
+        fp32_layers: decoder layers that compute in float32 where the others compute in float16.
         calibrate: folder of pictures with questions that bounds are measured, and integers rounded, on; None for none.
     """
 
@@ -69,6 +70,7 @@ class Job:
     head_weights: str = AUTO
     vision_weights: str = FLOAT
     keep: tuple[str, ...] = ()
+    fp32_layers: tuple[int, ...] = ()
     calibrate: str | None = None
 
     @property
@@ -82,6 +84,11 @@ class Job:
     def calibrates_weights(self) -> bool:
         """Whether the decoder's matrices are packed on what the pictures of ``calibrate`` make of their inputs."""
         return self.calibrate is not None and self.weights in ("int4", "int8")
+
+    @property
+    def checks_ranges(self) -> bool:
+        """Whether the pictures of ``calibrate`` tell which layers leave float16's range."""
+        return self.calibrate is not None and self.dtype == "float16"
 
     @property
     def packs(self) -> bool:

@@ -43,7 +43,8 @@ def plan(job: Job, model: Any) -> dict[str, Packing]:
     planned, left = {}, []
     for name, weight in matrices.items():
         chosen = formats[part_of(name)]
-        if chosen == FLOAT or any(fnmatch.fnmatch(name, pattern) for pattern in job.keep):
+        wide = any(f".layers.{index}." in name for index in job.fp32_layers) and part_of(name) == LAYERS
+        if chosen == FLOAT or wide or any(fnmatch.fnmatch(name, pattern) for pattern in job.keep):
             continue
         block = fitting_block(chosen, int(weight.shape[1]), _block(job, chosen))
         if block is None:

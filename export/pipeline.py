@@ -32,6 +32,7 @@ from vlmtrim.graphs.lint import lint, lint_chain, node_counts
 from vlmtrim.graphs.passes.key_scores import key_scores
 from vlmtrim.graphs.passes.last_row import last_row
 from vlmtrim.graphs.passes.vision_scores import vision_scores
+from vlmtrim.graphs.passes.wide_layers import wide_layers
 from vlmtrim.graphs.passes.widen import widen
 from vlmtrim.graphs.staging import check_target, staging
 from vlmtrim.graphs.surgery import shard
@@ -110,9 +111,11 @@ def export(
         )
         with tempfile.TemporaryDirectory(prefix=".packed-", dir=folder) as waiting:
             ready = {}
-            if job.calibrates_weights:
+            if job.calibrates_weights or job.checks_ranges:
                 with _stage(report, "calibrate weights") as show:
-                    ready = _calibrated(prepared, matched, placed, Path(waiting), show)
+                    ready, largest = _calibrated(prepared, matched, placed, Path(waiting), show)
+                report["largest"] = largest
+                layerwise.say_ranges(largest, job)
             with _stage(report, "weights") as show:
                 wanted = weights.Wanted(prepared.dtype, placed, matched, job.clip_overflow, ready)
                 stored = weights.store(prepared.tensors, wanted, folder, show, job.link_weights)
@@ -185,13 +188,17 @@ def graphs(
                 key_scores(graph)
                 lint(graph, contract.graphs[name])
         packing.place(graph, prepared.packings)
+        if name == "decoder" and job.fp32_layers:
+            with _stage(report, "layers in float32"):
+                wide_layers(graph, job.fp32_layers)
+                lint(graph, contract.graphs[name])
         yield name, graph
 
 
 def _calibrated(
     prepared: Prepared, matched: dict[str, str], placed: dict[str, Packing], waiting: Path, show: Progress
-) -> dict[str, layerwise.Packer]:
-    """Matrices of the language model's layers, packed on the job's pictures."""
+) -> tuple[dict[str, layerwise.Packer], list[float]]:
+    """Matrices of the language model's layers, packed on the job's pictures; and the largest values of each layer."""
     assert prepared.tensors is not None and prepared.job.calibrate is not None
     family, config, contract = prepared.family, prepared.config, prepared.contract
     model = trace.build_without_memory(family.MODEL_CLASS, config, torch.float32, "sdpa")

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from vlmtrim.export.job import Refusal
+from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.weights.files import StoredTensor
 from vlmtrim.export.weights.gptq import gptq
 from vlmtrim.graphs.contract import Contract
@@ -31,6 +31,7 @@ LONGEST = 128  # prompts; more change little and cost memory (GPTQ's own number)
 # Format -> limits of its integers.
 _LIMITS = {"int4": (-8, 7), "int8": (-127, 127)}
 FORMATS = tuple(_LIMITS)
+FLOAT16, NEAR = 65504.0, 0.5  # its largest value, and the share of it from which other pictures may pass it
 
 Packer = Callable[[], tuple[np.ndarray, ...]]
 
@@ -69,7 +70,7 @@ def pack(
     dtype: str,
     folder: Path,
     progress: Progress,
-) -> dict[str, Packer]:
+) -> tuple[dict[str, Packer], list[float]]:
     """Pack the matrices of a language model's layers on what its inputs are.
 
     Args:
@@ -80,7 +81,7 @@ def pack(
         folder: where packed layers wait.
 
     Returns:
-        Parameter -> what reads its arrays.
+        Parameter -> what reads its arrays; and the largest magnitude that anything in each layer takes.
     """
     text = model.model.language_model
     prefix = next(name for name, module in model.named_modules() if module is text)
@@ -89,6 +90,7 @@ def pack(
     states = [_entering(model, text.layers[0], prompt) for prompt in prompts]
     weights.drop(outside)
     ready: dict[str, Packer] = {}
+    largest: list[float] = []
     for index, layer in enumerate(text.layers):
         inside = f"{prefix}.layers.{index}"
         names = [f"{inside}.{name}" for name, _ in layer.named_parameters()]
@@ -96,15 +98,31 @@ def pack(
         chosen = {n: p for n, p in packings.items() if n in names and p.format in FORMATS}
         matrices = {name: layer.get_submodule(name[len(inside) + 1 :].rpartition(".")[0]) for name in chosen}
         arrays: dict[str, np.ndarray] = {}
-        for name, hessian in _hessians(layer, matrices, states):
-            arrays |= _pack(name, matrices[name], hessian, chosen[name], dtype)
-        file = folder / f"packed-{index}.safetensors"
-        save_file(arrays, file)
-        ready |= {name: _reader(file, name, packing) for name, packing in chosen.items()}
-        states = [(_states(layer(hidden, **others)), others) for hidden, others in states]
+        if chosen:
+            for name, hessian in _hessians(layer, matrices, states):
+                arrays |= _pack(name, matrices[name], hessian, chosen[name], dtype)
+            file = folder / f"packed-{index}.safetensors"
+            save_file(arrays, file)
+            ready |= {name: _reader(file, name, packing) for name, packing in chosen.items()}
+        states, most = _passed(layer, states)
+        largest.append(most)
         weights.drop(names)
         progress(index + 1, len(text.layers))
-    return ready
+    return ready, largest
+
+
+def say_ranges(largest: Sequence[float], job: Job) -> None:
+    """Warn of layers whose values leave float16, or come near, where they are computed in it."""
+    if not job.checks_ranges:
+        return
+    near = [i for i, most in enumerate(largest) if most > NEAR * FLOAT16 and i not in job.fp32_layers]
+    if near:
+        named = ",".join(map(str, sorted({*near, *job.fp32_layers})))
+        print(
+            f"warning: values of layers {', '.join(map(str, near))} reach {max(largest[i] for i in near):.3g}, float16 "
+            f"ends at {FLOAT16:.0f}: export with --fp32-layers {named}, or with --dtype bfloat16 or float32",
+            file=sys.stderr,
+        )
 
 
 def _entering(model: Any, layer: nn.Module, prompt: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
@@ -125,6 +143,24 @@ def _entering(model: Any, layer: nn.Module, prompt: Mapping[str, Tensor]) -> tup
     finally:
         handle.remove()
     raise AssertionError("the language model has no layers")
+
+
+def _passed(
+    layer: nn.Module, states: Sequence[tuple[Tensor, dict[str, Any]]]
+) -> tuple[list[tuple[Tensor, dict[str, Any]]], float]:
+    """States behind a layer, and the largest magnitude that it or a part of it read or returned."""
+    most = [0.0]
+
+    def watch(_: nn.Module, inputs: tuple, output: Any) -> None:
+        for values in (*inputs, _states(output)):
+            if isinstance(values, Tensor) and values.is_floating_point() and values.numel():
+                most[0] = max(most[0], float(values.abs().max()))
+
+    handles = [module.register_forward_hook(watch) for module in layer.modules()]
+    passed = [(_states(layer(hidden, **others)), others) for hidden, others in states]
+    for handle in handles:
+        handle.remove()
+    return passed, most[0]
 
 
 def _states(output: Any) -> Tensor:

@@ -16,7 +16,7 @@ def widen(model: ir.Model, stored: Mapping[str, ir.DataType]) -> None:
             continue
         wide = value.dtype
         assert wide is not None
-        value.dtype = narrow
+        value.type = ir.TensorType(narrow)  # a new one: clones of a graph share theirs
         readers = [(node, index) for node, index in value.uses()]
         tables = [
             n for n, index in readers if n.op_type == "Gather" and index == 0 and n.attributes.get_int("axis", 0) == 0
@@ -25,16 +25,16 @@ def widen(model: ir.Model, stored: Mapping[str, ir.DataType]) -> None:
             rows = node.outputs[0]
             cast = ir.node("Cast", [rows], attributes={"to": int(wide)}, name=f"{rows.name}/wide")
             cast.outputs[0].name = f"{rows.name}/wide"
-            cast.outputs[0].dtype, cast.outputs[0].shape = wide, rows.shape
+            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(wide), rows.shape
             rows.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
             cast.replace_input_with(0, rows)
-            rows.dtype = narrow
+            rows.type = ir.TensorType(narrow)
             model.graph.insert_after(node, cast)
         others = [(node, index) for node, index in readers if node not in tables]
         if others:
             cast = ir.node("Cast", [value], attributes={"to": int(wide)}, name=f"{name}/wide")
             cast.outputs[0].name, cast.outputs[0].shape = f"{name}/wide", value.shape
-            cast.outputs[0].dtype = wide
+            cast.outputs[0].type = ir.TensorType(wide)
             for node, index in others:
                 node.replace_input_with(index, cast.outputs[0])
             model.graph.insert_before(model.graph[0], cast)

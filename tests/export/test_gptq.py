@@ -126,8 +126,8 @@ def test_states_that_are_not_finite_are_refused_by_the_matrix(pictures, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "fp8"], "the method is fastv, the weights are fp8: leave it out"),
-        ([], "the method is fastv, the weights are float: leave it out"),
+        (["--weights", "fp8"], "the method is fastv, the weights are fp8, the dtype is auto"),
+        ([], "the method is fastv, the weights are float, the dtype is auto"),
     ],
 )
 def test_pictures_that_nothing_is_measured_on_are_refused(arguments, message, pictures, capsys):

@@ -180,3 +180,13 @@ def test_narrow_weights_are_widened_behind_the_rows_that_are_read():
     assert order == [("Cast", "table"), ("Gather", "table"), ("Cast", None), ("Neg", None), ("MatMul", None)]
     assert table.dtype == gather.outputs[0].dtype == ir.DataType.FLOAT16
     assert all(value.dtype == ir.DataType.FLOAT for value in (both.inputs[0], other.inputs[0]))
+
+
+def test_a_graph_that_is_widened_leaves_its_clone_alone():
+    table = val("table", dtype=ir.DataType.FLOAT, shape=ir.Shape([9, 4]))
+    other = ir.node("Neg", [table])
+    model = ir.Model(
+        ir.Graph([], other.outputs, nodes=[other], initializers=[table], opset_imports={"": 24}), ir_version=11
+    )
+    widen(model.clone(), {"table": ir.DataType.FLOAT16})
+    assert table.dtype == ir.DataType.FLOAT and [node.op_type for node in model.graph] == ["Neg"]
