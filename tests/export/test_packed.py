@@ -7,16 +7,18 @@ from collections import Counter
 import onnx
 import onnxruntime
 import pytest
+import torch
 from parity import assert_parity
+from safetensors.torch import save_file
 
 from vlmtrim import runtime
 from vlmtrim.export import check_cli, cli, memory, pipeline
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export.checkpoint import family_names
 from vlmtrim.export.job import Job, Refusal
-from vlmtrim.export.weights import read_header, tiny
+from vlmtrim.export.weights import Wanted, read_checkpoint, read_header, store, tiny
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.graphs.formats import format_names
+from vlmtrim.graphs.formats import Packing, format_names
 from vlmtrim.graphs.packed import Packed
 from vlmtrim.runtime.backends import fusing
 from vlmtrim.runtime.errors import RuntimeRefusal
@@ -127,16 +129,19 @@ def test_what_is_kept_and_what_the_bundle_says(export_tiny):
 
 def test_the_plan_foresees_what_is_written(export_tiny, tmp_path):
     """Weights in the bundle, and the pieces that engines are cut into."""
-    folder = tiny.write_checkpoint(checkpoints.load_family("qwen2_vl"), tmp_path / "c")
-    job = Job(str(folder), str(tmp_path / "b"), max_seq_len=512, weights="int4", block=32)
-    bundle = pipeline.export(job, folder)
-    prepared = pipeline.prepare(job, folder, pipeline.weights.read_checkpoint(folder))
+    source = tiny.write_checkpoint(checkpoints.load_family("qwen2_vl"), tmp_path / "c")
+    packing = {"weights": "int4", "block": 32}
+    bundle = export_tiny("planned", family="qwen2_vl", method="none", **packing)
+    plan = lambda **fields: pipeline.prepare(  # noqa: E731
+        Job(str(source), str(tmp_path / "b"), None, max_seq_len=512, **fields), source, read_checkpoint(source)
+    )
+    prepared, floats = plan(**packing), plan()
     written = sum(tensor.length for tensor in read_header(bundle / "model.safetensors").values())
     assert prepared.plan.weights == written
+    assert prepared.contract.packed == open_bundle(bundle).contract.packed
     packed = sum(kind.nbytes for kind in prepared.contract.packed)
-    assert any(line.split()[:3] == ["of", "it", "layers"] for line in prepared.plan_lines)
-    floats = pipeline.prepare(Job(str(folder), str(tmp_path / "f"), max_seq_len=512), folder, None)
     weights = sum(kind.weights for kind in prepared.contract.packed)
+    assert any(line.split()[:3] == ["of", "it", "layers"] for line in prepared.plan_lines)
     assert floats.plan.decoder - prepared.plan.decoder == 4 * weights - packed
     _, tail = memory.layer_bytes(prepared.plan.decoder, prepared.contract)
     assert tail == next(kind.nbytes for kind in prepared.contract.packed if kind.part == "head")
@@ -167,15 +172,13 @@ def test_a_pattern_that_fits_nothing_and_matrices_that_no_block_divides(tmp_path
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    source = tiny.write_checkpoint(checkpoints.load_family("llava"), tmp_path / "c")
-    tensors = load_file(source / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("layers.2.mlp.up_proj.weight"))
-    tensors[name][3, 5] = float("nan")
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(Refusal, match=r"layers.2.mlp.up_proj.weight holds values that are not finite, which int4"):
-        pipeline.export(Job(str(source), str(tmp_path / "b"), max_seq_len=512, weights="int4"), source)
+    matrix = torch.zeros(8, 64)
+    matrix[3, 5] = float("nan")
+    save_file({"a.weight": matrix}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    wanted = Wanted(torch.float32, {"b.weight": Packing("int4", 32)}, {"b.weight": "a.weight"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(Refusal, match=r"b.weight holds values that are not finite, which int4 cannot hold"):
+        store(read_checkpoint(tmp_path), wanted, tmp_path / "out", lambda *_: None)
 
 
 @pytest.mark.parametrize("block", [32, 64, 128, 0])
