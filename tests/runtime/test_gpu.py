@@ -13,6 +13,7 @@ from parity import COMBINATIONS
 from vlmtrim import runtime
 from vlmtrim.export import check_cli
 from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.graphs.formats import format_names
 from vlmtrim.runtime.engines import build as engines
 from vlmtrim.runtime.engines import profiles
 from vlmtrim.runtime.errors import RuntimeRefusal
@@ -133,6 +134,21 @@ def test_every_family_equals_pytorch(backend, name, family, method, export_tiny,
 
 def test_a_chain_equals_ort_cpu(chained, library):
     assert check_cli.main([str(chained.folder), "--backend", library, "--against", "ort-cpu"]) == 0
+
+
+@pytest.mark.parametrize("weights", format_names())
+def test_packed_weights_equal_pytorch(library, weights, export_tiny):
+    """Every format on the device, towers too; nvfp4 where it has kernels for it."""
+    fields = {"weights": weights, "vision_weights": weights, "dtype": "float16", "engine": library}
+    folder = export_tiny(f"gpu-{weights}-{library}", k=2, r=0.5, **fields)
+    assert check_cli.main([str(folder), "--backend", library, "--tokens", "8"]) == 0
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_onnxruntime_cuda_runs_packed_weights(weights, export_tiny):
+    started("ort-cuda")
+    folder = export_tiny(f"gpu-ort-{weights}", k=2, r=0.5, dtype="float16", weights=weights)
+    assert check_cli.main([str(folder), "--backend", "ort-cuda", "--tokens", "8"]) == 0
 
 
 def test_bfloat16_equals_pytorch(library, export_tiny):
