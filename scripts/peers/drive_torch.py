@@ -1,0 +1,49 @@
+"""PyTorch through transformers, float32, SDPA; load: ``checkpoint``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+import wire
+
+
+def load(request: dict[str, Any]) -> Any:
+    torch.set_num_threads(wire.THREADS)
+    torch.set_grad_enabled(False)
+    folder = request["checkpoint"]
+    processor = AutoProcessor.from_pretrained(folder)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    tower: list[float] = []
+    model.model.visual.register_forward_pre_hook(lambda *_: tower.append(-time.perf_counter()))
+    model.model.visual.register_forward_hook(lambda *_: tower.append(tower.pop() + time.perf_counter()))
+
+    def ask(request: dict[str, Any]) -> dict[str, Any]:
+        turn = request["turn"]
+        picture = Image.frombytes("RGB", (wire.WIDTH, wire.HEIGHT), wire.pixels(turn))
+        text = wire.prompt(turn, "<|vision_start|><|image_pad|><|vision_end|>")
+        seen: dict[str, int] = {}
+
+        def tokens() -> Iterator[Any]:
+            inputs = processor(text=[text], images=[picture], return_tensors="pt")
+            visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+            seen.update(tokens=inputs["input_ids"].shape[1], visual=visual, kept=visual)
+            out = model(**inputs, use_cache=True, logits_to_keep=1)
+            yield (token := out.logits[:, -1:].argmax(-1))
+            for _ in range(request["new_tokens"] - 1):
+                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                yield (token := out.logits[:, -1:].argmax(-1))
+
+        found = wire.timed(time.perf_counter(), tokens())
+        return {**found, **seen, "vision": tower.pop()}
+
+    return ask
+
+
+if __name__ == "__main__":
+    wire.serve(load)
