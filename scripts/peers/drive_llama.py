@@ -17,7 +17,9 @@ from typing import Any
 
 import wire
 
-_ENCODED = re.compile(r"slice encoded in (\d+) ms")
+# The log's lines around the tower: minutes.seconds.milliseconds.microseconds since the start.
+_ENCODING = re.compile(r"^([\d.]+) .*encoding mtmd batch", re.M)
+_DECODING = re.compile(r"^([\d.]+) .*decoding image batch 1/", re.M)
 
 
 def load(request: dict[str, Any]) -> Any:
@@ -28,7 +30,21 @@ def load(request: dict[str, Any]) -> Any:
     threads = ("-t", str(wire.THREADS), "-tb", str(wire.THREADS))
     files = ("-m", request["text"], "--mmproj", request["mmproj"])
     server = subprocess.Popen(
-        [request["server"], *files, *threads, "-c", "2048", "-np", "1", "--cache-ram", "0", "--port", str(port)],
+        [
+            request["server"],
+            *files,
+            *threads,
+            "-c",
+            "2048",
+            "-np",
+            "1",
+            "--cache-ram",
+            "0",
+            "--port",
+            str(port),
+            "-lv",
+            "4",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=log.open("wb"),
     )
@@ -42,7 +58,7 @@ def load(request: dict[str, Any]) -> Any:
         body = {
             "prompt": {
                 "prompt_string": wire.prompt(turn, marker),
-                "multimodal_data": [base64.b64encode(wire.png(turn)).decode()],
+                "multimodal_data": [base64.b64encode(wire.png(request)).decode()],
             },
             "n_predict": request["new_tokens"],
             "ignore_eos": True,
@@ -59,18 +75,31 @@ def load(request: dict[str, Any]) -> Any:
                     last = json.loads(line[6:])
                     times += [time.perf_counter()] if last.get("tokens") or last.get("content") else []
         timings = last["timings"]
-        encoded = _ENCODED.findall(log.read_bytes()[said:].decode(errors="replace"))
+        written = log.read_bytes()[said:].decode(errors="replace")
         return {
             "ttft": times[0] - start,
             "rate": timings["predicted_per_second"],
             "new": timings["predicted_n"],
             "first": timings["prompt_ms"] / 1000,
             "tokens": timings["prompt_n"],
-            **({"vision": sum(map(int, encoded)) / 1000} if encoded else {}),
+            **_tower(written),
             **wire.memory(server.pid),
         }
 
     return ask
+
+
+def _tower(log: str) -> dict[str, float]:
+    marks = [pattern.findall(log) for pattern in (_ENCODING, _DECODING)]
+    if not all(marks):
+        return {}
+    start, end = (_seconds(found[0]) for found in marks)
+    return {"vision": end - start}
+
+
+def _seconds(stamp: str) -> float:
+    minutes, seconds, milli, micro = map(int, stamp.split("."))
+    return minutes * 60 + seconds + milli / 1e3 + micro / 1e6
 
 
 def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import openvino as ov  # type: ignore[import-not-found]
 import openvino_genai as genai  # type: ignore[import-not-found]
-
 import wire
 
 
@@ -20,7 +19,8 @@ def load(request: dict[str, Any]) -> Any:
 
     def ask(request: dict[str, Any]) -> dict[str, Any]:
         turn = request["turn"]
-        picture = ov.Tensor(np.frombuffer(wire.pixels(turn), np.uint8).reshape(1, wire.HEIGHT, wire.WIDTH, 3).copy())
+        (width, height), data = wire.picture(request)
+        picture = ov.Tensor(np.frombuffer(data, np.uint8).reshape(1, height, width, 3).copy())
         config = pipeline.get_generation_config()
         config.max_new_tokens, config.ignore_eos, config.do_sample = request["new_tokens"], True, False
         config.apply_chat_template = False

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import wire
 from PIL import Image
 
-import wire
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime.measure.watch import Run, watch
 from vlmtrim.runtime.prompt import Conversation
@@ -30,7 +30,7 @@ def load(request: dict[str, Any]) -> Any:
 
     def ask(request: dict[str, Any]) -> dict[str, Any]:
         turn = request["turn"]
-        picture = Image.frombytes("RGB", (wire.WIDTH, wire.HEIGHT), wire.pixels(turn))
+        picture = Image.frombytes("RGB", *wire.picture(request))
         session.reset()
         spent.clear()
         seen: dict[str, int] = {}

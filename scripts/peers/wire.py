@@ -1,11 +1,14 @@
 """What every driver speaks: one JSON object a line, requests on stdin, answers on stdout. Standard library only.
 
-Requests: ``{"do": "load", ...}``, ``{"do": "ask", "turn": N, "new_tokens": N, ...}``, ``{"do": "quit"}``. An answer is an
-object, or ``{"error": "one line"}``. Libraries that print go to stderr: file descriptor 1 is moved out of their way.
+Requests: ``{"do": "load", "packages": [...], ...}``, ``{"do": "ask", "turn": N, "new_tokens": N, "small": bool, ...}``,
+``{"do": "quit"}``. An answer is an object, or ``{"error": "one line"}``. Libraries that print go to stderr: file
+descriptor 1 is moved out of their way. ``small`` asks about a small picture, to warm up.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import random
@@ -19,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 THREADS = 2
-WIDTH, HEIGHT = 896, 672  # 32 x 24 visual tokens of 28 x 28 pixels
+FULL = 896, 672  # pixels; 32 x 24 visual tokens of 28 x 28 pixels
+SMALL = 224, 168  # 8 x 6 visual tokens
 START, END = "<|im_start|>", "<|im_end|>"
 
 
@@ -33,22 +37,25 @@ def prompt(turn: int, picture: str) -> str:
     return f"{START}user\n{picture}{question(turn)}{END}\n{START}assistant\n"
 
 
-def pixels(turn: int) -> bytes:
-    """The picture of a turn, RGB rows: blocks of random colours. No two turns share one, so no cache helps."""
-    draw, side = random.Random(turn), 56
+def picture(request: dict[str, Any]) -> tuple[tuple[int, int], bytes]:
+    """Width and height, and RGB rows of the picture of a turn: blocks of random colours. No two turns share one, so no
+    cache helps."""
+    draw, side = random.Random(request["turn"]), 56
+    width, height = SMALL if request.get("small") else FULL
     rows = []
-    for _ in range(HEIGHT // side):
-        row = b"".join(draw.randbytes(3) * side for _ in range(WIDTH // side))
+    for _ in range(height // side):
+        row = b"".join(draw.randbytes(3) * side for _ in range(width // side))
         rows.append(row * side)
-    return b"".join(rows)
+    return (width, height), b"".join(rows)
 
 
-def png(turn: int) -> bytes:
-    """The picture of a turn as a file, not compressed, for peers that take files alone."""
-    data, stride = pixels(turn), WIDTH * 3
+def png(request: dict[str, Any]) -> bytes:
+    """The same as a file, not compressed, for peers that take files alone."""
+    (width, height), data = picture(request)
+    stride = width * 3
     lines = b"".join(b"\0" + data[start : start + stride] for start in range(0, len(data), stride))
     chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, 0)),
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
         (b"IDAT", zlib.compress(lines, 0)),
         (b"IEND", b""),
     )
@@ -64,6 +71,15 @@ def memory(*processes: int) -> dict[str, int]:
         sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "VmHWM"))}
         found["rss"] += int(sizes["VmRSS"]) * 1024
         found["peak"] += int(sizes["VmHWM"]) * 1024
+    return found
+
+
+def versions(packages: list[str]) -> dict[str, str]:
+    """Of the packages named that are installed here."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
 
 
@@ -91,7 +107,7 @@ def serve(load: Callable[[dict[str, Any]], Callable[[dict[str, Any]], dict[str, 
             if request["do"] == "load":
                 start = time.perf_counter()
                 ask = load(request)
-                answer = {"load": time.perf_counter() - start}
+                answer = {"load": time.perf_counter() - start, "versions": versions(request["packages"])}
             elif ask is None:
                 raise RuntimeError("nothing is loaded; send load first")
             else:
