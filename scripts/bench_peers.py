@@ -125,6 +125,8 @@ class Bench:
                 self.skipped[f"{subject.peer} {subject.weights}"] = str(reason)
                 self._end(index)
             self._make_room(index)
+            if self.args.json:  # after every peer: a run takes hours on a busy machine
+                self.args.json.write_text(json.dumps(self.record(), indent=1) + "\n")
 
     def _start(self, index: int) -> Driver:
         subject = self.subjects[index]
@@ -216,8 +218,6 @@ def main() -> None:
         for number in range(1, args.rounds + 1):
             bench.round(number)
             print(f"\nround {number} of {args.rounds}\n{bench.table()}", file=sys.stderr, flush=True)
-            if args.json:
-                args.json.write_text(json.dumps(bench.record(), indent=1) + "\n")
         for index in list(bench.alive):
             bench._end(index)
     versions = ", ".join(f"{name} {version}" for name, version in sorted(bench.versions.items()))

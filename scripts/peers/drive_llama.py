@@ -66,20 +66,22 @@ def load(request: dict[str, Any]) -> Any:
             "cache_prompt": False,
             "stream": True,
         }
-        data, said = json.dumps(body).encode(), log.stat().st_size
-        start, times, last = time.perf_counter(), [], {}
+        data, logged = json.dumps(body).encode(), log.stat().st_size
+        start, times, said, last = time.perf_counter(), [], "", {}
         call = urllib.request.Request(f"{url}/completion", data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(call) as answer:
             for line in answer:
                 if line.startswith(b"data: {"):
                     last = json.loads(line[6:])
+                    said += last.get("content", "")
                     times += [time.perf_counter()] if last.get("tokens") or last.get("content") else []
         timings = last["timings"]
-        written = log.read_bytes()[said:].decode(errors="replace")
+        written = log.read_bytes()[logged:].decode(errors="replace")
         return {
             "ttft": times[0] - start,
             "rate": timings["predicted_per_second"],
             "new": timings["predicted_n"],
+            "text": said,
             "first": timings["prompt_ms"] / 1000,
             "tokens": timings["prompt_n"],
             **_tower(written),

@@ -42,6 +42,7 @@ def load(request: dict[str, Any]) -> Any:
             "ttft": metrics.get_ttft().mean / 1000,
             "rate": 1000 / metrics.get_tpot().mean,
             "new": made,
+            "text": done.texts[0],
             "first_text": times[0] - start,
             "whole": time.perf_counter() - start,
             "tokens": metrics.get_num_input_tokens(),

@@ -34,6 +34,7 @@ def load(request: dict[str, Any]) -> Any:
         session.reset()
         spent.clear()
         seen: dict[str, int] = {}
+        said: list[Any] = []
 
         def tokens() -> Iterator[Any]:
             pictures = session.processor([picture])
@@ -41,12 +42,15 @@ def load(request: dict[str, Any]) -> Any:
             ids = session.prompter.expand_images(asked, pictures.tokens)
             prefill = session.prefill([ids], pictures)
             seen.update(tokens=len(ids), visual=prefill.visual, kept=prefill.kept)
-            yield (token := prefill.logits.argmax(axis=1))
+            said.append(token := prefill.logits.argmax(axis=1))
+            yield
             for _ in range(request["new_tokens"] - 1):
-                yield (token := session.decode(token).argmax(axis=1))
+                said.append(token := session.decode(token).argmax(axis=1))
+                yield
 
         found = wire.timed(time.perf_counter(), tokens())
-        return {**found, **seen, "vision": spent["vision"], "prefill": spent["decoder"]}
+        text = session.prompter.tokenizer.decode([int(token[0]) for token in said], skip_special_tokens=False)
+        return {**found, **seen, "text": text, "vision": spent["vision"], "prefill": spent["decoder"]}
 
     return ask
 

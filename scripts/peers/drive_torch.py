@@ -27,6 +27,7 @@ def load(request: dict[str, Any]) -> Any:
         turn = request["turn"]
         picture = Image.frombytes("RGB", *wire.picture(request))
         seen: dict[str, int] = {}
+        said: list[Any] = []
 
         def tokens() -> Iterator[Any]:
             inputs = processor(images=[picture], return_tensors="pt")
@@ -36,13 +37,15 @@ def load(request: dict[str, Any]) -> Any:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
             seen.update(tokens=inputs["input_ids"].shape[1], visual=visual, kept=visual)
             out = model(**inputs, use_cache=True, logits_to_keep=1)
-            yield (token := out.logits[:, -1:].argmax(-1))
+            said.append(token := out.logits[:, -1:].argmax(-1))
+            yield
             for _ in range(request["new_tokens"] - 1):
                 out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-                yield (token := out.logits[:, -1:].argmax(-1))
+                said.append(token := out.logits[:, -1:].argmax(-1))
+                yield
 
         found = wire.timed(time.perf_counter(), tokens())
-        return {**found, **seen, "vision": tower.pop()}
+        return {**found, **seen, "text": tokenizer.decode([int(token) for token in said]), "vision": tower.pop()}
 
     return ask
 

@@ -126,7 +126,7 @@ def openvino(work: Path, model: Path) -> list[Subject]:
     """Float IR by optimum-cli; 8 and 4 bits out of it."""
     log = work / "openvino.log"
     python = environment(work, "openvino", OPENVINO)
-    vision = [str(python), "-c", "import torchvision"]
+    vision = [str(python), "-c", "import importlib.util as u; u.find_spec('torchvision') and __import__('torchvision')"]
     if subprocess.run(vision, capture_output=True).returncode:  # one for CUDA beside a PyTorch for CPUs; not needed
         run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", log=log)
     offline = {"HF_HUB_OFFLINE": "1"}

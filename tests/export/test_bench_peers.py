@@ -35,7 +35,7 @@ wire.serve(load)
 def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "HERE", tmp_path)
     (tmp_path / "fake.py").write_text(FAKE.format(peers=str(SCRIPTS / "peers")))
-    args = argparse.Namespace(new_tokens=4, memory=18.0)
+    args = argparse.Namespace(new_tokens=4, memory=18.0, json=tmp_path / "samples.json")
     prunings = {"-": {}, "50 %": {"pruned": 50}}
     subjects = [
         prepare.Subject("ours", "float32", "fake.py", {"packages": ["numpy"]}),
@@ -56,6 +56,12 @@ def test_rounds_fill_the_table_and_say_why_a_peer_is_missing(bench):
     assert "| other | int8 | 50 % | 4.0 | 2.0 | 2.0 | 10.0 | 3,221 | 0.50 | 1.00 | 2 |" in table
     assert table[-1].startswith("| broken int4 | skipped: ValueError: no such thing |")
     assert len({line.count("|") for line in table}) == 1
+    rows = json.loads(bench.args.json.read_text())["rows"]
+    assert [(row["peer"], row["pruned"], len(row["samples"])) for row in sorted(rows, key=str)] == [
+        ("other", "-", 2),
+        ("other", "50 %", 2),
+        ("ours", "-", 2),
+    ]
     assert bench.versions["numpy"] == np.__version__
 
 
