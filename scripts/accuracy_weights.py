@@ -51,17 +51,20 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="leave out so many of them (default 0)")
     parser.add_argument("--forced", type=int, default=48, help="questions of the distances (default 48)")
     parser.add_argument("--pictures", type=int, default=128, help="of the calibration (default 128)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="float32 comes first")
     parser.add_argument("--batch", type=int, default=16, help="questions that run at once (default 16)")
     args = parser.parse_args()
     examples = list(task.examples("test", args.first + args.questions))[args.first :]
     pictures = save_pictures(args.output / "pictures", args.pictures)
     traces: dict[str, Any] = {}
     report = []
-    for method in METHODS:
+    for method in args.methods:
         right: dict[str, np.ndarray] = {}
         forced: list[tuple[Recording, list[int]]] = []
         texts: dict[str, list[str]] = {}
-        for name, fields in WEIGHTS.items():
+        for name in dict.fromkeys(["float32", *args.weights]):
+            fields = WEIGHTS[name]
             bundle = export(args, method, name, fields, pictures, traces)
             answers = ask(bundle, examples)
             right[name], texts[name] = answers.right, answers.texts
@@ -71,7 +74,7 @@ def main() -> None:
             forced = forced or found
             numbers = distances([r for r, _ in forced], [r for r, _ in found])
             report.append({"method": method, "weights": name, "change": mean, "half": half, "same": same, **numbers})
-            told = "  ".join(f"{key} {value:.4f}" for key, value in numbers.items())
+            told = "  ".join(f"{key} {value:.3g}" for key, value in numbers.items())
             share = f"{100 * answers.right.mean():6.2f} %  {100 * mean:+.2f} +- {100 * half:.2f}"
             print(f"{method:14} {name:20} {share}  same {100 * same:.1f} %  {told}", flush=True)
     (args.output / "accuracy_weights.json").write_text(json.dumps(report, indent=1, default=float) + "\n")
