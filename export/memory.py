@@ -29,6 +29,7 @@ CAST_COPIES = 4
 PACK_COPIES = 2.5  # of the largest matrix in float32: as it is stored, turned, and packed
 # TensorRT-RTX 1.7: peak of a build over the weights of the engine (DESIGN, section 5).
 BUILD_FACTOR = 3.2
+PACKED_BUILD_FACTOR = 3.6  # the same of a 7B decoder in int4
 # Share of the free memory that an engine build may plan with.
 HEADROOM = 0.85
 GRAPH_BYTES = 2e6  # ONNX files, contract, tokenizer
@@ -102,7 +103,9 @@ def make_plan(
     shards = build = 0
     if job.engine != "none":
         shards = job.engine_shards or engine_shards(decoder, contract, memory_limit(job))
-        build = int(BUILD_FACTOR * max(vision, embedding, largest_piece(decoder, contract, shards)) + EXPORT_BYTES)
+        build = int(
+            build_factor(contract) * max(vision, embedding, largest_piece(decoder, contract, shards)) + EXPORT_BYTES
+        )
     plan = Plan(
         weights=total,
         decoder=decoder,
@@ -178,10 +181,15 @@ def _check_shards(job: Job, contract: Contract) -> None:
         raise Refusal(f"--engine-shards is {job.engine_shards}, the decoder has {layers} layers; give 1 to {layers}")
 
 
+def build_factor(contract: Contract) -> float:
+    """Peak memory of an engine's build over its weights."""
+    return PACKED_BUILD_FACTOR if contract.packed else BUILD_FACTOR
+
+
 def engine_shards(decoder: int, contract: Contract, limit: float) -> int:
     """Fewest engines of the decoder whose builds fit into ``limit`` bytes of memory, at most one a layer."""
     layers = sum(len(group.layers) for group in contract.groups)
-    fits = (limit - EXPORT_BYTES) / BUILD_FACTOR
+    fits = (limit - EXPORT_BYTES) / build_factor(contract)
     return next((n for n in range(1, layers) if largest_piece(decoder, contract, n) <= fits), layers)
 
 
