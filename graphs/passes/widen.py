@@ -16,7 +16,7 @@ def widen(model: ir.Model, stored: Mapping[str, ir.DataType]) -> None:
             continue
         wide = value.dtype
         assert wide is not None
-        value.dtype = narrow
+        value.type = ir.TensorType(narrow)  # a type of its own: clones of a graph share those they have
         readers = [(node, index) for node, index in value.uses()]
         tables = [
             n for n, index in readers if n.op_type == "Gather" and index == 0 and n.attributes.get_int("axis", 0) == 0
@@ -28,7 +28,7 @@ def widen(model: ir.Model, stored: Mapping[str, ir.DataType]) -> None:
             cast.outputs[0].dtype, cast.outputs[0].shape = wide, rows.shape
             rows.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
             cast.replace_input_with(0, rows)
-            rows.dtype = narrow
+            rows.type = ir.TensorType(narrow)
             model.graph.insert_after(node, cast)
         others = [(node, index) for node, index in readers if node not in tables]
         if others:
