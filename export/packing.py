@@ -99,7 +99,8 @@ def check_dtype(packings: Mapping[str, Packing], dtype: str) -> None:
     for name, packing in packings.items():
         if load_format(packing.format).ENGINES_ONLY and dtype == "float32":
             raise Refusal(
-                f"{name} is {packing.format}, for engines, which multiply it by float16 or bfloat16; give --dtype"
+                f"{name} is {packing.format}, for engines, which multiply it by float16 or bfloat16; "
+                "give --dtype float16"
             )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlmtrim.export.job import Refusal
@@ -19,8 +18,10 @@ from vlmtrim.export.weights.quantised.matrix import (
     groups,
     integer,
     need,
+    order_of,
     packing,
     quantised,
+    unfit,
 )
 from vlmtrim.export.weights.quantised.unpacking import integers, unpack
 
@@ -53,6 +54,8 @@ def _matrix(name: str, parts: Mapping[str, StoredTensor], bits: int, less: int) 
     if "g_idx" in parts and parts["g_idx"].shape[0]:  # settings may name other bits for some layers
         bits = _bits(name, rows * 32 // parts["g_idx"].shape[0])
     inputs = rows * 32 // bits
+    if parts["scales"].shape[1] != outputs or parts["qzeros"].shape != (count, outputs * bits // 32):
+        raise unfit(name, parts)
     symmetric = bool((_zeros(parts, bits, less) == 1 << (bits - 1)).all())
     if bits == 8 and not symmetric:
         raise Refusal(
@@ -60,7 +63,7 @@ def _matrix(name: str, parts: Mapping[str, StoredTensor], bits: int, less: int) 
             f"(sym: true): {ADVICE}"
         )
     packed = packing(name, FORMATS[bits] if symmetric else "int4_zero", inputs, count)
-    order = _order(name, parts.get("g_idx"), inputs, count)
+    order = order_of(f"{name}.g_idx", parts.get("g_idx"), inputs, count)
 
     def load() -> tuple[Tensor, ...]:
         codes = unpack(parts["qweight"].read(), bits, 0)
@@ -73,22 +76,6 @@ def _matrix(name: str, parts: Mapping[str, StoredTensor], bits: int, less: int) 
 def _zeros(parts: Mapping[str, StoredTensor], bits: int, less: int) -> Tensor:
     """Zero points, uint8 [G, N]; the older form stores them less one, within their bits."""
     return (unpack(parts["qzeros"].read(), bits, 1) + less) & ((1 << bits) - 1)
-
-
-def _order(name: str, groups: StoredTensor | None, inputs: int, count: int) -> Tensor:
-    """Rows of scales for the groups as their inputs come, int64 [G]. Raises Refusal where inputs of one group do not
-    lie side by side."""
-    if groups is None or not groups.shape[0]:
-        return torch.arange(count)
-    runs = groups.read().long().reshape(count, inputs // count)
-    if int(runs.min()) < 0 or int(runs.max()) >= count:
-        raise Refusal(f"{groups.file}: {name}.g_idx names groups {int(runs.min())} to {int(runs.max())} of {count}")
-    if not (runs == runs[:, :1]).all():
-        raise Refusal(
-            f"{groups.file}: {name}.g_idx is not in order (desc_act, act-order), and DequantizeLinear reads groups of "
-            f"inputs that lie side by side: take a checkpoint with desc_act false, or {ADVICE}"
-        )
-    return runs[:, 0]
 
 
 def _bits(where: str, bits: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlmtrim.export.job import Refusal
@@ -82,6 +83,15 @@ def need(name: str, parts: Mapping[str, StoredTensor], **ranks: int) -> None:
             )
 
 
+def unfit(name: str, parts: Mapping[str, StoredTensor]) -> Refusal:
+    """What to raise where a matrix's parts do not belong together."""
+    file = next(iter(parts.values())).file
+    found = ", ".join(f"{suffix} {list(part.shape)}" for suffix, part in parts.items())
+    return Refusal(
+        f"{file}: {name} has {found}, which do not fit each other; download the checkpoint again, or {ADVICE}"
+    )
+
+
 def packing(name: str, format_: str, inputs: int, count: int) -> Packing:
     """A format with ``count`` scales along K. Raises Refusal for a length of a block that it does not take."""
     blocks = load_format(format_).BLOCKS
@@ -92,6 +102,28 @@ def packing(name: str, format_: str, inputs: int, count: int) -> Packing:
         length = f"{inputs / max(count, 1):g}"
         raise Refusal(f"{name} has {inputs} inputs in groups of {length}; {format_} weights take {taken}: {ADVICE}")
     return Packing(format_, inputs // count)
+
+
+def order_of(name: str, groups: StoredTensor | None, inputs: int, count: int) -> Tensor:
+    """Rows of scales for the groups as their inputs come, int64 [count].
+
+    Args:
+        groups: int32 [K], the group of every input; None where they are in order.
+
+    Raises:
+        Refusal: inputs of one group do not lie side by side.
+    """
+    if groups is None or not groups.shape[0]:
+        return torch.arange(count)
+    runs = groups.read().long().reshape(count, inputs // count)
+    if int(runs.min()) < 0 or int(runs.max()) >= count:
+        raise Refusal(f"{groups.file}: {name} names groups {int(runs.min())} to {int(runs.max())}, there are {count}")
+    if not (runs == runs[:, :1]).all():
+        raise Refusal(
+            f"{groups.file}: {name} is not in order (desc_act, act-order), and DequantizeLinear reads groups of inputs "
+            f"that lie side by side: take a checkpoint without act-order, or {ADVICE}"
+        )
+    return runs[:, 0]
 
 
 def integer(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
