@@ -68,7 +68,12 @@ def plan(job: Job, model: Any, given: Mapping[str, Packing]) -> dict[str, Packin
         )
     if job.packs and not planned:
         raise Refusal("no matrix is left to be stored in fewer bits; leave --weights out, or give a smaller --block")
-    return {**given, **planned}
+    return {**(given if job.engine == "none" else {n: for_engines(p) for n, p in given.items()}), **planned}
+
+
+def for_engines(packing: Packing) -> Packing:
+    """The same matrix in a form that engines are built of: TensorRT reads no zero points but 0."""
+    return Packing("int4_sum", packing.block) if packing.format in WITHOUT_ENGINES else packing
 
 
 def _check_given(job: Job, given: Mapping[str, Packing], matrices: Mapping[str, Any]) -> None:
@@ -86,12 +91,6 @@ def _check_given(job: Job, given: Mapping[str, Packing], matrices: Mapping[str, 
         if asked[part_of(name)] != FLOAT:
             option = "--head-weights" if part_of(name) == HEAD else "--vision-weights"
             raise Refusal(f"{name} comes quantised; leave {option} out, or give the checkpoint that is not quantised")
-    unbuilt = next((name for name, packing in given.items() if packing.format in WITHOUT_ENGINES), None)
-    if unbuilt is not None and job.engine != "none":
-        raise Refusal(
-            f"{unbuilt} has zero points, which {job.engine} does not read, so no engine is built of it: leave --engine "
-            "out (ONNX Runtime reads them), or give the checkpoint that is not quantised, with --weights int4"
-        )
 
 
 def check_dtype(packings: Mapping[str, Packing], dtype: str) -> None:

@@ -150,6 +150,7 @@ def prepare(job: Job, source: Path, tensors: dict[str, weights.StoredTensor] | N
     model = trace.build_on_meta(family.MODEL_CLASS, config, dtype, IMPLEMENTATION)
     tensors, given = _given(settings, model, tensors)
     packings = packing.plan(job, model, given)
+    given = {name: packings[name] for name in given}
     packing.check_dtype(given, contract.dtype)
     contract = dataclasses.replace(contract, packed=packing.summary(packings, model, contract.dtype))
     plan = memory.make_plan(job, contract, model, tensors, packings)

@@ -154,8 +154,9 @@ def _packed(parameter: str, tensor: StoredTensor, wanted: Wanted, counts: _Count
 def _given(parameter: str, tensor: Quantised, wanted: Wanted, counts: _Counts) -> Iterable[np.ndarray]:
     """The arrays of a matrix that comes packed, scales in the activations' dtype."""
     outputs, inputs = tensor.shape
-    arrays = tensor.packing.arrays(inputs, outputs, wanted.name)
-    for array, values in zip(arrays, tensor.load(), strict=True):
+    packing = wanted.packings[parameter]
+    arrays = packing.arrays(inputs, outputs, wanted.name)
+    for array, values in zip(arrays, tensor.load(packing), strict=True):
         stored = values
         if array.dtype == wanted.name:
             if not torch.isfinite(values).all():

@@ -8,6 +8,7 @@ A format's module has
     arrays(...)         what one matrix is stored as
     pack(...)           float32 [K, N] -> those arrays; what checkpoints alone bring (GIVEN) has none
     restore(...)        nodes that make the matrix of them again
+    correct(...)        if it is there: nodes that make the product of the product by what ``restore`` gives
 
 and its docstring's first line is its entry in help texts. A matrix is stored as it is multiplied, [K, N], K inputs and
 N outputs: ONNX Runtime fuses ``MatMul(x, DequantizeLinear(w))`` to one kernel only where no Transpose stands between,
@@ -26,7 +27,7 @@ import numpy as np
 
 from vlmtrim.graphs.errors import GraphError
 
-GIVEN = ("int4_zero",)  # formats that only checkpoints of the hub come in
+GIVEN = ("int4_sum", "int4_zero")  # formats that only checkpoints of the hub come in
 CHANNEL = 0  # as a block: one scale a column, whatever K is
 SLICE = 1 << 22  # weights that are packed at once, to bound what the search for scales holds
 

@@ -1,4 +1,4 @@
-"""int4_zero: integers of 4 bits with zero points in blocks along K, as checkpoints come with; ONNX Runtime only."""
+"""int4_zero: integers of 4 bits with zero points in blocks along K, as checkpoints come with; for ONNX Runtime."""
 
 from __future__ import annotations
 

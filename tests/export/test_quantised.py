@@ -6,6 +6,7 @@ method's definition, one weight at a time by index, sharing no code with what re
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -13,14 +14,16 @@ import torch
 from parity import assert_parity
 from safetensors.torch import load_file, save_file
 
+from vlmtrim.export import check_cli, pipeline
 from vlmtrim.export import checkpoint as checkpoints
-from vlmtrim.export import pipeline
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.oracles import formats
 from vlmtrim.export.oracles.formats import unpacked
 from vlmtrim.export.weights import Wanted, match_parameters, read_checkpoint, read_header, store, tiny
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.methods import make_method
+from vlmtrim.runtime.engines import rebuild
+from vlmtrim.runtime.errors import RuntimeRefusal
 
 LAYERS = 7 * 4  # matrices of the tiny decoder
 
@@ -244,6 +247,25 @@ def test_weights_are_those_of_the_definition(case, plain, traces, tmp_path, caps
         assert_parity(folder, capsys, "--tokens", "4")
 
 
+def test_zero_points_are_subtracted_as_sums_where_engines_are_built(plain, traces, tmp_path, capsys):
+    """TensorRT reads none; the same bundle still runs on ONNX Runtime."""
+    method = Awq()
+    expected = write(method, plain, tmp_path / "c")
+    fields = {"dtype": "float32", "engine": "tensorrt-rtx"}
+    folder = pipeline.export(job(tmp_path / "c", tmp_path / "b", **fields), tmp_path / "c", traces)
+    check_bundle(folder, expected, {("layers", "int4_sum", method.group): LAYERS})
+    prints = json.loads((folder / "engines.json").read_text())
+    assert set(prints) == {"vision.engine", "embed.engine", "decoder-0.engine", "decoder-1.engine"}
+    assert_parity(folder, capsys, "--tokens", "4")
+
+
+def test_an_export_without_engines_says_how_to_get_some(plain, traces, tmp_path):
+    write(Awq(), plain, tmp_path / "c")
+    folder = pipeline.export(job(tmp_path / "c", tmp_path / "b", dtype="float32"), tmp_path / "c", traces)
+    with pytest.raises(RuntimeRefusal, match=r"builds no engine of int4_zero weights: .* with --engine tensorrt-rtx"):
+        rebuild(folder, "tensorrt-rtx")
+
+
 FLOATS = {
     "fp8-tensor": (Floats("tensor"), 0),
     "fp8-block": (Floats("block"), 128),
@@ -275,3 +297,86 @@ def test_floats_of_eight_bits_are_those_of_the_definition(case, plain, tmp_path,
         assert torch.equal(read[name], weights), name
     with pytest.raises(Refusal, match=r"proj.weight is fp8, for engines, .* give --dtype float16"):
         pipeline.prepare(job(tmp_path / "c", "b", dtype="float32"), tmp_path / "c", tensors)
+
+
+def changed(method, **settings):
+    """A method's twin whose settings say something else."""
+    twin = copy.copy(method)
+    twin.settings = {**method.settings, **settings}
+    return twin
+
+
+class Turned(Gptq):
+    """Act-order: inputs of a group lie anywhere."""
+
+    def __init__(self):
+        super().__init__(order=lambda groups: groups[torch.randperm(len(groups))])
+
+
+REFUSED = {
+    "method": (changed(Gptq(), quant_method="bitsandbytes"), "quantised by 'bitsandbytes'; taken are awq, compressed"),
+    "bits": (changed(Gptq(), bits=3), "quantization_config: integers of 3 bits; taken: 4, 8: give the checkpoint that"),
+    "act-order": (Turned(), r"model.layers.0.mlp.down_proj.g_idx is not in order \(desc_act, act-order\), and Dequant"),
+    "group": (
+        Gptq(group=16),
+        r"down_proj has \d+ inputs in groups of 16; int4 weights take 128, 64, 32, a whole",
+    ),
+    "form": (changed(Gptq(), checkpoint_format="marlin"), "checkpoint_format is 'marlin'; taken: gptq, gptq_v2"),
+    "8 bits with zeros": (
+        Gptq(bits=8, group=32, sym=False),
+        "has zero points beside integers of 8 bits; taken are",
+    ),
+    "gemv": (changed(Awq(), version="gemv"), "version is 'gemv'; taken: gemm"),
+    "block": (
+        changed(Floats("block"), weight_block_size=[64, 64]),
+        r"weight_block_size is \[64, 64\]; taken: \[rows",
+    ),
+    "turned": (
+        changed(Compressed(4, 64), transform_config={"config_groups": {}}),
+        "transform_config turns activ",
+    ),
+    "sparse": (
+        changed(Compressed(4, 64), format="marlin-24"),
+        "format is 'marlin-24'; taken: pack-quantized, int",
+    ),
+    "another method's": (changed(Awq(), quant_method="fp8"), "quantised by fp8, and holds no matrix packed so"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_map_is_refused_by_name(case, plain, tmp_path):
+    method, message = REFUSED[case]
+    write(method, plain, tmp_path / "c")
+    with pytest.raises(Refusal, match=message):
+        pipeline.prepare(job(tmp_path / "c", "b"), tmp_path / "c", read_checkpoint(tmp_path / "c"))
+
+
+def test_what_the_job_asks_for_must_fit_what_comes(plain, tmp_path):
+    write(Gptq(), plain, tmp_path / "c")
+    tensors = read_checkpoint(tmp_path / "c")
+    prepare = lambda **fields: pipeline.prepare(job(tmp_path / "c", "b", **fields), tmp_path / "c", tensors)  # noqa: E731
+    with pytest.raises(Refusal, match="comes quantised, and --weights int8 would quantise it again; leave it out"):
+        prepare(weights="int8")
+    kinds = {(kind.part, kind.format) for kind in prepare(vision_weights="int8", head_weights="int8").contract.packed}
+    assert kinds == {("layers", "int4"), ("head", "int8"), ("tower", "int8")}  # what comes in floats may be packed
+    bias = "model.layers.1.mlp.up_proj.bias"
+    tensors[bias] = tensors[next(name for name in tensors if name.endswith("layers.1.input_layernorm.weight"))]
+    with pytest.raises(Refusal, match=f"{bias} is not zero, and the model's layer has no bias"):
+        prepare()
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Refusal, match=r"is of a packed matrix, but config.json has no quantization_config"):
+        prepare()
+    config["text_config"]["quantization_config"] = settings
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
+    del tensors[bias]
+    assert prepare().contract.packed[0].format == "int4"
+
+
+def test_the_original_is_no_oracle(plain, traces, tmp_path, capsys):
+    """transformers would load it by the method's own package."""
+    write(Gptq(), plain, tmp_path / "c")
+    folder = pipeline.export(job(tmp_path / "c", tmp_path / "b", dtype="float32"), tmp_path / "c", traces)
+    assert check_cli.main([str(folder), "--checkpoint", str(tmp_path / "c"), "--tokens", "2"]) == 2
+    assert "comes quantised; leave --checkpoint out" in capsys.readouterr().err

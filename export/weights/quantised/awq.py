@@ -23,6 +23,7 @@ from vlmtrim.export.weights.quantised.matrix import (
     unfit,
 )
 from vlmtrim.export.weights.quantised.unpacking import integers, unpack
+from vlmtrim.graphs.formats import Packing
 
 BITS = 4
 SUFFIXES = ("qweight", "qzeros", "scales")
@@ -60,8 +61,8 @@ def _matrix(name: str, parts: Mapping[str, StoredTensor]) -> Quantised:
     symmetric = bool((parts["qzeros"].read() == torch.tensor(0x88888888 - (1 << 32), dtype=torch.int32)).all())
     packed = packing(name, "int4" if symmetric else "int4_zero", inputs, count)
 
-    def load() -> tuple[Tensor, ...]:
+    def load(chosen: Packing) -> tuple[Tensor, ...]:
         codes, zeros = (unpack(parts[suffix].read(), BITS, 1, ORDER) for suffix in ("qweight", "qzeros"))
-        return integers(packed, BITS, codes, parts["scales"].read(), zeros)
+        return integers(chosen, BITS, codes, parts["scales"].read(), zeros)
 
     return quantised(parts["scales"], (outputs, inputs), packed, load)

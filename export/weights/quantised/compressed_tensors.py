@@ -26,7 +26,7 @@ from vlmtrim.export.weights.quantised.matrix import (
     unfit,
 )
 from vlmtrim.export.weights.quantised.unpacking import integers, unpack
-from vlmtrim.graphs.formats import CHANNEL
+from vlmtrim.graphs.formats import CHANNEL, Packing
 
 TAKEN = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 SUFFIXES = (
@@ -136,9 +136,9 @@ def _words(name: str, parts: Mapping[str, StoredTensor]) -> Quantised:
     packed = packing(name, f"int{bits}" if symmetric else "int4_zero", inputs, count)
     order = order_of(f"{name}.weight_g_idx", parts.get("weight_g_idx"), inputs, count)
 
-    def load() -> tuple[Tensor, ...]:
+    def load(chosen: Packing) -> tuple[Tensor, ...]:
         codes = unpack(parts["weight_packed"].read(), bits, 1)[:, :inputs].t().contiguous()
-        return integers(packed, bits, codes, _spread(scale, outputs)[order], zeros()[order])
+        return integers(chosen, bits, codes, _spread(scale, outputs)[order], zeros()[order])
 
     return quantised(scale, (outputs, inputs), packed, load)
 
@@ -155,9 +155,9 @@ def _bytes(name: str, parts: Mapping[str, StoredTensor]) -> Quantised:
     packed = packing(name, "int8", inputs, count)
     order = order_of(f"{name}.weight_g_idx", parts.get("weight_g_idx"), inputs, count)
 
-    def load() -> tuple[Tensor, ...]:
+    def load(chosen: Packing) -> tuple[Tensor, ...]:
         scales = _spread(scale, outputs)[order]
-        return weight.read().t().contiguous(), scales[0] if packed.block == CHANNEL else scales
+        return weight.read().t().contiguous(), scales[0] if chosen.block == CHANNEL else scales
 
     return quantised(scale, (outputs, inputs), packed, load)
 

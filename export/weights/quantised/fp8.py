@@ -13,7 +13,7 @@ from vlmtrim.export.job import Refusal
 from vlmtrim.export.packing import LAYERS, TOWER
 from vlmtrim.export.weights.files import StoredTensor
 from vlmtrim.export.weights.quantised.matrix import ADVICE, Expected, Quantised, groups, need, packing, quantised
-from vlmtrim.graphs.formats import CHANNEL
+from vlmtrim.graphs.formats import CHANNEL, Packing
 
 SCALES = ("weight_scale_inv", "weight_scale")  # the weights are multiplied by both
 SUFFIXES = ("weight", *SCALES, "activation_scale", "input_scale")
@@ -51,12 +51,12 @@ def floats(name: str, weight: StoredTensor, scale: StoredTensor, rows: int) -> Q
     packed = packing(name, "fp8", inputs, shape[1])
     each = {1: outputs, outputs: 1}.get(shape[0], rows)
 
-    def load() -> tuple[Tensor, ...]:
+    def load(chosen: Packing) -> tuple[Tensor, ...]:
         codes = weight.read().view(torch.uint8).t().contiguous()
         if bool(((codes & 0x7F) == 0x7F).any()):
             raise Refusal(f"{weight.file}: {name} holds values that are no numbers; download the checkpoint again")
         scales = scale.read().reshape(shape).t().repeat_interleave(each, dim=1)[:, :outputs]
-        return codes.view(torch.float8_e4m3fn), scales[0] if packed.block == CHANNEL else scales
+        return codes.view(torch.float8_e4m3fn), scales[0] if chosen.block == CHANNEL else scales
 
     return quantised(scale, (outputs, inputs), packed, load)
 

@@ -24,6 +24,7 @@ from vlmtrim.export.weights.quantised.matrix import (
     unfit,
 )
 from vlmtrim.export.weights.quantised.unpacking import integers, unpack
+from vlmtrim.graphs.formats import Packing
 
 FORMATS = {4: "int4", 8: "int8"}
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -65,10 +66,10 @@ def _matrix(name: str, parts: Mapping[str, StoredTensor], bits: int, less: int) 
     packed = packing(name, FORMATS[bits] if symmetric else "int4_zero", inputs, count)
     order = order_of(f"{name}.g_idx", parts.get("g_idx"), inputs, count)
 
-    def load() -> tuple[Tensor, ...]:
+    def load(chosen: Packing) -> tuple[Tensor, ...]:
         codes = unpack(parts["qweight"].read(), bits, 0)
         zeros = _zeros(parts, bits, less)
-        return integers(packed, bits, codes, parts["scales"].read()[order], zeros[order])
+        return integers(chosen, bits, codes, parts["scales"].read()[order], zeros[order])
 
     return quantised(parts["scales"], (outputs, inputs), packed, load)
 

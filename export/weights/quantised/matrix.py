@@ -25,11 +25,11 @@ class Quantised(StoredTensor):
 
     Attributes:
         packing: how a bundle stores it.
-        load: its arrays in the order of the format's, scales in the dtype that they come in.
+        load: packing -> its arrays in the order of that format's, scales in the dtype that they come in.
     """
 
     packing: Packing
-    load: Callable[[], tuple[Tensor, ...]]
+    load: Callable[[Packing], tuple[Tensor, ...]]
 
     def read(self) -> Tensor:
         """There are no floats to read."""
@@ -37,7 +37,7 @@ class Quantised(StoredTensor):
 
 
 def quantised(
-    scales: StoredTensor, shape: tuple[int, int], packing: Packing, load: Callable[[], tuple[Tensor, ...]]
+    scales: StoredTensor, shape: tuple[int, int], packing: Packing, load: Callable[[Packing], tuple[Tensor, ...]]
 ) -> Quantised:
     """A matrix [N, K] with these scales. Raises Refusal where they are no floats."""
     if not scales.dtype.is_floating_point or scales.dtype.itemsize < 2:

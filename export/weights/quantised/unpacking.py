@@ -36,7 +36,11 @@ def integers(packing: Packing, bits: int, codes: Tensor, scales: Tensor, zeros: 
     if packing.block == CHANNEL:
         scales, zeros = scales[0], zeros[0]
     stored = _signed(codes, bits), scales.contiguous()
-    return (*stored, _signed(zeros, bits)) if packing.format == "int4_zero" else stored
+    if packing.format == "int4_zero":
+        return *stored, _signed(zeros, bits)
+    if packing.format == "int4_sum":
+        return *stored, scales.float() * (zeros.float() - (1 << (bits - 1)))
+    return stored
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:
