@@ -111,8 +111,13 @@ def _against_pytorch(
     args: argparse.Namespace, bundle: Bundle, session: Session, turns: list[Turn], image: Any
 ) -> list[Row]:
     from vlmtrim.export.checkpoint import load_reference, read_config
+    from vlmtrim.export.weights import quantised
 
     source = Path(args.checkpoint) if args.checkpoint else bundle.folder
+    if args.checkpoint and quantised.read_settings(source) is not None:
+        raise RuntimeRefusal(
+            f"{source} comes quantised; leave --checkpoint out, and the bundle's own weights are unpacked instead"
+        )
     family, _ = read_config(source)
     selection = None if bundle.contract.selection is None else dict(bundle.contract.selection)
     reference = load_reference(bundle.contract.family)(family.MODEL_CLASS, source, selection)

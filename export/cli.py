@@ -107,7 +107,7 @@ def _add_packing(p: argparse.ArgumentParser) -> None:
         default=None,
         metavar="32|64|128|channel",
         help="weights of a column that share a scale; where it does not divide the inputs, the next smaller that does "
-        "(default: 128 for int4 and int8; fp8 takes channel, nvfp4 16)",
+        "(default: 128 for int4 and int8; channel for fp8, which also takes 128; nvfp4 takes 16)",
     )
     group.add_argument(
         "--head-weights",

@@ -102,7 +102,8 @@ def make_plan(
     export = EXPORT_BYTES + (0 if means != taking.WRITTEN else copies * largest * 4)
     shards = build = 0
     if job.engine != "none":
-        shards = job.engine_shards or engine_shards(decoder, contract, memory_limit(job))
+        fewest = engine_shards(decoder, contract, memory_limit(job))
+        shards = job.engine_shards or max(fewest, _least_shards(contract))
         build = int(
             build_factor(contract) * max(vision, embedding, largest_piece(decoder, contract, shards)) + EXPORT_BYTES
         )
@@ -129,6 +130,13 @@ def make_plan(
             "give a larger --max-memory"
         )
     return plan
+
+
+def _least_shards(contract: Contract) -> int:
+    """TensorRT-RTX 1.7 (Myelin, "is_const") builds no engine that holds a selection, int4_sum layers behind it and the
+    row of the logits; the first two it does."""
+    sums = any(kind.format == "int4_sum" for kind in contract.packed)
+    return 2 if sums and contract.selection is not None else 1
 
 
 def _sizes(

@@ -24,7 +24,7 @@ from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.job_contract import build_contract, plain_decoder
 from vlmtrim.export.tracing import trace
 from vlmtrim.export.tracing.attention import IMPLEMENTATION
-from vlmtrim.export.weights import layerwise
+from vlmtrim.export.weights import layerwise, quantised
 from vlmtrim.graphs.bundle import seal
 from vlmtrim.graphs.contract import IMAGES, VISION, Contract, TensorSpec
 from vlmtrim.graphs.formats import Packing
@@ -58,7 +58,8 @@ SETTINGS = (
 class Prepared:
     """All that is known before the first graph is traced.
 
-    ``tensors`` of the checkpoint are None where only its config is at hand; ``model`` is on the meta device.
+    ``tensors`` of the checkpoint are None where only its config is at hand; ``model`` is on the meta device. ``given``
+    are those of the ``packings`` that the checkpoint comes with, and ``settings`` say how it was quantised.
     """
 
     job: Job
@@ -72,6 +73,8 @@ class Prepared:
     model: Any
     plan: memory.Plan
     packings: dict[str, Packing] = dataclasses.field(default_factory=dict)
+    given: dict[str, Packing] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] | None = None
 
     @property
     def plan_lines(self) -> list[str]:
@@ -109,15 +112,18 @@ def export(
         contract = dataclasses.replace(
             prepared.contract, packed=packing.summary(placed, prepared.model, prepared.contract.dtype)
         )
+        if prepared.settings is not None:
+            report["quantised"] = prepared.settings["quant_method"]
         with tempfile.TemporaryDirectory(prefix=".packed-", dir=folder) as waiting:
             ready = {}
-            if job.calibrates_weights or job.checks_ranges:
+            if job.calibrates_weights or (job.checks_ranges and not prepared.given):
                 with _stage(report, "calibrate weights") as show:
                     ready, largest = _calibrated(prepared, matched, placed, Path(waiting), show)
                 report["largest"] = largest
                 layerwise.say_ranges(largest, job)
             with _stage(report, "weights") as show:
-                wanted = weights.Wanted(prepared.dtype, placed, matched, job.clip_overflow, ready)
+                packings = {**prepared.given, **placed}
+                wanted = weights.Wanted(prepared.dtype, packings, matched, job.clip_overflow, ready)
                 stored = weights.store(prepared.tensors, wanted, folder, show, job.link_weights)
         with _stage(report, "save"):
             for name, graph in traced.items():
@@ -147,10 +153,15 @@ def export(
 def prepare(job: Job, source: Path, tensors: dict[str, weights.StoredTensor] | None) -> Prepared:
     """Contract, model and memory plan of a job. Raises Refusal where the job fits neither model nor memory."""
     family, config = checkpoints.read_config(source)
+    settings = quantised.read_settings(source)
+    tensors = None if tensors is None else quantised.substitute(settings, tensors)
     dtype = _dtype(job, config, tensors)
     contract = build_contract(job, family, config, dtype, source)
     model = trace.build_on_meta(family.MODEL_CLASS, config, dtype, IMPLEMENTATION)
-    packings = packing.plan(job, model)
+    tensors, given = _given(settings, model, tensors)
+    packings = packing.plan(job, model, given)
+    given = {name: packings[name] for name in given}
+    packing.check_dtype(given, contract.dtype)
     contract = dataclasses.replace(contract, packed=packing.summary(packings, model, contract.dtype))
     plan = memory.make_plan(job, contract, model, tensors, packings)
     if not contract.eos_token_ids:
@@ -159,7 +170,23 @@ def prepare(job: Job, source: Path, tensors: dict[str, weights.StoredTensor] | N
             "their limit of tokens alone; --eos-token-id sets it",
             file=sys.stderr,
         )
-    return Prepared(job, source, family, config, tensors, dtype, contract, job.method, model, plan, packings)
+    method = job.method
+    return Prepared(
+        job, source, family, config, tensors, dtype, contract, method, model, plan, packings, given, settings
+    )
+
+
+def _given(
+    settings: dict[str, Any] | None, model: Any, tensors: dict[str, weights.StoredTensor] | None
+) -> tuple[dict[str, weights.StoredTensor] | None, dict[str, Packing]]:
+    """Tensors that the model has, and how matrices come packed; from the settings where no weights are."""
+    if settings is None:
+        return tensors, {}
+    quantised.warn_of_activations(settings)
+    if tensors is not None:
+        return quantised.fit(model, tensors)
+    shapes = {name: tuple(weight.shape) for name, weight in packing.matrices_of(model).items()}
+    return None, quantised.expected(settings, shapes)
 
 
 def graphs(
@@ -265,6 +292,7 @@ def _copy_settings(source: Path, folder: Path, dtype: torch.dtype) -> None:
             raise Refusal(f"{source} has no {required}; the runtime needs it (save the processor with save_pretrained)")
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
+    quantised.drop_settings(config)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

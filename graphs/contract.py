@@ -75,6 +75,7 @@ from typing import Annotated, Any
 
 from vlmtrim.graphs.macs import Macs
 from vlmtrim.graphs.packed import TOWER, Packed
+from vlmtrim.graphs.packed import WITHOUT_ENGINES as WITHOUT_ENGINES
 from vlmtrim.graphs.reading import BundleError, json_object, shown
 from vlmtrim.graphs.schema import Among, Range, decode
 

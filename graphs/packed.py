@@ -8,7 +8,8 @@ from typing import Annotated
 from vlmtrim.graphs.schema import Among, Range
 
 # How they are stored (:mod:`vlmtrim.graphs.formats`), and what they belong to.
-FORMATS = ("fp8", "int4", "int8", "nvfp4")
+FORMATS = ("fp8", "int4", "int4_sum", "int4_zero", "int8", "nvfp4")
+WITHOUT_ENGINES = ("int4_zero",)  # TensorRT reads no zero points but 0
 TOWER, LAYERS, HEAD = "tower", "layers", "head"
 
 

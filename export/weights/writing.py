@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from vlmtrim.export.job import Refusal
 from vlmtrim.export.weights import files, taking
 from vlmtrim.export.weights.files import StoredTensor
+from vlmtrim.export.weights.quantised.matrix import Quantised
 from vlmtrim.graphs.formats import Packing, load_format
 from vlmtrim.runtime.progress import Progress
 
@@ -49,8 +50,11 @@ class Wanted:
         """Parameters that a tensor is packed for."""
         return [name for name in self.packings if self.matched[name] == tensor]
 
-    def unpacked(self, tensor: str) -> bool:
-        """Whether a tensor is needed as it is: by a parameter that is not packed, or by none that is known."""
+    def unpacked(self, tensor: str, stored: StoredTensor) -> bool:
+        """Whether a tensor is needed as it is: by a parameter that is not packed, or by none that is known. What comes
+        packed never is."""
+        if isinstance(stored, Quantised):
+            return False
         readers = [name for name, source in self.matched.items() if source == tensor]
         return not readers or any(name not in self.packings for name in readers)
 
@@ -91,7 +95,7 @@ def _entries(tensors: Mapping[str, StoredTensor], wanted: Wanted) -> dict[str, t
     """Name -> dtype and shape of all that is written, in order."""
     entries = {}
     for name, tensor in tensors.items():
-        if wanted.unpacked(name):
+        if wanted.unpacked(name, tensor):
             entries[name] = wanted.dtype_of(tensor), tensor.shape
         for parameter in wanted.packed_from(name):
             outputs, inputs = tensor.shape
@@ -119,11 +123,11 @@ def _write(
     with path.open("wb") as stream:
         stream.write(header)
         for name, tensor in tensors.items():
-            if wanted.unpacked(name):
+            if wanted.unpacked(name, tensor):
                 cast = _cast(name, tensor.read(), wanted.dtype_of(tensor), wanted.clip, counts)
                 stream.write(cast.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             for parameter in wanted.packed_from(name):
-                for array in _packed(parameter, tensor, wanted):
+                for array in _packed(parameter, tensor, wanted, counts):
                     stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                     progress(stream.tell(), total)
             progress(stream.tell(), total)
@@ -135,16 +139,34 @@ def _write(
     return files.read_header(path)
 
 
-def _packed(parameter: str, tensor: StoredTensor, wanted: Wanted) -> tuple[np.ndarray, ...]:
+def _packed(parameter: str, tensor: StoredTensor, wanted: Wanted, counts: _Counts) -> Iterable[np.ndarray]:
     packing = wanted.packings[parameter]
     if parameter in wanted.ready:
         return wanted.ready[parameter]()
+    if isinstance(tensor, Quantised):
+        return _given(parameter, tensor, wanted, counts)
     matrix = tensor.read().t().to(torch.float32).contiguous().numpy()
     if not np.isfinite(matrix).all():
         raise Refusal(
             f"{tensor.file}: {parameter} holds values that are not finite, which {packing.format} cannot hold"
         )
     return load_format(packing.format).pack(matrix, packing.block, wanted.name)
+
+
+def _given(parameter: str, tensor: Quantised, wanted: Wanted, counts: _Counts) -> Iterable[np.ndarray]:
+    """The arrays of a matrix that comes packed, scales in the activations' dtype."""
+    outputs, inputs = tensor.shape
+    packing = wanted.packings[parameter]
+    arrays = packing.arrays(inputs, outputs, wanted.name)
+    for array, values in zip(arrays, tensor.load(packing), strict=True):
+        stored = values
+        if array.dtype == wanted.name:
+            if not torch.isfinite(values).all():
+                raise Refusal(
+                    f"{tensor.file}: {parameter} has scales that are not finite; download the checkpoint again"
+                )
+            stored = _cast(f"{parameter}.{array.suffix}", values, wanted.dtype, wanted.clip, counts)
+        yield stored.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _cast(name: str, values: torch.Tensor, dtype: torch.dtype, clip: bool, counts: _Counts) -> torch.Tensor:

@@ -3,11 +3,12 @@
 A format's module has
 
     BITS                bits of a weight, scales aside
-    BLOCKS              lengths of a block along K that ``--block`` may name, the default first; 0: a whole column
+    BLOCKS              lengths of a block along K, the default first; 0: a whole column
     ENGINES_ONLY        whether ONNX Runtime has no kernel that multiplies by it
     arrays(...)         what one matrix is stored as
-    pack(...)           float32 [K, N] -> those arrays
+    pack(...)           float32 [K, N] -> those arrays; what checkpoints alone bring (GIVEN) has none
     restore(...)        nodes that make the matrix of them again
+    correct(...)        if it is there: nodes that make the product of the product by what ``restore`` gives
 
 and its docstring's first line is its entry in help texts. A matrix is stored as it is multiplied, [K, N], K inputs and
 N outputs: ONNX Runtime fuses ``MatMul(x, DequantizeLinear(w))`` to one kernel only where no Transpose stands between,
@@ -26,6 +27,7 @@ import numpy as np
 
 from vlmtrim.graphs.errors import GraphError
 
+GIVEN = ("int4_sum", "int4_zero")  # formats that only checkpoints of the hub come in
 CHANNEL = 0  # as a block: one scale a column, whatever K is
 SLICE = 1 << 17  # weights whose scales are searched at once; they stay in a core's cache
 
@@ -66,12 +68,13 @@ class Packing:
 
 
 def format_names() -> list[str]:
-    """Names of the formats, from the files there are; nothing is imported."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if path.stem != "scales")
+    """Names of the formats that floats may be packed in, from the files there are; nothing is imported."""
+    others = (*GIVEN, "scales")
+    return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if path.stem not in others)
 
 
 def load_format(name: str) -> Any:
-    """The module of a format in :func:`format_names`."""
+    """The module of a format in :func:`format_names` or GIVEN."""
     return importlib.import_module(f"{__name__}.{name}")
 
 

@@ -57,7 +57,7 @@ def _quantise(model: ir.Model, weight: ir.Value, packing: Packing) -> None:
         ops = Ops(f"{weight.name}/{packing.format}{number or ''}")
         matrix = load_format(packing.format).restore(ops, stored, packing.block)
         matrix.shape, matrix.type = ir.Shape((inputs, outputs)), weight.type
-        _multiply(ops, reader, matrix)
+        _multiply(ops, reader, matrix, stored, packing)
 
 
 def _initializer(model: ir.Model, name: str, array: Array) -> ir.Value:
@@ -89,10 +89,14 @@ def _is_linear(gemm: ir.Node) -> bool:
     return all(given.get(name, defaults[name]) == value for name, value in wanted.items())
 
 
-def _multiply(ops: Ops, reader: ir.Node, matrix: ir.Value) -> None:
+def _multiply(ops: Ops, reader: ir.Node, matrix: ir.Value, stored: tuple[ir.Value, ...], packing: Packing) -> None:
     """Put MatMul with ``matrix``, and Add where there is a bias, in the place of ``reader``."""
-    old = reader.outputs[0]
-    new = ops("MatMul", reader.inputs[0], matrix)
+    old, x = reader.outputs[0], reader.inputs[0]
+    new = ops("MatMul", x, matrix)
+    module = load_format(packing.format)
+    if hasattr(module, "correct"):
+        new.type, new.shape = old.type, old.shape
+        new = module.correct(ops, x, new, stored, packing.block)
     bias = reader.inputs[2] if reader.op_type == "Gemm" and len(reader.inputs) > 2 else None
     if bias is not None:
         new.type, new.shape = old.type, old.shape

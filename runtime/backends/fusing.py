@@ -22,12 +22,14 @@ LEVEL = "session.qdq_matmulnbits_accuracy_level"  # what activations are multipl
 # ONNX's numbers of dtypes (onnx.TensorProto.DataType) and of an attribute that is an integer.
 _NUMBERS = {"float32": 1, "int8": 3, "float16": 10, "bfloat16": 16, "int4": 22}
 _INT = 2
+_STORED = {"int4_zero": "int4", "int4_sum": "int4"}  # formats whose integers have another's dtype
+_ZEROS = ("int4_zero",)  # formats whose DequantizeLinear has zero points
 _OUTPUTS = 32
 
 
 def fuses(ort: Any, provider: str, kind: Packed, dtype: str, entries: dict[str, str]) -> bool:
     """Whether a session of ``provider`` with these config entries multiplies by matrices that are packed so."""
-    if kind.format not in _NUMBERS:
+    if _STORED.get(kind.format, kind.format) not in _NUMBERS:
         return False
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
@@ -48,13 +50,16 @@ def _model(kind: Packed, dtype: str) -> bytes:
     scales = (inputs // kind.block, _OUTPUTS) if kind.block else (_OUTPUTS,)
     layout = {"axis": 0, "block_size": kind.block} if kind.block else {"axis": 1}
     bits = {"int4": 4, "int8": 8, "float32": 32}
+    stored = _STORED.get(kind.format, kind.format)
+    zeros = ["zeros"] if kind.format in _ZEROS else []
     graph = b"".join(
         (
-            _field(1, _node("DequantizeLinear", ["w", "scales"], "floats", layout)),
+            _field(1, _node("DequantizeLinear", ["w", "scales", *zeros], "floats", layout)),
             _field(1, _node("MatMul", ["x", "floats"], "y", {})),
             _field(2, b"probe"),
-            _field(5, _tensor("w", kind.format, (inputs, _OUTPUTS), bits[kind.format])),
+            _field(5, _tensor("w", stored, (inputs, _OUTPUTS), bits[stored])),
             _field(5, _tensor("scales", dtype, scales, bits.get(dtype, 16))),
+            *(_field(5, _tensor(name, stored, scales, bits[stored])) for name in zeros),
             _field(11, _value("x", dtype, (1, inputs))),
             _field(12, _value("y", dtype, (1, _OUTPUTS))),
         )

@@ -21,7 +21,7 @@ from typing import Any
 
 from vlmtrim.graphs.bundle import SUMS, BundleError, open_bundle, seal
 from vlmtrim.graphs.checksums import sha256
-from vlmtrim.graphs.contract import Contract, GraphSpec
+from vlmtrim.graphs.contract import WITHOUT_ENGINES, Contract, GraphSpec
 from vlmtrim.runtime.engines import fingerprint, user_cache
 from vlmtrim.runtime.engines import profiles as profile_rules
 from vlmtrim.runtime.errors import RuntimeRefusal
@@ -55,6 +55,13 @@ def import_library(name: str) -> Any:
         ) from error
 
 
+_HINT = (
+    "; the checkpoint has zero points, which not every decoder with a selection can be built of: give --method none, "
+    "fastv with a smaller --k, or more --engine-shards, leave --engine out, or give the checkpoint that is not "
+    "quantised, with --weights int4"
+)
+
+
 def build_engines(folder: Path, contract: Contract, library: str) -> dict[str, Any]:
     """Build ``vision.engine``, ``embed.engine`` and ``decoder.engine``, or an engine for every piece of their chains.
 
@@ -68,12 +75,14 @@ def build_engines(folder: Path, contract: Contract, library: str) -> dict[str, A
     Raises:
         RuntimeRefusal: the library, a GPU it needs, or an operator is missing; the message carries its errors.
     """
+    _check_formats(contract, library)
+    hint = _HINT if any(kind.format == "int4_sum" for kind in contract.packed) else ""
     trt = import_library(library)
     entries: dict[str, Any] = {}
     for whole, rules in RULES.items():
         profiles = rules(contract)
         for name in contract.chain(whole):
-            entry = _build_one(trt, library, folder, name, contract.graphs[name], profiles)
+            entry = _build_one(trt, library, folder, name, contract.graphs[name], profiles, hint)
             entries[f"{name}.engine"] = entry.to_json()
     (folder / fingerprint.FILE).write_text(json.dumps(entries, indent=2) + "\n")
     return entries
@@ -87,6 +96,7 @@ def rebuild(folder: str | Path, library: str) -> dict[str, Any]:
     """
     import_library(library)
     bundle = open_bundle(folder)
+    _check_formats(bundle.contract, library)
     old = [name for name in bundle.sums if name.endswith(".engine") or name == fingerprint.FILE]
     if old:
         kept = "".join(f"{digest}  {name}\n" for name, digest in bundle.sums.items() if name not in old)
@@ -102,6 +112,16 @@ def rebuild(folder: str | Path, library: str) -> dict[str, Any]:
     return entries
 
 
+def _check_formats(contract: Contract, library: str) -> None:
+    """Raise RuntimeRefusal for weights in a format that no engine is built of."""
+    for kind in contract.packed:
+        if kind.format in WITHOUT_ENGINES:
+            raise RuntimeRefusal(
+                f"{library} builds no engine of {kind.format} weights: it reads no zero points but 0; export the "
+                f"checkpoint again with --engine {library}, which stores them another way"
+            )
+
+
 # What is built: graph -> rule for its profiles.
 RULES = {
     "vision": profile_rules.vision_profiles,
@@ -111,13 +131,19 @@ RULES = {
 
 
 def _build_one(
-    trt: Any, library: str, folder: Path, name: str, spec: GraphSpec, profiles: Mapping[str, profile_rules.Profile]
+    trt: Any,
+    library: str,
+    folder: Path,
+    name: str,
+    spec: GraphSpec,
+    profiles: Mapping[str, profile_rules.Profile],
+    hint: str,
 ) -> fingerprint.Fingerprint:
     """Write ``<name>.engine``; returns its fingerprint. The engine is freed before the next one is built."""
     start = time.perf_counter()
     symbols = {dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str)}
     own = {key: {dim: limits for dim, limits in p.items() if dim in symbols} for key, p in profiles.items()}
-    engine, capabilities = _build(trt, library, folder / spec.file, spec, own)
+    engine, capabilities = _build(trt, library, folder / spec.file, spec, own, hint)
     with (folder / f"{name}.engine").open("wb") as stream:
         stream.write(engine)
     size, seconds = len(engine), time.perf_counter() - start
@@ -129,7 +155,7 @@ def _build_one(
 
 
 def _build(
-    trt: Any, library: str, onnx: Path, spec: GraphSpec, profiles: Mapping[str, profile_rules.Profile]
+    trt: Any, library: str, onnx: Path, spec: GraphSpec, profiles: Mapping[str, profile_rules.Profile], hint: str = ""
 ) -> tuple[memoryview, list[str]]:
     messages: list[str] = []
     logger = make_logger(trt, messages)
@@ -154,7 +180,9 @@ def _build(
         config.set_timing_cache(config.create_timing_cache(user_cache.read(timings)), False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise RuntimeRefusal(f"{library} cannot build {onnx.name}: {'; '.join(messages[-3:]) or 'no reason given'}")
+        raise RuntimeRefusal(
+            f"{library} cannot build {onnx.name}: {'; '.join(messages[-3:]) or 'no reason given'}{hint}"
+        )
     if timings is not None:
         user_cache.write(timings, bytes(config.get_timing_cache().serialize()))
     return memoryview(engine), capabilities  # no copy: engines are as large as the weights

@@ -154,7 +154,7 @@ def test_the_plan_foresees_what_is_written(export_tiny, tmp_path):
     [
         (["--block", "32"], "--block and --keep are of weights in fewer bits; give --weights or --vision-weights"),
         (["--weights", "int4", "--block", "16"], "--block is 16; int4 weights take 128, 64, 32, channel"),
-        (["--weights", "fp8", "--block", "64"], "--block is 64; fp8 weights take channel"),
+        (["--weights", "fp8", "--block", "64"], "--block is 64; fp8 weights take channel, 128"),
         (["--weights", "nvfp4", "--dtype", "float32"], "nvfp4 weights are for engines, .* give --dtype float16"),
     ],
 )

@@ -50,7 +50,7 @@ def restored(values: np.ndarray, packing: Packing, dtype: str = "float32") -> np
 
 
 def test_every_format_has_an_oracle_and_a_name_in_the_contract():
-    assert format_names() == sorted(FORMATS) == sorted(oracle.FORMATS)
+    assert sorted((*format_names(), *formats.GIVEN)) == sorted(FORMATS) == sorted(oracle.FORMATS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -155,6 +155,43 @@ def test_a_linear_layer_reads_what_is_packed(name, block, bias, gemm, output):
     expected = x @ restored(values, Packing(name, block)) + (np.arange(N) if bias else 0)
     assert np.allclose(found, expected if output else -expected, atol=1e-4)
     assert "w" not in model.graph.initializers
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("block", [32, formats.CHANNEL])
+@pytest.mark.parametrize("name", formats.GIVEN)
+def test_zero_points_are_subtracted(name, block, rank):
+    """Of DequantizeLinear or as sums of inputs: the same product, on ONNX Runtime against numpy."""
+    import onnxruntime
+
+    random = np.random.default_rng(0)
+    shape = (K // block, N) if block else (N,)
+    codes, points = (random.integers(-8, 8, size).astype(np.int8) for size in ((K, N), shape))
+    scales = random.uniform(0.01, 0.02, shape).astype(np.float32)
+    last = points if name == "int4_zero" else scales * points
+    model = linear_graph(True, False)
+    model.graph.inputs[0].shape = ir.Shape(["B", K] if rank == 2 else ["B", "S", K])
+    quantise(model, {"w": Packing(name, block)})
+    held = {}
+    for array, values in zip(Packing(name, block).arrays(K, N, "float32"), (codes, scales, last), strict=True):
+        key = f"w.{array.suffix}"
+        kind = ir.DataType.INT4 if array.dtype == "int4" else ir.DataType.FLOAT
+        model.graph.initializers[key].const_value = ir.tensor(values.astype(kind.numpy()), dtype=kind, name=key)
+        held[key] = torch.from_numpy(formats.nibbles(values) if array.dtype == "int4" else values)
+    read = oracle._plain(held)["w"].t().numpy()
+    expected = (codes - (points.repeat(block, axis=0) if block else points)) * (
+        scales.repeat(block, axis=0) if block else scales
+    )
+    assert np.allclose(read, expected, atol=1e-6)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    for output in model.graph.outputs:
+        output.shape = None
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    x = random.normal(size=(3, K) if rank == 2 else (2, 3, K)).astype(np.float32)
+    assert np.allclose(session.run(None, {"x": x})[0], -(x @ read), atol=1e-4)
 
 
 def test_what_is_no_linear_layer_is_refused_by_name():

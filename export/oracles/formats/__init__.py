@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMATS = ("int4", "int8", "fp8", "nvfp4")
+FORMATS = ("int4", "int4_sum", "int4_zero", "int8", "fp8", "nvfp4")
 
 
 @contextmanager
@@ -39,8 +39,10 @@ def unpacked(folder: Path) -> Iterator[Path]:
         plain = Path(scratch)
         for path in (*folder.glob("*.json"), *folder.glob("*.jinja")):
             shutil.copyfile(path, plain / path.name)
-        _untie(plain / "config.json")
-        save_file(_plain(stored), plain / "model.safetensors", metadata={"format": "pt"})
+        floats = _plain(stored)
+        if "lm_head.weight" in floats:
+            _untie(plain / "config.json")
+        save_file(floats, plain / "model.safetensors", metadata={"format": "pt"})
         yield plain
 
 

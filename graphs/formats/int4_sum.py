@@ -1,0 +1,44 @@
+"""int4_sum: int4_zero for engines: sums of inputs take the zero points' share out of the product."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vlmtrim.graphs.formats import CHANNEL, Array
+
+if TYPE_CHECKING:
+    from vlmtrim.graphs.later import ir
+    from vlmtrim.graphs.ops import Ops
+
+BITS = 4
+BLOCKS = (128, 64, 32, CHANNEL)
+ENGINES_ONLY = False
+
+
+def arrays(inputs: int, outputs: int, block: int, dtype: str) -> tuple[Array, ...]:
+    """int4 [K, N], scales [K / block, N] and scales times zero points of the same shape, both [N] for CHANNEL."""
+    scales = (outputs,) if block == CHANNEL else (inputs // block, outputs)
+    return (
+        Array("int4_sum", "int4", (inputs, outputs)),
+        Array("int4_sum_scale", dtype, scales),
+        Array("int4_sum_offset", dtype, scales),
+    )
+
+
+def restore(ops: Ops, stored: tuple[ir.Value, ...], block: int) -> ir.Value:
+    """The matrix [K, N] in the scales' dtype, zero points left out."""
+    layout = {"axis": 1} if block == CHANNEL else {"axis": 0, "block_size": block}
+    return ops("DequantizeLinear", *stored[:2], **layout)
+
+
+def correct(ops: Ops, x: ir.Value, product: ir.Value, stored: tuple[ir.Value, ...], block: int) -> ir.Value:
+    """``product`` of x [..., K] by the restored matrix, less what the zero points add to it: the sum of every block's
+    inputs times the block's offsets."""
+    if block == CHANNEL:
+        sums = ops("ReduceSum", x, ops.const([-1]), keepdims=1)
+        return ops("Sub", product, ops("Mul", sums, stored[2]))
+    assert stored[2].shape is not None
+    rows = ops("Shape", x, start=0, end=-1)
+    parts = ops("Reshape", x, ops.concat(rows, ops.const([stored[2].shape[0], block])))
+    sums = ops("ReduceSum", parts, ops.const([-1]), keepdims=0)
+    return ops("Sub", product, ops("MatMul", sums, stored[2]))
