@@ -42,13 +42,6 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     p.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of activations and weights; auto keeps the checkpoint's"
     )
-    p.add_argument(
-        "--fp32-layers",
-        type=_numbers,
-        default=(),
-        metavar="I,J",
-        help="decoder layers, from 0, that compute in float32 where float16 would overflow; --calibrate names them",
-    )
     _add_packing(p)
     p.add_argument(
         "--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)"
@@ -98,6 +91,13 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
 
 
 def _add_packing(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--fp32-layers",
+        type=_numbers,
+        default=(),
+        metavar="I,J",
+        help="decoder layers, from 0, that compute in float32 where float16 would overflow; --calibrate names them",
+    )
     formats = (FLOAT, *format_names())
     group = p.add_argument_group("weights in fewer bits", "of the matrices; embeddings, norms and projector stay")
     group.add_argument("--weights", default=FLOAT, choices=formats, help=_FORMATS_HELP)
