@@ -98,15 +98,14 @@ def make_plan(
     where = nearest_folder(job.output)
     means, added = _taking(job, tensors, getattr(torch, contract.dtype), where, total, bool(packings))
     copies = PACK_COPIES if packings else CAST_COPIES
-    largest = max(parameter.numel() for parameter in model.parameters())
-    export = EXPORT_BYTES + (0 if means != taking.WRITTEN else copies * largest * 4)
+    most = max(parameter.numel() for parameter in model.parameters())
+    export = EXPORT_BYTES + (0 if means != taking.WRITTEN else copies * most * 4)
     shards = build = 0
     if job.engine != "none":
         fewest = engine_shards(decoder, contract, memory_limit(job))
         shards = job.engine_shards or max(fewest, _least_shards(contract))
-        build = int(
-            build_factor(contract) * max(vision, embedding, largest_piece(decoder, contract, shards)) + EXPORT_BYTES
-        )
+        largest = max(vision, embedding, largest_piece(decoder, contract, shards))
+        build = int(build_factor(contract) * largest + EXPORT_BYTES)
     plan = Plan(
         weights=total,
         decoder=decoder,

@@ -114,17 +114,7 @@ def export(
         )
         if prepared.settings is not None:
             report["quantised"] = prepared.settings["quant_method"]
-        with tempfile.TemporaryDirectory(prefix=".packed-", dir=folder) as waiting:
-            ready = {}
-            if job.calibrates_weights or (job.checks_ranges and not prepared.given):
-                with _stage(report, "calibrate weights") as show:
-                    ready, largest = _calibrated(prepared, matched, placed, Path(waiting), show)
-                report["largest"] = largest
-                layerwise.say_ranges(largest, job)
-            with _stage(report, "weights") as show:
-                packings = {**prepared.given, **placed}
-                wanted = weights.Wanted(prepared.dtype, packings, matched, job.clip_overflow, ready)
-                stored = weights.store(prepared.tensors, wanted, folder, show, job.link_weights)
+        stored = _stored(prepared, matched, placed, folder, report)
         with _stage(report, "save"):
             for name, graph in traced.items():
                 widen(graph, weights.stored_dtypes(graph, matched, stored))
@@ -220,6 +210,24 @@ def graphs(
                 wide_layers(graph, job.fp32_layers)
                 lint(graph, contract.graphs[name])
         yield name, graph
+
+
+def _stored(
+    prepared: Prepared, matched: dict[str, str], placed: dict[str, Packing], folder: Path, report: dict[str, Any]
+) -> dict[str, weights.StoredTensor]:
+    """Bring the weights into the bundle, packed as they are to be; returns where each tensor lies."""
+    job = prepared.job
+    assert prepared.tensors is not None
+    with tempfile.TemporaryDirectory(prefix=".packed-", dir=folder) as waiting:
+        ready: dict[str, layerwise.Packer] = {}
+        if job.calibrates_weights or (job.checks_ranges and not prepared.given):
+            with _stage(report, "calibrate weights") as show:
+                ready, report["largest"] = _calibrated(prepared, matched, placed, Path(waiting), show)
+            layerwise.say_ranges(report["largest"], job)
+        with _stage(report, "weights") as show:
+            packings = {**prepared.given, **placed}
+            wanted = weights.Wanted(prepared.dtype, packings, matched, job.clip_overflow, ready)
+            return weights.store(prepared.tensors, wanted, folder, show, job.link_weights)
 
 
 def _calibrated(
