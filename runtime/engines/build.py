@@ -76,13 +76,17 @@ def build_engines(folder: Path, contract: Contract, library: str) -> dict[str, A
         RuntimeRefusal: the library, a GPU it needs, or an operator is missing; the message carries its errors.
     """
     _check_formats(contract, library)
-    hint = _HINT if any(kind.format == "int4_sum" for kind in contract.packed) else ""
     trt = import_library(library)
     entries: dict[str, Any] = {}
     for whole, rules in RULES.items():
         profiles = rules(contract)
         for name in contract.chain(whole):
-            entry = _build_one(trt, library, folder, name, contract.graphs[name], profiles, hint)
+            try:
+                entry = _build_one(trt, library, folder, name, contract.graphs[name], profiles)
+            except RuntimeRefusal as error:
+                if any(kind.format == "int4_sum" for kind in contract.packed):
+                    raise RuntimeRefusal(f"{error}{_HINT}") from error
+                raise
             entries[f"{name}.engine"] = entry.to_json()
     (folder / fingerprint.FILE).write_text(json.dumps(entries, indent=2) + "\n")
     return entries
@@ -131,19 +135,13 @@ RULES = {
 
 
 def _build_one(
-    trt: Any,
-    library: str,
-    folder: Path,
-    name: str,
-    spec: GraphSpec,
-    profiles: Mapping[str, profile_rules.Profile],
-    hint: str,
+    trt: Any, library: str, folder: Path, name: str, spec: GraphSpec, profiles: Mapping[str, profile_rules.Profile]
 ) -> fingerprint.Fingerprint:
     """Write ``<name>.engine``; returns its fingerprint. The engine is freed before the next one is built."""
     start = time.perf_counter()
     symbols = {dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str)}
     own = {key: {dim: limits for dim, limits in p.items() if dim in symbols} for key, p in profiles.items()}
-    engine, capabilities = _build(trt, library, folder / spec.file, spec, own, hint)
+    engine, capabilities = _build(trt, library, folder / spec.file, spec, own)
     with (folder / f"{name}.engine").open("wb") as stream:
         stream.write(engine)
     size, seconds = len(engine), time.perf_counter() - start
@@ -155,7 +153,7 @@ def _build_one(
 
 
 def _build(
-    trt: Any, library: str, onnx: Path, spec: GraphSpec, profiles: Mapping[str, profile_rules.Profile], hint: str = ""
+    trt: Any, library: str, onnx: Path, spec: GraphSpec, profiles: Mapping[str, profile_rules.Profile]
 ) -> tuple[memoryview, list[str]]:
     messages: list[str] = []
     logger = make_logger(trt, messages)
@@ -180,9 +178,7 @@ def _build(
         config.set_timing_cache(config.create_timing_cache(user_cache.read(timings)), False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise RuntimeRefusal(
-            f"{library} cannot build {onnx.name}: {'; '.join(messages[-3:]) or 'no reason given'}{hint}"
-        )
+        raise RuntimeRefusal(f"{library} cannot build {onnx.name}: {'; '.join(messages[-3:]) or 'no reason given'}")
     if timings is not None:
         user_cache.write(timings, bytes(config.get_timing_cache().serialize()))
     return memoryview(engine), capabilities  # no copy: engines are as large as the weights
