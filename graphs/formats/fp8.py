@@ -24,7 +24,7 @@ def arrays(inputs: int, outputs: int, block: int, dtype: str) -> tuple[Array, ..
     return Array("fp8", "float8e4m3fn", (inputs, outputs)), Array("fp8_scale", dtype, scales)
 
 
-def pack(matrix: np.ndarray, block: int, dtype: str, importance: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+def pack(matrix: np.ndarray, block: int, dtype: str) -> tuple[np.ndarray, ...]:
     """float32 [K, N] -> (float8 [K, N], scales): a float's error is relative, so nothing is searched."""
     import ml_dtypes
 

@@ -25,11 +25,11 @@ def arrays(inputs: int, outputs: int, block: int, dtype: str) -> tuple[Array, ..
     return Array("int4", "int4", (inputs, outputs)), Array("int4_scale", dtype, scales)
 
 
-def pack(matrix: np.ndarray, block: int, dtype: str, importance: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-    """float32 [K, N] -> (nibbles uint8 [K * N / 2], scales); ``importance`` [K] weighs the rows' squared errors."""
+def pack(matrix: np.ndarray, block: int, dtype: str) -> tuple[np.ndarray, ...]:
+    """float32 [K, N] -> (nibbles uint8 [K * N / 2], scales)."""
     from vlmtrim.graphs.formats.scales import symmetric
 
-    return from_codes(*symmetric(matrix, block, dtype, -8, 7, SHRINK, importance))
+    return from_codes(*symmetric(matrix, block, dtype, -8, 7, SHRINK))
 
 
 def from_codes(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, ...]:

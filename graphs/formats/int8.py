@@ -23,11 +23,11 @@ def arrays(inputs: int, outputs: int, block: int, dtype: str) -> tuple[Array, ..
     return Array("int8", "int8", (inputs, outputs)), Array("int8_scale", dtype, scales)
 
 
-def pack(matrix: np.ndarray, block: int, dtype: str, importance: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+def pack(matrix: np.ndarray, block: int, dtype: str) -> tuple[np.ndarray, ...]:
     """float32 [K, N] -> (int8 [K, N], scales). At 127 steps clipping serves nothing, so nothing is searched."""
     from vlmtrim.graphs.formats.scales import symmetric
 
-    return symmetric(matrix, block, dtype, -127, 127, (1.0,), None)
+    return symmetric(matrix, block, dtype, -127, 127, (1.0,))
 
 
 def from_codes(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -27,7 +27,7 @@ def arrays(inputs: int, outputs: int, block: int, dtype: str) -> tuple[Array, ..
     )
 
 
-def pack(matrix: np.ndarray, block: int, dtype: str, importance: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+def pack(matrix: np.ndarray, block: int, dtype: str) -> tuple[np.ndarray, ...]:
     """float32 [K, N] -> (nibbles uint8 [K * N / 2], scales [K / 16, N], their scale [])."""
     import ml_dtypes
 

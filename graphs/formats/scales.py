@@ -23,7 +23,7 @@ def symmetric(
     low: int,
     high: int,
     shrink: Sequence[float],
-    importance: np.ndarray | None,
+    importance: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Integers ``low`` to ``high`` and their scales, such that ``integers * scales`` comes near a matrix.
 

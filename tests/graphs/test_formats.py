@@ -10,6 +10,8 @@ from vlmtrim.export.oracles import formats as oracle
 from vlmtrim.graphs import formats
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.formats import Packing, check_block, fitting_block, format_names, load_format
+from vlmtrim.graphs.formats.int4 import SHRINK
+from vlmtrim.graphs.formats.scales import symmetric
 from vlmtrim.graphs.packed import FORMATS
 from vlmtrim.graphs.passes.quantise import quantise
 from vlmtrim.graphs.passes.widen import widen
@@ -82,9 +84,8 @@ def test_importance_moves_errors_to_inputs_that_count_less():
     values, importance = matrix(), np.ones(K, np.float32)
     importance[::2] = 100
     even = np.square(restored(values, Packing("int4", 128)) - values)[::2].sum()
-    packed = load_format("int4").pack(values, 128, "float32", importance)
-    names = [f"w.{array.suffix}" for array in Packing("int4", 128).arrays(K, N, "float32")]
-    weighed = oracle._plain(dict(zip(names, map(torch.from_numpy, packed), strict=True)))["w"].t().numpy()
+    codes, scales = symmetric(values, 128, "float32", -8, 7, SHRINK, importance)
+    weighed = codes * scales.repeat(128, axis=0)
     assert np.square(weighed - values)[::2].sum() < even
 
 
