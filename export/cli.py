@@ -34,6 +34,7 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
         prog="export-vlm",
         description="Export a vision-language model to an ONNX bundle that drops visual tokens inside the decoder.",
         epilog="Example: export-vlm --model demo --k 2 --r 0.5",
+        allow_abbrev=False,  # --k of another method is not --keep
     )
     p.add_argument("--list", action=_List, help="print families, presets, methods and what is proven, and exit")
     p.add_argument("--model", required=True, help="demo, a preset (--list), tiny:<family>, folder or hub id")
@@ -186,7 +187,7 @@ def _add_method_arguments(p: argparse.ArgumentParser, method: str) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments with those of the method that they name. Raises Refusal for arguments of another method."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", default=DEFAULT_METHOD)
     method = first.parse_known_args(argv)[0].method
     whole = parser(method)

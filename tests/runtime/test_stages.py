@@ -51,7 +51,7 @@ def test_the_guilty_graph_is_the_only_stage_that_fails(fastv_bundle, capsys, mon
             outputs[output] = OrtValue.ortvalue_from_numpy(moved)
         return outputs
 
-    def one_side_off(name, bundle):
+    def one_side_off(name, bundle, **_):
         sides.append(make_backend(name))
         return watch(sides[0], off) if len(sides) == 1 else sides[-1]
 
