@@ -8,7 +8,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,9 +40,7 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help="demo, a preset (--list), tiny:<family>, folder or hub id")
     _add_method_arguments(p, method)
     _add_measuring(p)
-    p.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="of activations and weights; auto keeps the checkpoint's"
-    )
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="of activations and weights; auto: the checkpoint's")
     _add_packing(p)
     p.add_argument(
         "--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)"
@@ -62,7 +60,7 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     p.add_argument("--engine", default="none", choices=ENGINES, help="TensorRT engines to build as well")
     p.add_argument(
         "--engine-shards",
-        type=_shards,
+        type=_number_or("auto"),
         default=0,
         metavar="auto|N",
         help="cut the decoder into N engines of consecutive layers; auto (default): as few as memory allows",
@@ -104,7 +102,7 @@ def _add_packing(p: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", default=FLOAT, choices=formats, help=_FORMATS_HELP)
     group.add_argument(
         "--block",
-        type=_block,
+        type=_number_or("channel"),
         default=None,
         metavar="32|64|128|channel",
         help="weights of a column that share a scale; where it does not divide the inputs, the next smaller that does "
@@ -132,12 +130,17 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in text.split(",")}))
 
 
-def _block(text: str) -> int:
-    if text == "channel":
-        return 0
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither channel nor a number of weights such as 32, 64 or 128")
-    return int(text)
+def _number_or(word: str) -> Callable[[str], int]:
+    """Reads a number of 1 or more, or a word, which is 0."""
+
+    def read(text: str) -> int:
+        if text == word:
+            return 0
+        if not text.isdigit() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {word} nor a number of 1 or more")
+        return int(text)
+
+    return read
 
 
 def _add_measuring(p: argparse.ArgumentParser) -> None:
@@ -279,14 +282,6 @@ def ends_as_interrupts() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _shards(text: str) -> int:
-    if text == "auto":
-        return 0
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of 1 or more")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 SECONDS = 10  # an attempt that takes longer hangs
 KINDS = ("refused", "ran", "traceback", "crash", "hang", "memory")
-MEMORY = 1_500_000_000  # bytes of resident memory that an attempt may take beside what its process began with
+MEMORY = 1_500_000_000  # bytes of resident memory that an attempt may reach
 
 
 @dataclass
@@ -51,7 +50,7 @@ class Report:
 def attempt(name: str, work: Callable[[], None], report: Report) -> None:
     """Run ``work`` in a child. It refuses by BundleError or RuntimeRefusal; any other exception is a traceback."""
     read, write = os.pipe()
-    start, held = time.monotonic(), _resident()
+    start = time.monotonic()
     child = os.fork()
     if child == 0:
         os.close(read)
@@ -79,17 +78,11 @@ def attempt(name: str, work: Callable[[], None], report: Report) -> None:
         report.add(
             name, "crash", f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "no word", peak, seconds
         )
-    elif peak - held > MEMORY:
+    elif peak > MEMORY:
         report.add(name, "memory", f"{peak / 1e6:.0f} MB", peak, seconds)
     else:
         kind, detail = json.loads(said)
         report.add(name, kind, detail, peak, seconds)
-
-
-def _resident() -> int:
-    """Bytes that this process holds now; a child begins with them."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 def _child(work: Callable[[], None], write: int) -> int:
