@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmtrim.graphs.formats import is_calibrated
 from vlmtrim.graphs.methods.fastv import FastV
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -83,7 +84,7 @@ class Job:
     @property
     def calibrates_weights(self) -> bool:
         """Whether the decoder's matrices are packed on what the pictures of ``calibrate`` make of their inputs."""
-        return self.calibrate is not None and self.weights in ("int4", "int8")
+        return self.calibrate is not None and self.weights != FLOAT and is_calibrated(self.weights)
 
     @property
     def checks_ranges(self) -> bool:

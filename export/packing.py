@@ -116,11 +116,10 @@ def _block(job: Job, name: str) -> int:
     return blocks[0] if job.block is None or job.block not in blocks else job.block
 
 
-def place(graph: ir.Model, planned: Mapping[str, Packing]) -> dict[str, Packing]:
-    """Let a traced graph read its matrices as planned; returns those that it has."""
-    here = {name: packing for name, packing in planned.items() if f"{_FULL}{name}" in graph.graph.initializers}
-    quantise(graph, {f"{_FULL}{name}": packing for name, packing in here.items()})
-    return here
+def place(graph: ir.Model, planned: Mapping[str, Packing]) -> None:
+    """Let a traced graph read those matrices that it has as planned, in place."""
+    named = {f"{_FULL}{name}": packing for name, packing in planned.items()}
+    quantise(graph, {name: packing for name, packing in named.items() if name in graph.graph.initializers})
 
 
 def summary(placed: Mapping[str, Packing], model: Any, dtype: str) -> tuple[Packed, ...]:

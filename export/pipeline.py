@@ -245,7 +245,7 @@ def _calibrated(
 def _placed(traced: Mapping[str, ir.Model], planned: Mapping[str, Packing]) -> dict[str, Packing]:
     """Of the planned packings those of matrices that a graph reads; a tower's last layers may be read by none."""
     used = {name for graph in traced.values() for name in graph.graph.initializers}
-    return {n: p for n, p in planned.items() if any(i.startswith(f"full.{n}.{p.format}") for i in used)}
+    return {n: p for n, p in planned.items() if f"full.{n}.{p.format}" in used}
 
 
 def _cut(decoder: ir.Model, contract: Contract, pieces: int, folder: Path) -> Contract:

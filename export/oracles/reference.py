@@ -133,10 +133,14 @@ def own_processor(folder: Path) -> Any:
         return WithoutVideo(AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), None)
 
 
-def processed(folder: Path, text: str, image: Any) -> tuple[list[int], np.ndarray]:
-    """Token ids and pixel values that the checkpoint's own Hugging Face processor makes of a rendered prompt."""
-    processor = own_processor(folder)
+def prepared(processor: Any, text: str, image: Any) -> Any:
+    """What a Hugging Face processor makes of a rendered prompt and its picture, by name."""
     start = processor.tokenizer.bos_token
     written = bool(start) and text.startswith(start)  # by the template; the tokenizer would write a second one
-    inputs = processor(text=text, images=image, return_tensors="pt", add_special_tokens=not written)
+    return processor(text=text, images=image, return_tensors="pt", add_special_tokens=not written)
+
+
+def processed(folder: Path, text: str, image: Any) -> tuple[list[int], np.ndarray]:
+    """Token ids and pixel values that the checkpoint's own Hugging Face processor makes of a rendered prompt."""
+    inputs = prepared(own_processor(folder), text, image)
     return inputs["input_ids"][0].tolist(), inputs["pixel_values"].numpy()

@@ -14,7 +14,7 @@ from vlmtrim.export.weights.files import (
     read_header,
     stored_dtypes,
 )
-from vlmtrim.export.weights.writing import Wanted, store, stored_bytes
+from vlmtrim.export.weights.writing import Wanted, store
 
 __all__ = [
     "StoredTensor",
@@ -30,6 +30,5 @@ __all__ = [
     "read_checkpoint",
     "read_header",
     "store",
-    "stored_bytes",
     "stored_dtypes",
 ]

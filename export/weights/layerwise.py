@@ -21,16 +21,13 @@ from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.weights.files import StoredTensor
 from vlmtrim.export.weights.gptq import gptq
 from vlmtrim.graphs.contract import Contract
-from vlmtrim.graphs.formats import Packing, load_format
+from vlmtrim.graphs.formats import Packing, is_calibrated, load_format
 from vlmtrim.graphs.reading import Folder
 from vlmtrim.runtime.image import load_image
 from vlmtrim.runtime.progress import Progress
 from vlmtrim.runtime.prompt import Prompter
 
 LONGEST = 128  # prompts; more change little and cost memory (GPTQ's own number)
-# Format -> limits of its integers.
-_LIMITS = {"int4": (-8, 7), "int8": (-127, 127)}
-FORMATS = tuple(_LIMITS)
 FLOAT16, NEAR = 65504.0, 0.5  # its largest value, and the share of it from which other pictures may pass it
 
 Packer = Callable[[], tuple[np.ndarray, ...]]
@@ -75,7 +72,7 @@ def pack(
 
     Args:
         model: transformers' model without memory, in float32.
-        packings: parameter -> how it is packed; what is no matrix of a layer, or of no format in FORMATS, is left out.
+        packings: parameter -> how it is packed; what is no matrix of a layer, or not packed in integers, is left out.
         prompts: inputs of the model, as its own processor makes them.
         dtype: of the scales.
         folder: where packed layers wait.
@@ -95,15 +92,16 @@ def pack(
         inside = f"{prefix}.layers.{index}"
         names = [f"{inside}.{name}" for name, _ in layer.named_parameters()]
         weights.load(names)
-        chosen = {n: p for n, p in packings.items() if n in names and p.format in FORMATS}
+        chosen = {n: p for n, p in packings.items() if n in names and is_calibrated(p.format)}
         matrices = {name: layer.get_submodule(name[len(inside) + 1 :].rpartition(".")[0]) for name in chosen}
         arrays: dict[str, np.ndarray] = {}
         if chosen:
-            for name, hessian in _hessians(layer, matrices, states):
-                arrays |= _pack(name, matrices[name], hessian, chosen[name], dtype)
             file = folder / f"packed-{index}.safetensors"
+            for name, hessian in _hessians(layer, matrices, states):
+                packed = _pack(name, matrices[name], hessian, chosen[name], dtype)
+                arrays |= packed
+                ready[name] = _reader(file, list(packed))
             save_file(arrays, file)
-            ready |= {name: _reader(file, name, packing) for name, packing in chosen.items()}
         states, most = _passed(layer, states)
         largest.append(most)
         weights.drop(names)
@@ -202,9 +200,8 @@ def _pack(name: str, module: Any, hessian: Tensor, packing: Packing, dtype: str)
     if not torch.isfinite(matrix).all() or not torch.isfinite(hessian).all():
         raise Refusal(f"{name}: weights or the states that it reads are not finite, so it cannot be calibrated")
     form = load_format(packing.format)
-    codes, scales = gptq(
-        matrix, hessian, packing.block, dtype, *_LIMITS[packing.format], getattr(form, "SHRINK", (1.0,))
-    )
+    low, high = form.LIMITS
+    codes, scales = gptq(matrix, hessian, packing.block, dtype, low, high, form.SHRINK)
     module.weight.data = matrix.t()
     outputs, inputs = module.weight.shape
     described = packing.arrays(inputs, outputs, dtype)
@@ -215,29 +212,24 @@ def _pack(name: str, module: Any, hessian: Tensor, packing: Packing, dtype: str)
     }
 
 
-def _reader(file: Path, name: str, packing: Packing) -> Packer:
-    suffixes = [array.suffix for array in packing.arrays(packing.block or 2, 2, "float32")]
-
+def _reader(file: Path, names: Sequence[str]) -> Packer:
     def read() -> tuple[np.ndarray, ...]:
         with safe_open(file, "np") as arrays:
-            return tuple(arrays.get_tensor(f"{name}.{suffix}") for suffix in suffixes)
+            return tuple(arrays.get_tensor(name) for name in names)
 
     return read
 
 
 def prompts_of(source: Path, contract: Contract, asked: Sequence[tuple[Path, str]]) -> list[dict[str, Tensor]]:
     """What the model takes of pictures and questions, as the checkpoint's own processor makes it."""
-    from vlmtrim.export.oracles.reference import own_processor
+    from vlmtrim.export.oracles.reference import own_processor, prepared
 
     if len(asked) > LONGEST:
         print(f"calibrating on the first {LONGEST} of {len(asked)} pictures", file=sys.stderr)
     prompter, processor = Prompter(Folder(source), contract), own_processor(source)
-    start = processor.tokenizer.bos_token
     found = []
     for picture, question in asked[:LONGEST]:
         parts: Any = [{"type": "image"}, {"type": "text", "text": question}]
         text = prompter.render([{"role": "user", "content": parts}]).text
-        special = not (start and text.startswith(start))  # else the template has written it
-        inputs = processor(text=text, images=load_image(picture), return_tensors="pt", add_special_tokens=special)
-        found.append(dict(inputs))
+        found.append(dict(prepared(processor, text, load_image(picture))))
     return found

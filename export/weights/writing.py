@@ -86,11 +86,6 @@ def store(
     }
 
 
-def stored_bytes(tensors: Mapping[str, StoredTensor], wanted: Wanted) -> int:
-    """Bytes of the tensors that :func:`store` writes."""
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in _entries(tensors, wanted).values())
-
-
 def _entries(tensors: Mapping[str, StoredTensor], wanted: Wanted) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Name -> dtype and shape of all that is written, in order."""
     entries = {}
@@ -117,8 +112,9 @@ class _Counts:
 def _write(
     tensors: Mapping[str, StoredTensor], wanted: Wanted, path: Path, progress: Progress
 ) -> dict[str, StoredTensor]:
-    header = files.make_header(_entries(tensors, wanted))
-    total = len(header) + stored_bytes(tensors, wanted)
+    entries = _entries(tensors, wanted)
+    header = files.make_header(entries)
+    total = len(header) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in entries.values())
     counts = _Counts()
     with path.open("wb") as stream:
         stream.write(header)

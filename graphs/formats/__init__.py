@@ -8,6 +8,8 @@ A format's module has
     arrays(...)         what one matrix is stored as
     pack(...)           float32 [K, N] -> those arrays; what checkpoints alone bring (GIVEN) has none
     restore(...)        nodes that make the matrix of them again
+    LIMITS, SHRINK      if it is of integers: theirs, and what shares of the largest magnitude scales are searched at;
+                        ``from_codes`` stores integers that something else has rounded
     correct(...)        if it is there: nodes that make the product of the product by what ``restore`` gives
 
 and its docstring's first line is its entry in help texts. A matrix is stored as it is multiplied, [K, N], K inputs and
@@ -19,13 +21,18 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlmtrim.graphs.errors import GraphError
+
+if TYPE_CHECKING:
+    from vlmtrim.graphs.later import ir
+    from vlmtrim.graphs.ops import Ops
 
 GIVEN = ("int4_sum", "int4_zero")  # formats that only checkpoints of the hub come in
 CHANNEL = 0  # as a block: one scale a column, whatever K is
@@ -78,6 +85,11 @@ def load_format(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def is_calibrated(name: str) -> bool:
+    """Whether a format is of integers that may be rounded by what their inputs are."""
+    return hasattr(load_format(name), "LIMITS")
+
+
 def fitting_block(name: str, inputs: int, block: int) -> int | None:
     """The block that a matrix of K inputs gets: the largest of the format's up to ``block`` that divides K; None where
     none does. One block that is all of K is CHANNEL where the format has it: TensorRT-RTX 1.7 cannot build the other
@@ -95,6 +107,18 @@ def check_block(name: str, block: int) -> None:
         said = ", ".join("channel" if size == CHANNEL else str(size) for size in allowed)
         given = "channel" if block == CHANNEL else block
         raise GraphError(f"--block is {given}; {name} weights take {said}")
+
+
+def scale_shape(inputs: int, outputs: int, block: int) -> tuple[int, ...]:
+    """Shape of the scales of a matrix of K inputs and N outputs: [K / block, N], or [N] for CHANNEL."""
+    return (outputs,) if block == CHANNEL else (inputs // block, outputs)
+
+
+def dequantise(ops: Ops, stored: Sequence[ir.Value], block: int) -> ir.Value:
+    """The matrix [K, N] in the scales' dtype, of integers or floats, their scales and, where there are any, zero
+    points."""
+    layout = {"axis": 1} if block == CHANNEL else {"axis": 0, "block_size": block}
+    return ops("DequantizeLinear", *stored, **layout)
 
 
 def nibbles(codes: np.ndarray) -> np.ndarray:

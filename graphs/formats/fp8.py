@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmtrim.graphs.formats import CHANNEL, Array
+from vlmtrim.graphs.formats import CHANNEL, Array, dequantise, scale_shape
 
 if TYPE_CHECKING:
     from vlmtrim.graphs.later import ir
@@ -20,7 +20,7 @@ LARGEST = 448.0  # of e4m3
 
 def arrays(inputs: int, outputs: int, block: int, dtype: str) -> tuple[Array, ...]:
     """float8e4m3fn [K, N] and scales [K / block, N], or [N] for a block of CHANNEL."""
-    scales = (outputs,) if block == CHANNEL else (inputs // block, outputs)
+    scales = scale_shape(inputs, outputs, block)
     return Array("fp8", "float8e4m3fn", (inputs, outputs)), Array("fp8_scale", dtype, scales)
 
 
@@ -45,5 +45,4 @@ def pack(matrix: np.ndarray, block: int, dtype: str) -> tuple[np.ndarray, ...]:
 
 def restore(ops: Ops, stored: tuple[ir.Value, ...], block: int) -> ir.Value:
     """The matrix [K, N] in the scales' dtype."""
-    layout = {"axis": 1} if block == CHANNEL else {"axis": 0, "block_size": block}
-    return ops("DequantizeLinear", *stored, **layout)
+    return dequantise(ops, stored, block)

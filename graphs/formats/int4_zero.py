@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlmtrim.graphs.formats import CHANNEL, Array
+from vlmtrim.graphs.formats import CHANNEL, Array, dequantise, scale_shape
 
 if TYPE_CHECKING:
     from vlmtrim.graphs.later import ir
@@ -17,7 +17,7 @@ ENGINES_ONLY = False
 
 def arrays(inputs: int, outputs: int, block: int, dtype: str) -> tuple[Array, ...]:
     """int4 [K, N], scales [K / block, N] and zero points int4 of the same shape, both [N] for a block of CHANNEL."""
-    scales = (outputs,) if block == CHANNEL else (inputs // block, outputs)
+    scales = scale_shape(inputs, outputs, block)
     return (
         Array("int4_zero", "int4", (inputs, outputs)),
         Array("int4_zero_scale", dtype, scales),
@@ -27,5 +27,4 @@ def arrays(inputs: int, outputs: int, block: int, dtype: str) -> tuple[Array, ..
 
 def restore(ops: Ops, stored: tuple[ir.Value, ...], block: int) -> ir.Value:
     """The matrix [K, N] in the scales' dtype."""
-    layout = {"axis": 1} if block == CHANNEL else {"axis": 0, "block_size": block}
-    return ops("DequantizeLinear", *stored, **layout)
+    return dequantise(ops, stored, block)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmtrim.graphs.formats import CHANNEL, Array
+from vlmtrim.graphs.formats import CHANNEL, Array, dequantise, scale_shape
 
 if TYPE_CHECKING:
     from vlmtrim.graphs.later import ir
@@ -15,19 +15,20 @@ if TYPE_CHECKING:
 BITS = 8
 BLOCKS = (128, 64, 32, CHANNEL)
 ENGINES_ONLY = False
+LIMITS = (-127, 127)  # of its integers
+SHRINK = (1.0,)  # at 127 steps clipping serves nothing, so nothing is searched
 
 
 def arrays(inputs: int, outputs: int, block: int, dtype: str) -> tuple[Array, ...]:
     """int8 [K, N] and scales [K / block, N], or [N] for a block of CHANNEL."""
-    scales = (outputs,) if block == CHANNEL else (inputs // block, outputs)
-    return Array("int8", "int8", (inputs, outputs)), Array("int8_scale", dtype, scales)
+    return Array("int8", "int8", (inputs, outputs)), Array("int8_scale", dtype, scale_shape(inputs, outputs, block))
 
 
 def pack(matrix: np.ndarray, block: int, dtype: str) -> tuple[np.ndarray, ...]:
-    """float32 [K, N] -> (int8 [K, N], scales). At 127 steps clipping serves nothing, so nothing is searched."""
+    """float32 [K, N] -> (int8 [K, N], scales)."""
     from vlmtrim.graphs.formats.scales import symmetric
 
-    return symmetric(matrix, block, dtype, -127, 127, (1.0,))
+    return symmetric(matrix, block, dtype, *LIMITS, SHRINK)
 
 
 def from_codes(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -37,5 +38,4 @@ def from_codes(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def restore(ops: Ops, stored: tuple[ir.Value, ...], block: int) -> ir.Value:
     """The matrix [K, N] in the scales' dtype."""
-    layout = {"axis": 1} if block == CHANNEL else {"axis": 0, "block_size": block}
-    return ops("DequantizeLinear", *stored, **layout)
+    return dequantise(ops, stored, block)

@@ -71,8 +71,9 @@ def _readers(weight: ir.Value) -> list[ir.Node]:
     found = []
     for node, _ in weight.uses():
         if node.op_type == "Transpose":
-            found += [reader for reader, index in node.outputs[0].uses() if reader.op_type == "MatMul" and index == 1]
-            if len(found) and len(node.outputs[0].uses()) == len(found):
+            multiply = [reader for reader, index in node.outputs[0].uses() if reader.op_type == "MatMul" and index == 1]
+            if multiply and len(multiply) == len(node.outputs[0].uses()):
+                found += multiply
                 continue
         elif node.op_type == "Gemm" and node.inputs[1] is weight and _is_linear(node):
             found.append(node)
@@ -83,8 +84,8 @@ def _readers(weight: ir.Value) -> list[ir.Node]:
 
 def _is_linear(gemm: ir.Node) -> bool:
     """Whether a Gemm is ``x w^T + b``."""
-    wanted = {"transA": 0, "transB": 1, "alpha": 1.0, "beta": 1.0}
     defaults = {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0}
+    wanted = {**defaults, "transB": 1}
     given = {name: attribute.value for name, attribute in gemm.attributes.items()}
     return all(given.get(name, defaults[name]) == value for name, value in wanted.items())
 

@@ -10,6 +10,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.surgery.anatomy import Layer, find_layers, graph_input, seam_before
+from vlmtrim.graphs.surgery.region import downstream, reads_dtype
 
 NARROW, WIDE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 _OF_CACHES = {"TensorScatter", "Slice", "Identity"}  # caches stay as the contract has them, and what only cuts them
@@ -62,15 +63,7 @@ def _between(model: ir.Model, layers: list[Layer], first: int, last: int) -> lis
 
 def _contents(value: ir.Value) -> set[ir.Node]:
     """Nodes that depend on what a value holds, not on its shape or dtype alone."""
-    found: set[ir.Node] = set()
-    stack = [value]
-    while stack:
-        for node, index in stack.pop().uses():
-            if node.op_type == "Shape" or (node.op_type == "CastLike" and index == 1) or node in found:
-                continue
-            found.add(node)
-            stack.extend(node.outputs)
-    return found
+    return downstream(value, lambda _, node, index: node.op_type == "Shape" or reads_dtype(node, index))
 
 
 def _widen(model: ir.Model, region: list[ir.Node]) -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
 from vlmtrim.graphs.errors import GraphError
 
 
-def downstream(value: ir.Value) -> set[ir.Node]:
-    """All nodes that depend on ``value``."""
+def downstream(value: ir.Value, ignored: Callable[[ir.Value, ir.Node, int], bool] | None = None) -> set[ir.Node]:
+    """All nodes that depend on ``value``; ``ignored(value, node, index)`` names uses that make no node depend on it."""
     found: set[ir.Node] = set()
     stack = [value]
     while stack:
-        for node, _ in stack.pop().uses():
-            if node not in found:
+        current = stack.pop()
+        for node, index in current.uses():
+            if node not in found and not (ignored is not None and ignored(current, node, index)):
                 found.add(node)
                 stack.extend(node.outputs)
     return found
+
+
+def reads_dtype(node: ir.Node, index: int) -> bool:
+    """Whether a node reads of its input ``index`` nothing but the dtype."""
+    return node.op_type == "CastLike" and index == 1
 
 
 def upstream(value: ir.Value) -> set[ir.Node]:
@@ -124,7 +130,7 @@ class SideInputs:
         self.cloned.append(copy)
 
     def _check_reads_shape(self, node: ir.Node, index: int) -> None:
-        if node.op_type == "Shape" or (node.op_type == "CastLike" and index == 1):
+        if node.op_type == "Shape" or reads_dtype(node, index):
             return
         source = self._shape_only.name if self._shape_only is not None else "the token states"
         raise GraphError(

@@ -15,7 +15,7 @@ from vlmtrim.graphs.contract import GraphSpec
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.lint import boundary
 from vlmtrim.graphs.surgery.anatomy import Layer, find_layers, graph_input, graph_output, seam_before
-from vlmtrim.graphs.surgery.region import downstream
+from vlmtrim.graphs.surgery.region import downstream, reads_dtype
 
 HIDDEN = "hidden_states"
 
@@ -149,17 +149,11 @@ def _contents(model: ir.Model, seam: ir.Value) -> set[ir.Node]:
     They depend on what the tokens are, or on how many there were before a selection; how many there are at the seam
     is known behind it too.
     """
-    found: set[ir.Node] = set()
-    stack = [graph_input(model, "inputs_embeds")]
-    while stack:
-        value = stack.pop()
-        for node, index in value.uses():
-            same_sizes = node.op_type == "Shape" and value.shape == seam.shape
-            if same_sizes or (node.op_type == "CastLike" and index == 1) or node in found:
-                continue
-            found.add(node)
-            stack.extend(node.outputs)
-    return found
+
+    def ignored(value: ir.Value, node: ir.Node, index: int) -> bool:
+        return (node.op_type == "Shape" and value.shape == seam.shape) or reads_dtype(node, index)
+
+    return downstream(graph_input(model, "inputs_embeds"), ignored)
 
 
 def _behind(seam: ir.Value, layers: Sequence[Layer]) -> set[ir.Node]:

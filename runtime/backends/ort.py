@@ -22,9 +22,8 @@ from vlmtrim.runtime.backends.base import Backend, Chain, Graph, Opened, Tensor,
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.measure.machine import free_memory
 
-# What packed weights are multiplied by: activations rounded to 8 bits, as the fast kernels do, or as they are.
-INT8, FLOAT32 = "int8", "float32"
-_LEVELS = {INT8: "4", FLOAT32: "1"}  # MatMulNBits' accuracy_level
+# MatMulNBits' accuracy_level: activations rounded to 8 bits, as the fast kernels do, or as they are.
+_LEVELS = {"int8": "4", "float32": "1"}
 FREE_SHARE = 0.9  # of the free memory that a decoder may fill
 _PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
 # float32 stays float32 on CUDA: TF32, the provider's default, keeps 10 bits of it.
@@ -147,7 +146,7 @@ class OrtBackend(Backend):
     Marks are points on the host's clock, on CUDA too: ``run_with_iobinding`` returns when the device has finished.
     """
 
-    def __init__(self, name: str, threads: int = 0, activations: str = INT8):
+    def __init__(self, name: str, threads: int = 0, activations: str = "int8"):
         ort = _import()
         provider = _PROVIDERS[name]
         if provider not in ort.get_available_providers():
@@ -162,6 +161,7 @@ class OrtBackend(Backend):
         self._threads = threads
         self._entries = {fusing.LEVEL: _LEVELS[activations]}
         self._needed = 0
+        self._fused: set[tuple[str, int, str]] = set()  # forms of packed weights that were tried
         self._used: Counter[str] = Counter()
 
     def check(self, folder: Path, contract: Contract) -> None:
@@ -186,7 +186,9 @@ class OrtBackend(Backend):
     def _check_packed(self, contract: Contract) -> None:
         """Raise RuntimeRefusal unless the library multiplies by every packed matrix as it is."""
         for kind in contract.packed:
-            if fusing.fuses(self._ort, self._provider, kind, contract.dtype, self._entries):
+            form = kind.format, kind.block, contract.dtype
+            if form in self._fused or fusing.fuses(self._ort, self._provider, kind, contract.dtype, self._entries):
+                self._fused.add(form)
                 continue
             size = sum(k.weights for k in contract.packed if k.format == kind.format) * 4
             raise RuntimeRefusal(
