@@ -13,7 +13,8 @@ from vlmtrim.export.arguments import check_method
 from vlmtrim.export.checkpoint import read_json
 from vlmtrim.export.flops import decoder_macs
 from vlmtrim.export.job import Job, Refusal, check_numbers
-from vlmtrim.graphs.contract import IMAGES, VISION, CacheGroup, Contract, GraphSpec, TensorSpec, decoder_spec
+from vlmtrim.graphs.boundary import decoder_spec
+from vlmtrim.graphs.contract import IMAGES, VISION, CacheGroup, Contract, GraphSpec, TensorSpec
 from vlmtrim.graphs.rules import GRID, PLACES, load_rule, rule_names
 
 _DYNAMIC_ROPE = ("dynamic", "longrope")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from vlmtrim.graphs.contract import TOKENS, VISION, Contract, GraphSpec, TensorSpec, decoder_spec
+from vlmtrim.graphs.boundary import decoder_spec
+from vlmtrim.graphs.contract import TOKENS, VISION, Contract, GraphSpec, TensorSpec
 from vlmtrim.graphs.reading import BundleError, is_plain_name, shown
 
 WHOLE = ("vision", "embed", "decoder")

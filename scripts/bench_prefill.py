@@ -32,7 +32,8 @@ from vlmtrim.export.tracing import trace
 from vlmtrim.export.tracing.attention import IMPLEMENTATION
 from vlmtrim.export.tracing.text_decoder import Shape
 from vlmtrim.graphs import FastV
-from vlmtrim.graphs.contract import CacheGroup, GraphSpec, decoder_spec, kept_count
+from vlmtrim.graphs.boundary import decoder_spec
+from vlmtrim.graphs.contract import CacheGroup, GraphSpec, kept_count
 from vlmtrim.graphs.passes.last_row import last_row
 from vlmtrim.runtime.backends.ort import OrtBackend
 

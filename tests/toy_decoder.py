@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from vlmtrim.graphs.contract import CacheGroup, decoder_spec
+from vlmtrim.graphs.boundary import decoder_spec
+from vlmtrim.graphs.contract import CacheGroup
 from vlmtrim.graphs.ops import Ops
 
 IR_DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}

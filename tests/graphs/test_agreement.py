@@ -8,7 +8,8 @@ import json
 import pytest
 
 from vlmtrim.graphs import agreement
-from vlmtrim.graphs.contract import CacheGroup, Contract, GraphSpec, TensorSpec, decoder_spec
+from vlmtrim.graphs.boundary import decoder_spec
+from vlmtrim.graphs.contract import CacheGroup, Contract, GraphSpec, TensorSpec
 from vlmtrim.graphs.reading import BundleError
 
 GROUPS = (CacheGroup((0, 1), 64, 2, 8), CacheGroup((2, 3, 4), 56, 2, 8, removed=0.5))

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from vlmtrim.graphs import bundle as bundle_module
+from vlmtrim.graphs.boundary import decoder_spec
 from vlmtrim.graphs.bundle import BundleError, open_bundle, seal
-from vlmtrim.graphs.contract import CacheGroup, Contract, GraphSpec, TensorSpec, decoder_spec
+from vlmtrim.graphs.contract import CacheGroup, Contract, GraphSpec, TensorSpec
 
 SUMS = "SHA256SUMS"
 NAMES = ("contract.json", "decoder.onnx", "embed.onnx", "vision.onnx", "weights.safetensors")

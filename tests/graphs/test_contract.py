@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmtrim.graphs.boundary import decoder_spec
 from vlmtrim.graphs.contract import (
     DTYPE_BYTES,
     CacheGroup,
@@ -17,7 +18,6 @@ from vlmtrim.graphs.contract import (
     GraphSpec,
     TensorSpec,
     cache_names,
-    decoder_spec,
     kept_count,
 )
 from vlmtrim.graphs.reading import BundleError

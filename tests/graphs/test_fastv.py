@@ -11,7 +11,8 @@ from oracles import decoder as oracle
 from toy_decoder import build, weights
 
 from vlmtrim.graphs import FastV, GraphError, load, save
-from vlmtrim.graphs.contract import CacheGroup, decoder_spec, kept_count
+from vlmtrim.graphs.boundary import decoder_spec
+from vlmtrim.graphs.contract import CacheGroup, kept_count
 from vlmtrim.graphs.lint import lint
 
 CAPACITY, LAYERS, VISUAL = 64, 3, 16

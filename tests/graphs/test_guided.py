@@ -8,7 +8,8 @@ import pytest
 from toy_decoder import build, weights
 
 from vlmtrim.graphs import FastV
-from vlmtrim.graphs.contract import CacheGroup, decoder_spec, kept_count
+from vlmtrim.graphs.boundary import decoder_spec
+from vlmtrim.graphs.contract import CacheGroup, kept_count
 from vlmtrim.graphs.lint import lint, lint_chain
 from vlmtrim.graphs.methods.guided import Guided
 from vlmtrim.graphs.surgery import shard

@@ -8,7 +8,8 @@ import pytest
 from toy_decoder import build, weights
 
 from vlmtrim.graphs import FastV, GraphError
-from vlmtrim.graphs.contract import CacheGroup, decoder_spec
+from vlmtrim.graphs.boundary import decoder_spec
+from vlmtrim.graphs.contract import CacheGroup
 from vlmtrim.graphs.lint import lint
 from vlmtrim.graphs.passes.key_scores import key_scores
 from vlmtrim.graphs.passes.last_row import last_row

@@ -11,7 +11,8 @@ from oracles import decoder as oracle
 from toy_decoder import build, weights
 
 from vlmtrim.graphs import FastV, GraphError
-from vlmtrim.graphs.contract import CacheGroup, decoder_spec
+from vlmtrim.graphs.boundary import decoder_spec
+from vlmtrim.graphs.contract import CacheGroup
 from vlmtrim.graphs.lint import lint
 from vlmtrim.graphs.methods.pyramid import Pyramid, read_stages
 from vlmtrim.graphs.surgery.shard import boundary, cut, specs

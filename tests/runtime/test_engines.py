@@ -9,9 +9,10 @@ import toy_decoder
 
 from vlmtrim import runtime
 from vlmtrim.graphs import FastV, save
+from vlmtrim.graphs.boundary import decoder_spec
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.checksums import sha256
-from vlmtrim.graphs.contract import CacheGroup, Contract, decoder_spec, kept_count
+from vlmtrim.graphs.contract import CacheGroup, Contract, kept_count
 from vlmtrim.runtime.engines import build as engines
 from vlmtrim.runtime.engines import fingerprint, profiles
 from vlmtrim.runtime.errors import RuntimeRefusal

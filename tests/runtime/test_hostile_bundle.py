@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from vlmtrim import runtime
+from vlmtrim.graphs.boundary import decoder_spec
 from vlmtrim.graphs.bundle import BundleError, open_bundle, seal
-from vlmtrim.graphs.contract import Contract, decoder_spec
+from vlmtrim.graphs.contract import Contract
 from vlmtrim.runtime.backends.base import check_boundary
 from vlmtrim.runtime.backends.ort import OrtBackend
 from vlmtrim.runtime.errors import RuntimeRefusal
