@@ -9,6 +9,7 @@ from typing import Any
 
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export.job import FLOAT, Job, Refusal, check_numbers
+from vlmtrim.graphs.caches import fields_of, load_policy
 from vlmtrim.graphs.contract import IMAGES, CacheGroup
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.formats import check_block, load_format
@@ -16,6 +17,8 @@ from vlmtrim.graphs.methods import load_method, make_method, method_names, param
 from vlmtrim.runtime.engines import find_library
 from vlmtrim.runtime.errors import RuntimeRefusal
 
+NO_CACHE_POLICY = ("pyramid",)
+NONE = "none"  # of cache policies
 LENGTH_OF_THE_MODEL = 0  # stands in a job until the model's config is read
 
 
@@ -31,15 +34,30 @@ def make_job(args: argparse.Namespace) -> Job:
         method = make_method(args.method, **{name: getattr(args, name) for name in parameters(args.method)})
     except ValueError as error:
         raise Refusal(str(error)) from error
+    cache = _make_cache(args)
     if args.output == "":
         raise Refusal("--output is empty; give a folder, or leave it out")
     label = method.label if method else "guide" if args.emit_guide else "dense"
     label += "" if args.weights == FLOAT else f"-{args.weights}"
+    label += "" if cache is None else f"-{cache.name}"
     fields["keep"] = tuple(args.keep)
     fields["fp32_layers"] = tuple(args.fp32_layers)
     fields["output"] = args.output or default_output(args.model, label)
     fields["eos_token_ids"] = tuple(args.eos_token_ids or ())
-    return Job(**{**fields, "method": method})
+    return Job(**{**fields, "method": method, "cache": cache})
+
+
+def _make_cache(args: argparse.Namespace) -> Any:
+    """The cache policy of the arguments; None where they name none."""
+    if args.cache == NONE:
+        if args.cache_share is not None:
+            raise Refusal("--cache-share is of a cache policy; give --cache POLICY as well")
+        return None
+    policy = load_policy(args.cache)
+    try:
+        return policy(**{name: getattr(args, f"cache_{name}") for name in fields_of(policy)})
+    except ValueError as error:
+        raise Refusal(f"--cache {args.cache}: {error}") from error
 
 
 def default_output(model: str, label: str) -> str:
@@ -116,6 +134,7 @@ def check_method(job: Job, family: str) -> None:
             f"--emit-guide returns attention to visual tokens of the sequence; the pictures of the family {family} are "
             "features of cross-attention, and no guided method takes them"
         )
+    _check_cache(job, family)
     if job.method is None or job.method.name in methods_of(family):
         return
     tokens, features = "visual tokens of the sequence", "image features that cross-attention layers attend to"
@@ -124,6 +143,24 @@ def check_method(job: Job, family: str) -> None:
         f"method {job.method.name} removes {removes}, the pictures of the family {family} are {has} (export-vlm "
         f"--list); give --method {' or '.join((*methods_of(family), 'none'))}"
     )
+
+
+def _check_cache(job: Job, family: str) -> None:
+    """Raises Refusal where a cache policy does not go with the family or the method."""
+    if job.cache is None:
+        return
+    if checkpoints.prunes(family) == IMAGES:
+        raise Refusal(
+            f"--cache {job.cache.name} judges visual tokens of the sequence; the pictures of the family {family} are "
+            "features of cross-attention, which --method trimmed-llama cuts before they are cached: leave --cache out"
+        )
+    if job.emit_guide:
+        raise Refusal("--emit-guide and --cache both return what rows attend to; leave one of them out")
+    if job.method is not None and job.method.name in NO_CACHE_POLICY:
+        raise Refusal(
+            f"--cache {job.cache.name} needs to know what every layer took, and method {job.method.name} says it of "
+            "its last stage alone; give --method fastv, zipvl, guided or none"
+        )
 
 
 def methods_of(family: str) -> tuple[str, ...]:

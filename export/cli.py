@@ -15,6 +15,7 @@ from typing import Any
 from vlmtrim.export import arguments, calibration
 from vlmtrim.export.job import AUTO, DTYPES, ENGINES, FLOAT, Job, Refusal
 from vlmtrim.export.requirements import missing_extra
+from vlmtrim.graphs.caches import fields_of, load_policy, policy_names
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.formats import format_names
 from vlmtrim.graphs.methods import load_method, method_names, parameters
@@ -28,8 +29,8 @@ _FORMATS_HELP = (
 )
 
 
-def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
-    """Arguments of export-vlm; their names are the fields of Job and of the method."""
+def parser(method: str = DEFAULT_METHOD, cache: str = arguments.NONE) -> argparse.ArgumentParser:
+    """Arguments of export-vlm; their names are the fields of Job, of the method and of the cache policy."""
     p = argparse.ArgumentParser(
         prog="export-vlm",
         description="Export a vision-language model to an ONNX bundle that drops visual tokens inside the decoder.",
@@ -39,6 +40,7 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     p.add_argument("--list", action=_List, help="print families, presets, methods and what is proven, and exit")
     p.add_argument("--model", required=True, help="demo, a preset (--list), tiny:<family>, folder or hub id")
     _add_method_arguments(p, method)
+    _add_cache(p, cache)
     _add_measuring(p)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of activations and weights; auto: the checkpoint's")
     _add_packing(p)
@@ -87,6 +89,31 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     p.add_argument("--operators", action="store_true", help="with --dry-run: trace the graphs and count operators")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     return p
+
+
+def _add_cache(p: argparse.ArgumentParser, cache: str) -> None:
+    p.add_argument(
+        "--cache",
+        default=arguments.NONE,
+        choices=(*policy_names(), arguments.NONE),
+        help="what stays in the caches behind a question with pictures (default none: all of it); takes its own "
+        "arguments alone: --cache P --help lists those of P. Positions stay, a turn's memory at its peak too; later "
+        "tokens read less, and more turns fit",
+    )
+    p.add_argument(
+        "--cache-share",
+        type=float,
+        default=None,
+        metavar="S",
+        help="visual tokens that stay, as a share; run-vlm may say another (default 0.5). What does not matter to the "
+        "question at hand goes: with less, FOLLOW-UP questions about the same picture are answered worse",
+    )
+    if cache not in policy_names():
+        return
+    group = p.add_argument_group(f"--cache {cache}", (load_policy(cache).__doc__ or "").splitlines()[0])
+    for name, settings in fields_of(load_policy(cache)).items():
+        default = load_policy(cache).__dataclass_fields__[name].default
+        group.add_argument(f"--cache-{name.replace('_', '-')}", default=default, **settings)
 
 
 def _add_packing(p: argparse.ArgumentParser) -> None:
@@ -192,8 +219,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments with those of the method that they name. Raises Refusal for arguments of another method."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", default=DEFAULT_METHOD)
-    method = first.parse_known_args(argv)[0].method
-    whole = parser(method)
+    first.add_argument("--cache", default=arguments.NONE)
+    named = first.parse_known_args(argv)[0]
+    method, whole = named.method, parser(named.method, named.cache)
     args, unknown = whole.parse_known_args(argv)
     for given in unknown:
         name = given.partition("=")[0]
@@ -203,6 +231,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                     f"{name} belongs to --method {owner}, the method is {method}; leave it out, or give "
                     f"--method {owner}"
                 )
+        for policy in policy_names():
+            if name in [f"--cache-{parameter.replace('_', '-')}" for parameter in fields_of(load_policy(policy))]:
+                raise Refusal(f"{name} belongs to --cache {policy}, the policy is {named.cache}; leave it out")
     if unknown:
         whole.error(f"unrecognized arguments: {' '.join(unknown)}")
     return args

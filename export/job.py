@@ -47,6 +47,8 @@ class Job:
         vision_weights: the same of the vision tower's matrices.
         keep: patterns of parameters that are not packed.
         fp32_layers: decoder layers that compute in float32 where the others compute in float16.
+        cache: of ``vlmtrim.graphs.caches``, what stays in the caches behind a step with pictures; None for all of it.
+        cache_share: of the candidates, that stays unless run-vlm says another.
         calibrate: folder of pictures with questions that bounds are measured, and integers rounded, on; None for none.
     """
 
@@ -72,6 +74,8 @@ class Job:
     vision_weights: str = FLOAT
     keep: tuple[str, ...] = ()
     fp32_layers: tuple[int, ...] = ()
+    cache: Any = None
+    cache_share: float = 0.5
     calibrate: str | None = None
 
     @property
@@ -99,7 +103,8 @@ class Job:
     def fields(self) -> dict[str, Any]:
         """Name -> value, for ``job.json`` and for printing; the method's parameters beside its name."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        method = values.pop("method")
+        method, cache = values.pop("method"), values["cache"]
+        values["cache"] = None if cache is None else cache.describe()
         chosen = {"method": "none"} if method is None else {"method": method.name, **dataclasses.asdict(method)}
         return {"model": values.pop("model"), "output": values.pop("output"), **chosen, **values}
 
@@ -111,6 +116,8 @@ def check_numbers(job: Job) -> None:
     for name, least in (("max_batch", 1), ("images", 1), ("image_tokens", 0)):
         if (value := getattr(job, name)) < least:
             raise Refusal(f"--{name.replace('_', '-')} is {value}; give {least} or more")
+    if not 0 <= job.cache_share <= 1:
+        raise Refusal(f"--cache-share is {job.cache_share:g}; give the share of visual tokens that stays, 0 to 1")
     if job.max_memory is not None and not 0 < job.max_memory < math.inf:
         raise Refusal(f"--max-memory is {job.max_memory:g}; give a number of gigabytes above 0")
     for token in job.eos_token_ids:

@@ -13,8 +13,9 @@ from vlmtrim.export.arguments import check_method
 from vlmtrim.export.checkpoint import read_json
 from vlmtrim.export.flops import decoder_macs
 from vlmtrim.export.job import Job, Refusal, check_numbers
-from vlmtrim.graphs.boundary import decoder_spec
+from vlmtrim.graphs.boundary import cache_dims, cache_specs, compacts, decoder_spec
 from vlmtrim.graphs.contract import IMAGES, VISION, CacheGroup, Contract, GraphSpec, TensorSpec
+from vlmtrim.graphs.keeping import CachePolicy
 from vlmtrim.graphs.rules import GRID, PLACES, load_rule, rule_names
 
 _DYNAMIC_ROPE = ("dynamic", "longrope")
@@ -41,6 +42,8 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         "N": (0, most_images * shape.image_tokens if crosses else capacity),
     }
     dims |= {"R": (0, min(SCORED_ROWS, capacity))} if job.emit_guide else {}
+    cache, heads = _cache_policy(job, groups), config.text_config.num_attention_heads
+    dims |= {} if cache is None else cache_dims(groups, cache.count)
     dims |= family.vision_dims(shape, most_images * job.max_batch)
     dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}
     guide = getattr(method, "guide", None)
@@ -53,6 +56,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         position_axes=shape.position_axes,
         guided=guide is not None,
         emits=job.emit_guide,
+        query_heads=0 if cache is None else heads,
     )
     contract = Contract(
         family=family.__name__.rpartition(".")[2],
@@ -61,6 +65,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
             "vision": _vision_spec(family.vision_spec(shape, name), shape, method),
             "embed": family.embed_spec(shape, name),
             "decoder": decoder,
+            **_cache_specs(job, cache, groups, name, heads),
         },
         groups=groups,
         dims=dims,
@@ -74,10 +79,39 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         eos_token_ids=_eos_ids(job, source, config, shape.vocabulary),
         macs=decoder_macs(config.text_config),
         guide=guide,
+        cache=cache,
         producer=f"vlmtrim {importlib.metadata.version('vlmtrim')}",
     )
     _check_needs(method, contract, shape.position_axes)
     return contract
+
+
+def _cache_policy(job: Job, groups: tuple[CacheGroup, ...]) -> CachePolicy | None:
+    """What the contract says of the job's cache policy."""
+    policy = job.cache
+    if policy is None:
+        return None
+    return CachePolicy(
+        policy=policy.describe(),
+        rows=policy.rows,
+        count=policy.count,
+        share=job.cache_share,
+        compacts=compacts(groups),
+        part=policy.part,
+        candidates=policy.candidates,
+        every=policy.interval,
+        seed=policy.noise,
+        temperatures=policy.temperatures,
+    )
+
+
+def _cache_specs(
+    job: Job, record: CachePolicy | None, groups: tuple[CacheGroup, ...], dtype: str, heads: int
+) -> dict[str, GraphSpec]:
+    if record is None:
+        return {}
+    kv = groups[0].kv_heads
+    return cache_specs(record, groups, dtype, heads, job.cache.sets(kv), job.cache.maps(kv), job.cache.merges)
 
 
 def _vision_spec(spec: GraphSpec, shape: Any, method: Any) -> GraphSpec:
@@ -119,13 +153,14 @@ def _bounded(job: Job, shape: Any) -> Any:
 
 def _groups(job: Job, shape: Any) -> tuple[CacheGroup, ...]:
     """Cache groups of the job's model. Raises Refusal where the method does not fit."""
-    dense = dense_groups(shape, job.max_seq_len, job.images)
-    if job.method is None:
-        return dense
-    try:
-        groups = job.method.groups(dense, job.images * shape.image_tokens)
-    except ValueError as error:
-        raise Refusal(str(error)) from error
+    groups = dense_groups(shape, job.max_seq_len, job.images)
+    if job.method is not None:
+        try:
+            groups = job.method.groups(groups, job.images * shape.image_tokens)
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+    if job.cache is not None and job.cache.by_layer:
+        groups = tuple(dataclasses.replace(group, layers=(layer,)) for group in groups for layer in group.layers)
     least = min((group.length(0, shape.image_tokens) for group in groups if group.source == IMAGES), default=1)
     if least < 1:
         raise Refusal(

@@ -26,11 +26,14 @@ from vlmtrim.export.tracing import trace
 from vlmtrim.export.tracing.attention import IMPLEMENTATION
 from vlmtrim.export.weights import layerwise, quantised
 from vlmtrim.graphs.bundle import seal
+from vlmtrim.graphs.caching import cache_graphs
 from vlmtrim.graphs.contract import IMAGES, VISION, Contract, TensorSpec
 from vlmtrim.graphs.formats import Packing
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
 from vlmtrim.graphs.passes.key_scores import key_scores
 from vlmtrim.graphs.passes.last_row import last_row
+from vlmtrim.graphs.passes.score_queries import score_queries
+from vlmtrim.graphs.passes.split_groups import split_groups
 from vlmtrim.graphs.passes.vision_scores import vision_scores
 from vlmtrim.graphs.passes.wide_layers import wide_layers
 from vlmtrim.graphs.passes.widen import widen
@@ -196,20 +199,32 @@ def graphs(
             lint(graph, plan.spec)
             if name == "vision" and contract.guide == VISION:
                 lint(vision_scores(graph, contract.image_tokens), contract.graphs[name])
+        if name == "decoder" and job.cache is not None:
+            with _stage(report, "return queries"):
+                score_queries(graph)
         if name == "decoder" and method is not None:
             with _stage(report, f"select ({method.label})"):
                 method(graph, visual_tokens=job.images * contract.image_tokens, grid=contract.whole_grid)
-                lint(graph, contract.graphs[name])
+        if name == "decoder" and job.cache is not None and job.cache.by_layer:
+            with _stage(report, "groups of one layer"):
+                split_groups(graph)
         if name == "decoder" and job.emit_guide:
             with _stage(report, "emit attention"):
                 key_scores(graph)
-                lint(graph, contract.graphs[name])
+        if name == "decoder":
+            lint(graph, contract.graphs[name])
         packing.place(graph, prepared.packings)
         if name == "decoder" and job.fp32_layers:
             with _stage(report, "layers in float32"):
                 wide_layers(graph, job.fp32_layers)
                 lint(graph, contract.graphs[name])
         yield name, graph
+    if job.cache is not None:
+        assert contract.cache is not None
+        with _stage(report, f"cache policy ({job.cache.name})"):
+            specs = {name: contract.graphs[name] for name in contract.cache.graphs}
+            made = cache_graphs(job.cache, specs)
+        yield from made.items()
 
 
 def _stored(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from vlmtrim.graphs.boundary import decoder_spec
+from vlmtrim.graphs.boundary import cache_specs, compacts, decoder_spec
 from vlmtrim.graphs.contract import TOKENS, VISION, Contract, GraphSpec, TensorSpec
+from vlmtrim.graphs.keeping import POLICY
 from vlmtrim.graphs.reading import BundleError, is_plain_name, shown
 
 WHOLE = ("vision", "embed", "decoder")
@@ -18,7 +19,7 @@ LONGEST = 400  # characters of what is said of a contradiction
 
 def check(contract: Contract, where: str = "contract.json") -> None:
     """Raise BundleError naming ``where`` and the first promise that another one contradicts."""
-    for rule in (_graphs, _groups, _guide, _decoder, _embed, _vision, _dims, _pictures):
+    for rule in (_graphs, _groups, _guide, _decoder, _cache, _embed, _vision, _dims, _pictures):
         for problem in rule(contract):
             said = " ".join(problem.split())  # names in it are a stranger's
             said = said if len(said) <= LONGEST else f"{said[:LONGEST]}..."
@@ -126,6 +127,7 @@ def _decoder(contract: Contract) -> Iterator[str]:
         position_axes=axes,
         guided=contract.guide is not None,
         emits="key_scores" in outputs,
+        query_heads=_query_heads(contract),
     )
     for kind, found, wanted in (
         ("inputs", spec.inputs, expected.inputs),
@@ -139,6 +141,41 @@ def _decoder(contract: Contract) -> Iterator[str]:
     for token in contract.eos_token_ids:
         if token >= vocabulary:
             yield f"eos_token_ids holds {token}, the decoder returns logits of {vocabulary} tokens"
+
+
+def _query_heads(contract: Contract) -> int:
+    """Heads of the queries that the decoder returns; 0 where it returns none."""
+    queries = next((t for t in contract.graphs["decoder"].outputs if t.name == "score_queries.0"), None)
+    size = queries.shape[1] if queries is not None and len(queries.shape) == 4 else 0
+    return size if isinstance(size, int) else 0
+
+
+def _cache(contract: Contract) -> Iterator[str]:
+    """The boundaries of a cache policy's graphs follow from the groups and from three sizes, read off them."""
+    record, heads = contract.cache, _query_heads(contract)
+    if record is None:
+        if heads:
+            yield "the decoder returns score_queries, and no cache policy reads them"
+        return
+    if contract.crosses or not heads:
+        yield "a cache policy needs visual tokens of the sequence, and score_queries of the decoder"
+        return
+    if any(name not in contract.graphs for name in record.graphs) or record.compacts != compacts(contract.groups):
+        yield "graphs does not have what the cache policy runs"
+        return
+    chosen, compact = contract.graphs[POLICY], contract.graphs[record.compacts[0]]
+    sets, maps = (
+        tensor.shape[2] if len(tensor.shape) == 4 else None for tensor in (chosen.outputs[0], chosen.inputs[0])
+    )
+    if not isinstance(sets, int) or not isinstance(maps, int):
+        yield "the cache policy's graph has no key_scores or order of fixed sizes"
+        return
+    merges = any(tensor.name == "counts" for tensor in compact.inputs)
+    for name, spec in cache_specs(record, contract.groups, contract.dtype, heads, sets, maps, merges).items():
+        if contract.graphs[name] != spec:
+            yield f"graphs.{name} is not what its cache policy needs"
+    if contract.dims.get("R", (0, 0)) != (0, record.count):
+        yield f"dims.R is not 0 to the {record.count} rows of the cache policy"
 
 
 def _embed(contract: Contract) -> Iterator[str]:

@@ -1,8 +1,16 @@
-"""The decoder's boundary as the table in :mod:`vlmtrim.graphs.contract` states it. Standard library only."""
+"""Boundaries as the tables in :mod:`vlmtrim.graphs.contract` and :mod:`vlmtrim.graphs.keeping` state them.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vlmtrim.graphs.contract import IMAGES, CacheGroup, GraphSpec, TensorSpec, cache_names
+from vlmtrim.graphs.keeping import COMPACT, POLICY, SCORE, CachePolicy
+
+_ENDS = ("past_key_values", "present")
 
 
 def decoder_spec(
@@ -15,11 +23,13 @@ def decoder_spec(
     position_axes: int = 1,
     guided: bool = False,
     emits: bool = False,
+    query_heads: int = 0,
 ) -> GraphSpec:
     """The decoder's boundary as the table above states it; the exporter's lint holds the graph to it.
 
     ``position_axes``: numbers that a token's position consists of; more than 1 gives [position_axes, B, S].
     ``guided``: whether it selects by scores that it is given. ``emits``: whether it returns attention as such scores.
+    ``query_heads``: heads of the queries that it returns (:mod:`vlmtrim.graphs.keeping`); 0 where it returns none.
     """
     inputs = [
         TensorSpec("inputs_embeds", dtype, ("B", "S", hidden)),
@@ -50,6 +60,17 @@ def decoder_spec(
             inputs.append(TensorSpec("guide_scores", "float32", ("B", "N")))
         outputs.append(TensorSpec("kept_indices", "int64", ("B", "Sk")))
         outputs.append(TensorSpec("visual_scores", "float32", ("B", "N")))
+    if query_heads:
+        inputs.append(TensorSpec("score_rows", "int64", ("B", "R")))
+        for layer in range(sum(len(group.layers) for group in groups)):
+            outputs.append(TensorSpec(f"score_queries.{layer}", dtype, ("B", query_heads, "R", groups[0].head_size)))
+    _add_caches(inputs, outputs, groups, dtype)
+    return GraphSpec("decoder.onnx", tuple(inputs), tuple(outputs))
+
+
+def _add_caches(
+    inputs: list[TensorSpec], outputs: list[TensorSpec], groups: tuple[CacheGroup, ...], dtype: str
+) -> None:
     for index, group in enumerate(groups):
         inputs.append(TensorSpec(f"write_indices.{index}", "int64", ("B",)))
         if group.source == IMAGES:
@@ -61,4 +82,61 @@ def decoder_spec(
             for past, present in cache_names(layer):
                 inputs.append(TensorSpec(past, dtype, shape))
                 outputs.append(TensorSpec(present, dtype, shape))
-    return GraphSpec("decoder.onnx", tuple(inputs), tuple(outputs))
+
+
+def compacts(groups: Sequence[CacheGroup]) -> tuple[str, ...]:
+    """Names of the graphs that compact the groups' layers: one for every shape of caches."""
+    shapes = [(group.kv_heads, group.capacity, group.head_size) for group in groups]
+    numbers = {shape: index for index, shape in enumerate(dict.fromkeys(shapes))}
+    return tuple(f"{COMPACT}-{numbers[shape]}" for shape in shapes)
+
+
+def cache_specs(
+    record: CachePolicy, groups: Sequence[CacheGroup], dtype: str, heads: int, sets: int, maps: int, merges: bool
+) -> dict[str, GraphSpec]:
+    """Boundaries of a policy's graphs by name, as the table above states them.
+
+    Args:
+        record: what the contract says of the policy.
+        groups: all cache groups, filled by tokens, of one number of key heads and one head size.
+        dtype: of caches and queries.
+        heads: query heads.
+        sets: of entries in a layer, X.
+        maps: of scores, Z.
+        merges: whether what goes is merged into what stays.
+    """
+    kv, size = groups[0].kv_heads, groups[0].head_size
+    layers = sum(len(group.layers) for group in groups)
+    drawn = record.seed is not None
+    score = [TensorSpec("score_queries", dtype, ("B", heads, "R", size)), TensorSpec("row_slots", "int64", ("B", "R"))]
+    score += [TensorSpec("key_kinds", "int64", ("B", "W"))]
+    score += [TensorSpec("key_noise", "float32", ("B", "W")), TensorSpec("temperature", "float32", ())] * drawn
+    score += [TensorSpec("past_key_values.key", dtype, ("B", kv, "C", size))]
+    policy = (
+        TensorSpec("key_scores", "float32", (layers, "B", maps, "W")),
+        TensorSpec("key_kinds", "int64", (layers, "B", "W")),
+        TensorSpec("share", "float32", ()),
+    )
+    chosen = TensorSpec("order", "int64", (layers, "B", sets, "W")), TensorSpec("counts", "int64", (layers, "B"))
+    specs = {
+        SCORE: GraphSpec("score.onnx", tuple(score), (TensorSpec("key_scores", "float32", ("B", maps, "W")),)),
+        POLICY: GraphSpec("policy.onnx", policy, chosen),
+    }
+    for name, group in zip(record.compacts, groups, strict=True):
+        shape = ("B", kv, group.capacity, size)
+        feeds = [TensorSpec("order", "int64", ("B", sets, "M"))]
+        feeds += [TensorSpec("counts", "int64", ("B",)), TensorSpec("key_kinds", "int64", ("B", "W"))] * merges
+        caches = [[TensorSpec(f"{end}.{kind}", dtype, shape) for kind in ("key", "value")] for end in _ENDS]
+        specs[name] = GraphSpec(f"{name}.onnx", (*feeds, *caches[0]), tuple(caches[1]))
+    return specs
+
+
+def cache_dims(groups: Sequence[CacheGroup], rows: int) -> dict[str, tuple[int, int]]:
+    """(minimum, maximum) of the symbolic dims that a policy's graphs add."""
+    capacities = [group.capacity for group in groups]
+    return {
+        "R": (0, rows),
+        "C": (min(capacities), max(capacities)),
+        "W": (1, max(capacities)),
+        "M": (1, max(capacities)),
+    }

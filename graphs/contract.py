@@ -21,7 +21,8 @@ Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C
     last_index                      [B]                       int64     index in S of each row's last real token
     score_rows                      [B, R]                    int64     tokens of S whose attention is summed, and
     score_weights                   [B, R]                    float32   how often each counts (only in graphs that
-                                                                        return key_scores); R = 0: none
+                                                                        return key_scores); R = 0: none. Where queries
+                                                                        are returned: :mod:`vlmtrim.graphs.keeping`
     visual_positions                [B, N]                    int64     indices in S of the visual tokens, ascending
                                                                         (only in graphs that select)
     guide_scores                    [B, N]                    float32   what the visual tokens are ranked by, where
@@ -73,6 +74,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from vlmtrim.graphs.keeping import CachePolicy
 from vlmtrim.graphs.macs import Macs
 from vlmtrim.graphs.packed import TOWER, Packed
 from vlmtrim.graphs.packed import WITHOUT_ENGINES as WITHOUT_ENGINES
@@ -196,6 +198,7 @@ class Contract:
         macs: what the decoder computes; None where it is not known.
         guide: who provides the decoder's guide_scores; None where it takes none.
         packed: matrices in fewer bits, by part, format and block.
+        cache: what stays in the caches after a step that brought visual tokens; None for all of it.
     """
 
     family: str
@@ -215,8 +218,14 @@ class Contract:
     macs: Macs | None = None
     guide: Guide | None = None
     packed: tuple[Packed, ...] = ()
+    cache: CachePolicy | None = None
     schema: Size = SCHEMA
     producer: str = field(default="vlmtrim")
+
+    @property
+    def wholes(self) -> tuple[str, ...]:
+        """Names of all graphs that are no pieces of another."""
+        return ("vision", "embed", "decoder", *(() if self.cache is None else self.cache.graphs))
 
     def chain(self, graph: str) -> tuple[str, ...]:
         """Names of the graphs to run one after the other in place of ``graph``; itself where it is not cut."""

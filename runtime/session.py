@@ -13,6 +13,7 @@ from vlmtrim.graphs.contract import BUNDLE, IMAGES, TOKENS, VISION, cache_names
 from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.attention import Attention
 from vlmtrim.runtime.backends.base import Backend, Chain, Graph, Tensor
+from vlmtrim.runtime.caching import Caching
 from vlmtrim.runtime.choosing import Choosing
 from vlmtrim.runtime.crossing import Crossing, CrossProcessor
 from vlmtrim.runtime.errors import RuntimeRefusal
@@ -23,12 +24,14 @@ from vlmtrim.runtime.prompt import Prompter
 
 @dataclass
 class Times:
-    """Seconds spent since the session was opened or reset, and the number of decode steps."""
+    """Seconds spent since the session was opened or reset, and the number of decode steps; ``caches`` is what cutting
+    the caches took."""
 
     vision: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
     steps: int = 0
+    caches: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Prefill:
         kept_features: per row, indices into the step's image features that the caches took, ascending; None where
             pictures are tokens.
         kept_by_layer: per layer and row, indices into its new tokens that survive, where layers choose by themselves.
+        held: per layer and row, the new tokens that a cache policy left in the caches, [X, n] of X sets; None without.
     """
 
     logits: np.ndarray
@@ -55,6 +59,12 @@ class Prefill:
     visual_scores: np.ndarray | None
     kept_features: list[np.ndarray] | None = None
     kept_by_layer: list[list[np.ndarray]] | None = None
+    held: list[list[np.ndarray]] | None = None
+
+    def layers_that_hold(self, row: int) -> np.ndarray:
+        """Share of a layer's sets that hold each of a row's visual tokens, float64 [layers, N]; none without policy."""
+        positions = self.visual_positions[row]
+        return np.array([[np.isin(positions, one) for one in rows[row]] for rows in self.held or []]).mean(axis=1)
 
     def layers_that_keep(self, row: int) -> np.ndarray:
         """Which of a row's visual tokens each layer keeps, bool [layers, N]; of no layer where none chooses."""
@@ -104,6 +114,7 @@ class Session:
         self._selects = any(tensor.name == "visual_positions" for tensor in self.contract.graphs["decoder"].inputs)
         self._choosing = Choosing(self.contract, backend)
         self.attention = Attention(self.contract, backend)
+        self.caching = Caching(self.contract, backend, self.caches)
         self._hidden = int(self.contract.graphs["embed"].outputs[0].shape[-1])
         logits = next(tensor for tensor in self.contract.graphs["decoder"].outputs if tensor.name == "logits")
         self._vocabulary = int(logits.shape[-1])
@@ -186,6 +197,7 @@ class Session:
         middle = self.backend.mark()
         given = given if seen is None else {"guide_scores": seen}
         positions = self.processor.positions(ids, counts, self.lengths.positions, pictures)
+        before = list(self.lengths.entries)
         outputs, kept_features = self._step(ids, counts, visual_positions, features, positions, pictures, given)
         logits = self.backend.to_host(outputs["logits"])
         kept_indices = scores = None
@@ -196,7 +208,14 @@ class Session:
             kept_indices = [row[row < count] for row, count in zip(kept, counts, strict=True)]
             scores = self.backend.to_host(outputs["visual_scores"])
         self.times.vision += self.backend.elapsed(start, middle)
-        self.times.prefill += self.backend.elapsed(middle, self.backend.mark())
+        end = self.backend.mark()
+        self.times.prefill += self.backend.elapsed(middle, end)
+        held = None
+        if self.caching and visual:
+            taken = self.caching.taken(counts, kept_indices, kept_by_layer)
+            left = self.caching.after(self._graph, outputs, counts, visual_positions, taken, before)
+            self.lengths.entries, held = left.entries, left.held
+            self.times.caches += self.backend.elapsed(end, self.backend.mark())
         kept_visual = self.contract.groups[-1].length(visual, visual)
         if kept_features is not None:
             kept_visual = max(map(len, kept_features))
@@ -206,7 +225,7 @@ class Session:
                 round(np.mean([len(rows[row]) for rows in kept_by_layer]) - text[row]) for row in range(self.batch)
             )
         return Prefill(
-            logits, visual, kept_visual, kept_indices, visual_positions, scores, kept_features, kept_by_layer
+            logits, visual, kept_visual, kept_indices, visual_positions, scores, kept_features, kept_by_layer, held
         )
 
     def decode(self, tokens: np.ndarray, live: np.ndarray | None = None) -> np.ndarray:
@@ -343,6 +362,7 @@ class Session:
             "last_index": np.maximum(counts - 1, 0),
             **given,
             **self.attention.feeds(ids.shape[1], counts, visual_positions),
+            **self.caching.feeds(counts, visual_positions),
         }
         if self._selects:
             feeds["visual_positions"] = visual_positions

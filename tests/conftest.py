@@ -32,7 +32,7 @@ def export_tiny(tmp_path_factory):
     from vlmtrim.graphs.methods import make_method, parameters
 
     selection = {"method", "max_batch", "image_tokens", "engine", "engine_shards", "emit_guide"}
-    selection |= {"weights", "block", "head_weights", "vision_weights", "keep"}
+    selection |= {"weights", "block", "head_weights", "vision_weights", "keep", "cache", "cache_share"}
     done, checkpoints_, traces = {}, {}, {}
     base = tmp_path_factory.getbasetemp()
     common = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "traces"  # of all workers

@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("export", "graphs", "runtime")
 DOCUMENTS = ("README.md", "BENCHMARKS.md", "SECURITY.md", "CHANGELOG.md")
 TOP = {*FOLDERS, "tests", "scripts", "pyproject.toml", "LICENSE", *DOCUMENTS}
+CONTRACT = ("contract", "boundary", "bundle", "checksums", "reading", "schema", "agreement", "external", "keeping")
+CONTRACT += ("macs", "packed")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -75,10 +77,7 @@ def test_graphs_imports_neither_torch_nor_onnxruntime_nor_the_other_folders():
 def test_contract_and_bundle_need_the_standard_library_only():
     import sys
 
-    own = tuple(
-        f"vlmtrim.graphs.{name}"
-        for name in ("contract", "bundle", "checksums", "reading", "schema", "agreement", "external", "macs", "packed")
-    )
+    own = tuple(f"vlmtrim.graphs.{name}" for name in CONTRACT)
     for module in (*own, "vlmtrim.graphs.staging"):
         name = module.rpartition(".")[2] + ".py"
         foreign = {n for n in imports(ROOT / "graphs" / name) if n.partition(".")[0] not in sys.stdlib_module_names}

@@ -138,6 +138,7 @@ class Layerwise:
         for node in [*order, *side.cloned]:
             rename_dims(node, {"S": f"Sk{index}", "W0": f"W{index}"})
         self._check(side.cloned, roots[self._ids])
+        self._move_rows(layer, choice)
         self._derived += side.cloned
         shrink_caches([layer], capacity)
         if not parts.one_row:
@@ -178,6 +179,20 @@ class Layerwise:
         whole.type, whole.shape = added.type, self._shape(parts.seam, "S")
         for node, place in readers:
             node.replace_input_with(place, whole)
+
+    def _move_rows(self, layer: Layer, choice: Choice) -> None:
+        """Let the queries that are returned be of the same tokens among those that stay."""
+        returned = next((v for v in self._model.graph.outputs if v.name == f"score_queries.{layer.index}"), None)
+        if returned is None or self._parts[layer.index].one_row:  # there they are of all tokens
+            return
+        ops, rows = self.ops, graph_input(self._model, "score_rows")
+        slots = ops("GatherElements", choice.slots, rows, axis=1)
+        slots = ops("Min", slots, ops("Sub", choice.size, ops.const([1])))
+        side = SideInputs({rows: slots}, shape_only=None, suffix=f".rows{layer.index}")
+        node = returned.producer()
+        assert node is not None
+        node.replace_input_with(0, side.derive(node.inputs[0]))  # type: ignore[arg-type]
+        self._derived += side.cloned
 
     def _return(self, index: int, choice: Choice) -> None:
         counts = self.ops("Squeeze", choice.kept, self.ops.const([1]))

@@ -76,11 +76,12 @@ def queries_at(
     batch: ir.Value,
     table: Callable[[ir.Value, ir.Value], ir.Value],
     embeds: ir.Value | None = None,
+    name: str = "probe",
 ) -> tuple[ir.Value, list[ir.Node]]:
     """(queries [B, H, R, Dh] of the tokens at ``rows`` [B, R], cloned nodes to put into the graph).
 
     ``batch`` is B, [1]; ``table`` gathers cosines or sines at the rows; ``embeds`` is what the layer reads its sizes
-    of, unless those are the whole step's.
+    of, unless those are the whole step's; ``name`` is of what is cloned.
     """
     embeds, ids = embeds or graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
     at_rows = gather_tokens(ops, parts.seam if parts.one_row else parts.normed, rows)
@@ -88,7 +89,7 @@ def queries_at(
     if not parts.one_row:
         roots[embeds] = at_rows
     roots |= {o: table(n, rows) for o, n in zip(parts.tables, parts.key_tables, strict=True)}
-    side = SideInputs(roots, shape_only=None, suffix=f".probe{layer.index}")
+    side = SideInputs(roots, shape_only=None, suffix=f".{name}{layer.index}")
     found = side.derive(layer.query)
     heads, _, size = head_counts(layer)
     shape = ops.concat(batch, ops.dim(rows, 1), ops.const([heads]), ops.const([size]))

@@ -25,6 +25,7 @@ class Running:
         last_index: int64 [B].
         group: number of its cache group.
         tokens: name of its dimension of tokens, S or Sk...
+        rows: tokens whose queries are returned, int64 [B, R]; None where none are.
     """
 
     embeds: ir.Value
@@ -32,12 +33,14 @@ class Running:
     last_index: ir.Value
     group: int = 0
     tokens: str = "S"
+    rows: ir.Value | None = None
 
 
 def whole(model: ir.Model) -> Running:
     """All tokens of a step."""
     embeds, positions = graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
-    return Running(embeds, positions, graph_input(model, "last_index"))
+    rows = next((value for value in model.graph.inputs if value.name == "score_rows"), None)
+    return Running(embeds, positions, graph_input(model, "last_index"), rows=rows)
 
 
 def split_at(
@@ -73,6 +76,9 @@ def split_at(
     suffix = "" if group < 2 else f".{group}"
     kept_positions.name, survivors.last_index.name = f"kept_position_ids{suffix}", f"kept_last_index{suffix}"
     roots = {seam: gathered, embeds: gathered, positions: kept_positions, running.last_index: survivors.last_index}
+    rows = running.rows
+    if rows is not None:
+        roots[rows] = _rows_left(ops, rows, survivors.kept_indices)
     rename: dict[str, str | int] = {running.tokens: tokens}
     if first:
         window = graph_input(model, f"key_positions.{running.group}")
@@ -92,7 +98,16 @@ def split_at(
     for node in [*order, *side.cloned]:
         rename_dims(node, rename)
     graph.sort()
-    return Running(gathered, kept_positions, survivors.last_index, group, tokens)
+    return Running(gathered, kept_positions, survivors.last_index, group, tokens, None if rows is None else roots[rows])
+
+
+def _rows_left(ops: Ops, rows: ir.Value, kept_indices: ir.Value) -> ir.Value:
+    """Where the tokens at ``rows`` [B, R] are among those that stay, [B, T]; one that does not stay is any of them."""
+    before = ops("Less", ops("Unsqueeze", kept_indices, ops.const([1])), ops("Unsqueeze", rows, ops.const([2])))
+    count = ops("ReduceSum", ops("Cast", before, to=ir.DataType.INT64), ops.const([2]), keepdims=0)
+    place = ops("Min", count, ops("Sub", ops.dim(kept_indices, 1), ops.const([1])))
+    place.type, place.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(("B", "R"))
+    return place
 
 
 def name_kept(model: ir.Model, kept_indices: ir.Value) -> None:

@@ -1,0 +1,91 @@
+"""PrefixKV (arXiv 2412.03409, NeurIPS 2025): layers keep different shares, found ahead by one threshold for all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from vlmtrim.graphs.caches import Budgeting, Policy, flag, float_const
+from vlmtrim.graphs.keeping import PROBE
+from vlmtrim.graphs.later import ir
+
+GRID = 10  # the table has a row for every tenth of the share
+
+
+def read_table(path: str | Path) -> tuple[tuple[float, ...], ...]:
+    """Shares of the layers [GRID + 1, layers] of a file that ``--calibrate`` wrote. Raises ValueError."""
+    try:
+        rows = json.loads(Path(path).read_text())["shares"]
+        table = tuple(tuple(float(share) for share in row) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of shares as --calibrate writes it ({error!r})") from error
+    if len(table) != GRID + 1 or len({len(row) for row in table}) != 1:
+        raise ValueError(f"{path} has {len(table)} rows of shares; expected {GRID + 1} of one length")
+    return table
+
+
+def _table(text: str) -> tuple[tuple[float, ...], ...]:
+    try:
+        return read_table(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class PrefixKV(Policy):
+    """Every layer keeps a share of the visual tokens of its own, those that a probe of the rows attends to most.
+
+    Score: sum over ``probe`` rows at a uniform stride, the last one among them (the paper: all rows), mean over heads.
+    Shares: of pictures with questions (``--calibrate``) each layer's scores are sorted and summed up until one
+    threshold, found by bisection, leaves the share wanted on average over the layers; between tenths they are
+    interpolated. The paper's table is of the whole cache; here it is of the visual tokens, since text stays.
+
+    Attributes:
+        probe: rows in place of all rows.
+        table: shares of the layers, a row for every tenth; None: all layers keep the same until they are calibrated.
+    """
+
+    probe: int = flag(32, "rows of the prompt, at a uniform stride, whose attention counts (32)")
+    table: tuple[tuple[float, ...], ...] | None = flag(
+        None, "shares of the layers, a file that --calibrate wrote (default: all the same)", type=_table, metavar="FILE"
+    )
+
+    name: ClassVar[str] = "prefixkv"
+    rows: ClassVar[str] = PROBE
+    by_layer: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.probe < 1:
+            raise ValueError(f"probe is {self.probe}: give the number of rows, 1 or more")
+        for row in self.table or ():
+            if not all(0 <= share <= 1 for share in row):
+                raise ValueError("table holds shares below 0 or above 1")
+
+    @property
+    def count(self) -> int:
+        """Rows that score, at most."""
+        return self.probe
+
+    def counts(self, budget: Budgeting) -> ir.Value:
+        """int64 [L, B]. Raises ValueError where the table is of another number of layers."""
+        ops, layers = budget.ops, int((budget.scores.shape or ())[0])  # type: ignore[arg-type]
+        if self.table is None:
+            return super().counts(budget)
+        if len(self.table[0]) != layers:
+            raise ValueError(f"the table is of {len(self.table[0])} layers, the decoder has {layers}: calibrate it")
+        place = ops("Mul", budget.share, float_const(ops, GRID))
+        below = ops("Min", ops("Floor", place), float_const(ops, GRID - 1))
+        index = ops("Cast", below, to=ir.DataType.INT64)
+        rows = ops.const(np.array(self.table, np.float32), np.float32)
+        low = ops("Gather", rows, index, axis=0)
+        high = ops("Gather", rows, ops("Add", index, ops.const(1)), axis=0)
+        shares = ops("Add", low, ops("Mul", ops("Sub", high, low), ops("Sub", place, below)))
+        return budget.of_share(ops("Unsqueeze", shares, ops.const([1])))
+
+
+POLICY = PrefixKV
