@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         choices=ACTIVATIONS,
         help="what ONNX Runtime multiplies packed weights by (default float32, which is exact)",
     )
+    p.add_argument("--cache-share", type=float, metavar="S", help="what a cache policy leaves (default: the bundle's)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
 
@@ -81,6 +82,8 @@ def check(args: argparse.Namespace) -> Parity:
         raise RuntimeRefusal(f"--tokens is {args.tokens}; give 1 or more")
     replayer = Replayer(bundle, choose_backend(args.backend, bundle, activations=args.activations))
     session = replayer.session
+    if args.cache_share is not None:
+        session.caching.share = args.cache_share
     images = args.image or [generated_picture(seed) for seed in (0, 1)]
     turns = make_turns(session, args.prompt, images)
     needed = sum(len(turn.ids) + args.tokens for turn in turns[:2])
@@ -120,7 +123,10 @@ def _against_pytorch(
         )
     family, _ = read_config(source)
     selection = None if bundle.contract.selection is None else dict(bundle.contract.selection)
-    reference = load_reference(bundle.contract.family)(family.MODEL_CLASS, source, selection)
+    cache, policy = bundle.contract.cache, {}
+    if cache is not None:
+        policy = {"cache": asdict(cache), "share": session.caching.share}
+    reference = load_reference(bundle.contract.family)(family.MODEL_CLASS, source, selection, **policy)
     rows = _compare_inputs(bundle, session, args.prompt, image)
     groups = [group.layers for group in bundle.contract.groups]
 

@@ -190,24 +190,27 @@ class Caching:
         order [L, B, X, W] and counts [L, B]."""
         record, of_layer = self._record, self._groups()
         assert record is not None
-        feeds = {"key_scores": scores, "key_kinds": kinds, "share": np.array(self._share, dtype=np.float32)}
-        chosen = graph(POLICY).run(feeds)
+        given = {"key_scores": scores, "key_kinds": kinds, "share": np.array(self._share, dtype=np.float32)}
+        chosen = graph(POLICY).run(given)
         order, counts = (self._backend.to_host(chosen[name]) for name in ("order", "counts"))
         self._check(order, counts, np.stack([entries[group] for group in of_layer]))
         for layer, group in enumerate(of_layer):
             if (counts[layer] < entries[group]).any():
-                compact = graph(record.compacts[group])
-                self._compact(compact, layer, order[layer], counts[layer], kinds[layer])
+                name = record.compacts[group]
+                feeds = self._feeds(name, order[layer], counts[layer], kinds[layer])
+                self._compact(graph(name), layer, feeds)
         return order, counts
 
-    def _compact(
-        self, graph: Graph | Chain, layer: int, order: np.ndarray, counts: np.ndarray, kinds: np.ndarray
-    ) -> None:
-        capacity = next(group.capacity for group in self._contract.groups if layer in group.layers)
-        kept = max(1, int(counts.max()))
-        feeds: dict[str, Tensor] = {"order": np.ascontiguousarray(np.minimum(order[:, :, :kept], capacity - 1))}
-        if isinstance(graph, Graph) and any(tensor.name == "counts" for tensor in graph.spec.inputs):
-            feeds |= {"counts": counts, "key_kinds": np.ascontiguousarray(kinds[:, :capacity])}
+    def _feeds(self, name: str, order: np.ndarray, counts: np.ndarray, kinds: np.ndarray) -> dict[str, Tensor]:
+        """What compacts a layer of order [B, X, W], counts [B] and kinds [B, W], besides its caches."""
+        inputs = {tensor.name: tensor for tensor in self._contract.graphs[name].inputs}
+        capacity = inputs["past_key_values.key"].shape[2]
+        assert isinstance(capacity, int)
+        first = np.minimum(order[:, :, : max(1, int(counts.max()))], capacity - 1)
+        feeds = {"order": first, "counts": counts, "key_kinds": kinds[:, :capacity]}
+        return {name: np.ascontiguousarray(value) for name, value in feeds.items() if name in inputs}
+
+    def _compact(self, graph: Graph | Chain, layer: int, feeds: dict[str, Tensor]) -> None:
         names = zip(cache_names(layer), ("key", "value"), strict=True)
         graph.bind_caches({f"past_key_values.{kind}": self._caches[past] for (past, _), kind in names})
         graph.run(feeds)

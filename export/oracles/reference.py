@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, DynamicCache
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from vlmtrim.export.oracles import Kept, load_oracle
+from vlmtrim.export.oracles import Kept, load_oracle, run_layer
+from vlmtrim.export.oracles.cutting import Cutting
 from vlmtrim.export.oracles.formats import unpacked
 from vlmtrim.runtime.measure.check import Recording, Turn
 
@@ -26,15 +27,27 @@ class Reference:
         model_class: transformers class of the checkpoint.
         folder: checkpoint, or a bundle (which is one); its own Hugging Face image processor prepares the pictures.
         selection: the contract's selection, ``method`` and its parameters, or None for the plain forward.
+        cache: the contract's record of its cache policy, or None where caches hold everything.
+        share: what the policy leaves of the visual tokens; None for the record's own.
     """
 
-    def __init__(self, model_class: Any, folder: Path, selection: dict[str, Any] | None):
+    def __init__(
+        self,
+        model_class: Any,
+        folder: Path,
+        selection: dict[str, Any] | None,
+        cache: dict[str, Any] | None = None,
+        share: float | None = None,
+    ):
         with unpacked(folder) as plain:
             self.model = model_class.from_pretrained(plain, attn_implementation="eager", dtype=torch.float32).eval()
         self._text = self.model.model.language_model
         vision: Any = self.model.config.vision_config
         side = vision.image_size // vision.patch_size if hasattr(vision, "image_size") else None
         self._oracle = None if selection is None else load_oracle({**selection, "side": side})
+        self._cutting = None
+        if cache is not None:
+            self._cutting = Cutting(self._text, cache, cache["share"] if share is None else share)
         self._visual_token = self.model.config.image_token_id
         self._image_processor = own_processor(folder).image_processor
         self.reset()
@@ -52,7 +65,12 @@ class Reference:
         ids = torch.tensor([turn.ids])
         if turn.guide is not None and self._oracle is not None:
             self._oracle.guide = torch.from_numpy(turn.guide)
+        before = [] if self._cutting is None else self._cutting.lengths(self._cache)
         logits, kept = self._forward(ids, self._inputs(turn) if turn.images else {})
+        visual = torch.tensor([i for i, token in enumerate(turn.ids) if token == self._visual_token and turn.images])
+        held = None
+        if self._cutting is not None and len(visual):
+            held = self._cutting.cut(self._cache, before, len(turn.ids), visual, kept)
         layers: list[Any] = self._cache.layers
         caches = [(layer.keys[0].numpy().copy(), layer.values[0].numpy().copy()) for layer in layers]
         all_logits, tokens = [logits], []
@@ -64,10 +82,12 @@ class Reference:
             None if kept.tokens is None else kept.tokens.numpy(),
             caches,
             torch.stack(all_logits).numpy(),
-            visual=np.array([i for i, token in enumerate(turn.ids) if token == self._visual_token and turn.images]),
+            visual=visual.numpy(),
             kept_by_layer=arrays(kept.layers),
             margins=None if kept.token_margins is None else kept.token_margins.numpy(),
             layer_margins=arrays(kept.margins),
+            held=None if held is None else arrays(held.tokens),
+            held_ranking=None if held is None else arrays(held.ranking),
         ), tokens
 
     def _inputs(self, turn: Turn) -> dict[str, Tensor]:
@@ -92,7 +112,7 @@ class Reference:
         """(logits [V] of the last token, kept indices); ``pictures`` as the model's own processor made them."""
         positions = self._positions(ids, pictures)
         self._position = int(positions.max()) + 1
-        if self._oracle is None:
+        if self._oracle is None and self._cutting is None:
             output = self.model(
                 input_ids=ids, **pictures, position_ids=positions, past_key_values=self._cache, use_cache=True
             )
@@ -104,7 +124,12 @@ class Reference:
             hidden[0, visual] = self._features(pictures)
             if getattr(self._oracle, "looks", False):
                 self._oracle.vision = self._looked_at(pictures["pixel_values"])
-        hidden, kept = self._oracle.layers(self._text, self._cache, hidden, positions, visual)
+        if self._oracle is None:
+            kept = Kept()
+            for index in range(len(self._text.layers)):
+                hidden = run_layer(self._text, index, self._cache, hidden, positions)
+        else:
+            hidden, kept = self._oracle.layers(self._text, self._cache, hidden, positions, visual)
         return self.model.lm_head(self._text.norm(hidden))[0, -1], kept
 
     def _positions(self, ids: Tensor, pictures: dict[str, Tensor]) -> Tensor:

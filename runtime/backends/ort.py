@@ -85,7 +85,8 @@ def on_host(ort: Any, array: dtypes.HostArray) -> Any:
     if isinstance(array, dtypes.BFloat16):
         bits = np.ascontiguousarray(array.bits)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ELEMENTS["bfloat16"])
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cpu", 0)
+    array = np.asarray(array, order="C")  # ascontiguousarray makes a scalar a vector
+    return ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0)
 
 
 class OrtGraph(Graph):

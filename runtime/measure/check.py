@@ -42,6 +42,8 @@ class Recording:
     indices of the turn's visual tokens and what they were ranked by, [N] each, where that side tells; margins [N]: of a
     choice that has no single score, how far each image feature is from the other side, relative to its threshold.
     kept_by_layer, layer_margins: the same of every layer where layers choose by themselves; margins of visual tokens.
+    held, held_ranking: of every layer the tokens that a cache policy left in its caches, [X, n] of X sets, and what
+    tokens were ranked by, [X, S], where that side tells.
     """
 
     kept: np.ndarray | None
@@ -52,12 +54,16 @@ class Recording:
     margins: np.ndarray | None = None
     kept_by_layer: list[np.ndarray] | None = None
     layer_margins: list[np.ndarray] | None = None
+    held: list[np.ndarray] | None = None
+    held_ranking: list[np.ndarray] | None = None
 
     def same_choices(self, other: Recording) -> bool:
         """Whether both kept the same tokens, in every layer; true where either does not tell."""
         pairs = [(self.kept, other.kept)] if self.kept is not None and other.kept is not None else []
         if self.kept_by_layer is not None and other.kept_by_layer is not None:
             pairs += zip(self.kept_by_layer, other.kept_by_layer, strict=True)
+        if self.held is not None and other.held is not None:
+            pairs += zip(self.held, other.held, strict=True)
         return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
 
 
@@ -129,6 +135,7 @@ def record(session: Session, turn: Turn, tokens: int | Sequence[int], row: int =
         visual,
         scores,
         kept_by_layer=None if by_layer is None else [rows[row] for rows in by_layer],
+        held=None if prefill.held is None else [rows[row] for rows in prefill.held],
     ), fed
 
 
@@ -173,9 +180,12 @@ def compare(
     if found.kept_by_layer is not None and expected.kept_by_layer is not None:
         same_tokens = found.same_choices(expected) and not differed
         rows.append(_compare_layers(turn, found, expected, tolerance, differed))
+    if found.held is not None and expected.held is not None:
+        rows.append(_compare_held(turn, found, expected, tolerance, not same_tokens))
+        same_tokens = same_tokens and found.same_choices(expected) and not differed
     for index, layers in enumerate(groups):
         selected = index > 0 or (len(groups) > 1 and max(layers) > min(groups[1]))  # holds what follows a selection
-        selected = selected or found.kept_by_layer is not None
+        selected = selected or found.kept_by_layer is not None or found.held is not None
         if selected and not same_tokens:
             what = _cache_row_name(layers)
             rows.append(Row(turn, what, 0.0, tolerance, True, "not comparable: other tokens were kept"))
@@ -247,6 +257,27 @@ def _compare_layers(turn: str, found: Recording, expected: Recording, tolerance:
     gap = dict(zip(visual.tolist(), margins[layer].tolist(), strict=True))
     worst = max(gap.get(token, np.inf) for token in apart.tolist())
     return _row(turn, what, worst, tolerance, f"layer {layer} of {layers}: {len(apart)} tokens by that much of a tie")
+
+
+def _compare_held(turn: str, found: Recording, expected: Recording, tolerance: float, differed: bool) -> Row:
+    """What a cache policy left in every layer and set; others only where they tie with the last one that stays."""
+    assert found.held is not None and expected.held is not None
+    what, worst, others = "cache entries", 0.0, 0
+    if differed:
+        return Row(turn, what, 0.0, tolerance, True, "not comparable: other tokens were kept")
+    for layer, (have, want) in enumerate(zip(found.held, expected.held, strict=True)):
+        if expected.held_ranking is None and not np.array_equal(have, want):
+            return Row(turn, what, 1.0, tolerance, False, f"layer {layer} differs; neither side tells its scores")
+        for row, (mine, theirs) in enumerate(zip(have, want, strict=True)):
+            apart = np.setxor1d(mine, theirs)
+            if len(apart) and expected.held_ranking is not None:
+                scores = expected.held_ranking[layer][row]
+                visual = np.intersect1d(theirs, expected.visual if expected.visual is not None else [])
+                last = scores[visual].min() if len(visual) else np.inf
+                gaps = np.abs(scores[apart] - last) / max(abs(last), np.finfo(np.float64).tiny)
+                worst, others = max(worst, float(gaps.max())), others + len(apart)
+    total = sum(one.size for one in expected.held)
+    return _row(turn, what, worst, tolerance, f"{total} in all layers and sets; {others} differ, by that much of a tie")
 
 
 def tie_gaps(one: Recording, other: Recording) -> np.ndarray:

@@ -1,0 +1,97 @@
+"""Cuts the caches of the reference model as a cache policy's oracle says, one conversation, batch 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmtrim.export.oracles import Kept, watched
+from vlmtrim.export.oracles.caches import Choice, View, load_oracle, rows_of
+
+
+@dataclass(frozen=True)
+class Held:
+    """Per layer: the step's tokens that stay, int64 [X, n]; and what tokens were ranked by, [X, S], NaN where not."""
+
+    tokens: list[Tensor]
+    ranking: list[Tensor]
+
+
+class Cutting:
+    """A cache policy on a text model of transformers.
+
+    Args:
+        text: the model's language model.
+        record: the contract's record of the policy (:class:`vlmtrim.graphs.keeping.CachePolicy`), by name.
+        share: of the candidates, that stays.
+    """
+
+    def __init__(self, text: Any, record: Mapping[str, Any], share: float):
+        self._text, self._record, self._share = text, record, share
+        self._oracle = load_oracle(record["policy"])
+        watched.watch(text)
+
+    def lengths(self, cache: Any) -> list[int]:
+        """Entries of every layer."""
+        return [cache.get_seq_length(index) for index in range(len(self._text.layers))]
+
+    def cut(self, cache: Any, before: list[int], tokens: int, visual: Tensor, kept: Kept) -> Held:
+        """Cut the caches behind a step; returns what stays of it.
+
+        Args:
+            cache: of the model.
+            before: entries of every layer before the step.
+            tokens: of the step.
+            visual: indices of its visual tokens.
+            kept: what a selection kept of the step.
+        """
+        record = self._record
+        rows = rows_of(record["rows"], record["count"], record["part"], tokens, visual)
+        taken = [self._taken(cache, index, start, tokens, kept) for index, start in enumerate(before)]
+        views = [self._view(index, before[index], own, rows, visual, tokens) for index, own in enumerate(taken)]
+        choices = self._oracle.choose(views, self._share)
+        held, ranking = [], []
+        for index, (choice, own, start) in enumerate(zip(choices, taken, before, strict=True)):
+            self._keep(cache.layers[index], choice)
+            held.append(own[choice.slots[:, start:] - start])
+            by_token = torch.full((len(choice.ranking), tokens), torch.nan)
+            by_token[:, own] = choice.ranking[:, start:].float()
+            ranking.append(by_token)
+        return Held(held, ranking)
+
+    def _taken(self, cache: Any, index: int, before: int, tokens: int, kept: Kept) -> Tensor:
+        """The step's tokens that a layer's cache took."""
+        if kept.layers is not None:
+            return kept.layers[index]
+        grown = cache.get_seq_length(index) - before
+        return torch.arange(tokens) if grown == tokens or kept.tokens is None else kept.tokens
+
+    def _view(self, index: int, before: int, taken: Tensor, rows: list[int], visual: Tensor, tokens: int) -> View:
+        queries, keys, scale = watched.last(self._text.layers[index])
+        there = [row for row in rows if bool((taken == row).any())]
+        places = torch.searchsorted(taken, torch.tensor(there, dtype=torch.int64))
+        own = torch.tensor(there, dtype=torch.int64) if queries.shape[1] == tokens else places
+        if keys.shape[1] > before + len(taken):  # attended to under a mask
+            keys = keys[:, torch.cat([torch.arange(before), before + taken])]
+        candidates = torch.cat([torch.zeros(before, dtype=torch.bool), torch.isin(taken, visual)])
+        return View(queries[:, own], keys, before + places, candidates, scale)
+
+    def _keep(self, layer: Any, choice: Choice) -> None:
+        """Leave in a layer's cache what stays; each head its own where they choose apart."""
+        if self._record["policy"].get("merge"):
+            layer.keys, layer.values = (_merged(states, choice.slots[0]) for states in (layer.keys, layer.values))
+            return
+        index = choice.slots.expand(layer.keys.shape[1], -1)[None, :, :, None]
+        index = index.expand(-1, -1, -1, layer.keys.shape[3])
+        layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+
+
+def _merged(states: Tensor, slots: Tensor) -> Tensor:
+    """Every entry [B, KV, W, Dh] averaged into the nearest of those at ``slots`` [n], the earlier of two."""
+    distance = (torch.arange(states.shape[2])[:, None] - slots).abs()
+    nearest = distance.argmin(1)  # the first of equals
+    return torch.stack([states[:, :, nearest == i].mean(2) for i in range(len(slots))], 2)
