@@ -301,13 +301,13 @@ class Contract:
             weights += len(group.layers) * (self.macs.token - (self.macs.written if group.source == IMAGES else 0))
         size = DTYPE_BYTES[self.dtype]
         spared = sum(kind.weights * size - kind.nbytes for kind in self.packed if kind.part != TOWER)
-        return (
-            weights * size
-            - spared
-            + sum(
-                dataclasses.replace(group, capacity=length).nbytes(1, self.dtype)
-                for group, length in zip(self.groups, entries, strict=True)
-            )
+        return weights * size - spared + self.entry_bytes(entries)
+
+    def entry_bytes(self, entries: Sequence[int]) -> int:
+        """Bytes of one row's filled cache entries, ``entries`` of each group."""
+        return sum(
+            dataclasses.replace(group, capacity=length).nbytes(1, self.dtype)
+            for group, length in zip(self.groups, entries, strict=True)
         )
 
     def to_json(self) -> str:

@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cuda-graphs", default="auto", choices=CUDA_GRAPHS, help="how TensorRT's decode steps are replayed (auto)"
     )
+    p.add_argument("--cache-share", type=float, metavar="S", help="what cache policies leave (default: the bundles')")
     p.add_argument("--peak-bandwidth", type=float, default=None, metavar="GB/S", help="of the device's memory, at best")
     p.add_argument("--peak-flops", type=float, default=None, metavar="TFLOP/S", help="of the device, at best")
     p.add_argument("--json", metavar="OUT", default=None, help="also write every sample, versions and digests here")
@@ -75,7 +76,14 @@ def _run(args: argparse.Namespace) -> dict:
             raise RuntimeRefusal(f"--images is {args.images}; a prompt of these bundles holds at most {max(most, 1)}")
     images = tuple(map(load_image, args.image)) or tuple(map(generated_picture, range(args.images)))
     work = bench.Work(
-        args.prompt, images, args.prompt_tokens, args.new_tokens, args.repeat, args.warmup, args.cuda_graphs
+        args.prompt,
+        images,
+        args.prompt_tokens,
+        args.new_tokens,
+        args.repeat,
+        args.warmup,
+        args.cuda_graphs,
+        args.cache_share,
     )
     scaled = (value and value * unit for value, unit in ((args.peak_bandwidth, 1e9), (args.peak_flops, 1e12)))
     return bench.measure(args.bundle, args.backend, work, Peak(*scaled))

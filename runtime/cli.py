@@ -77,6 +77,13 @@ def parser() -> argparse.ArgumentParser:
         "probabilities reaches C",
     )
     p.add_argument(
+        "--cache-share",
+        type=float,
+        metavar="S",
+        help="with a bundle of --cache: share of visual tokens that stays in the caches (default: the bundle's). With "
+        "less, later tokens are faster and FOLLOW-UP questions about the same picture are answered worse",
+    )
+    p.add_argument(
         "--show-kept",
         metavar="OUT.png",
         help="draw the pictures with kept patches bright and removed ones dimmed, scores as heat beside them",
@@ -158,6 +165,8 @@ def _open(args: argparse.Namespace) -> Chat | Guided:
     settings = {"backend": args.backend, "verify": args.verify, "threads": args.threads}
     settings |= {"verbose": args.verbose, "activations": args.activations}
     chat = runtime.open(args.bundle, **settings)
+    if args.cache_share is not None:
+        chat.session.caching.share = args.cache_share
     if args.guide is None:
         return chat
     return runtime.Guided(runtime.open(args.guide, **settings), chat, args.exit_confidence)
@@ -209,9 +218,13 @@ def _finish(
                 f"guide {args.guide}: confidence {guidance.confidence:.3f}, {guidance.small:.3f} s; {who}",
                 file=sys.stderr,
             )
+        held = ""
+        if prefill.held is not None:
+            share = prefill.layers_that_hold(0).mean()
+            held = f"{share:.1%} of the picture stays in the caches ({times.caches:.3f} s); "
         what = "image features" if chat.session.contract.crosses else "visual tokens"
         print(
-            f"{prefill.visual} {what}, {prefill.kept} kept, {prefill.visual - prefill.kept} removed; "
+            f"{prefill.visual} {what}, {prefill.kept} kept, {prefill.visual - prefill.kept} removed; {held}"
             f"vision {times.vision:.3f} s, prefill {times.prefill:.3f} s, decode {rate:.1f} tokens/s "
             f"({chat.session.backend.name}; {ENDINGS[str(ended)]})",
             file=sys.stderr,
@@ -233,6 +246,7 @@ def _record(chat: Chat | Guided, steps: list[Step], opened: float) -> dict[str, 
         "kept": prefill.kept,
         "removed": prefill.visual - prefill.kept,
         "kept_by_layer": None if prefill.kept_by_layer is None else prefill.layers_that_keep(0).sum(axis=1).tolist(),
+        "caches": _caches(chat.session, prefill),
         "backend": chat.session.backend.name,
         "selection": chat.session.contract.selection,
         "guide": None if guidance is None else {name: _rounded(value) for name, value in asdict(guidance).items()},
@@ -241,7 +255,23 @@ def _record(chat: Chat | Guided, steps: list[Step], opened: float) -> dict[str, 
             "vision": round(times.vision, 6),
             "prefill": round(times.prefill, 6),
             "decode": round(times.decode, 6),
+            "caches": round(times.caches, 6),
         },
+    }
+
+
+def _caches(session: Any, prefill: Any) -> dict[str, Any]:
+    """What the caches hold after the answer: entries by layer, their bytes, and what a policy left of the pictures."""
+    contract, entries = session.contract, [int(length[0]) for length in session.lengths.entries]
+    by_layer = {layer: n for group, n in zip(contract.groups, entries, strict=True) for layer in group.layers}
+    policy = None if contract.cache is None else dict(contract.cache.policy)
+    return {
+        "policy": policy,
+        "share": None if policy is None else session.caching.share,
+        "visual_by_layer": None if prefill.held is None else prefill.layers_that_hold(0).sum(axis=1).tolist(),
+        "entries_by_layer": [by_layer[layer] for layer in sorted(by_layer)],
+        "bytes": contract.entry_bytes(entries),
+        "allocated": sum(group.nbytes(1, contract.dtype) for group in contract.groups),
     }
 
 

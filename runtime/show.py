@@ -91,7 +91,8 @@ def _unwritable(target: Path, error: Exception) -> RuntimeRefusal:
 def draw_kept(views: Sequence[View], prefill: Prefill, row: int = 0) -> Image.Image:
     """One drawing of a prompt's pictures, below each other; right of each its scores, where the prefill has any.
 
-    Where layers choose by themselves, a patch is as bright as the share of the layers that keep it.
+    Where layers choose by themselves, a patch is as bright as the share of the layers that keep it; where a policy cuts
+    the caches, as the share of the layers' caches that hold it.
 
     Args:
         views: what the model saw (``Processor.views``), in order.
@@ -99,7 +100,9 @@ def draw_kept(views: Sequence[View], prefill: Prefill, row: int = 0) -> Image.Im
         row: of the batch.
     """
     kept = prefill.survivors(row)
-    if prefill.kept_by_layer is not None:  # the share of the layers that keep each
+    if prefill.held is not None:  # the share of the layers, and of their key heads, whose caches hold each
+        kept = prefill.layers_that_hold(row).mean(axis=0)
+    elif prefill.kept_by_layer is not None:  # the share of the layers that keep each
         kept = prefill.layers_that_keep(row).mean(axis=0)
     scores = None if prefill.visual_scores is None else prefill.visual_scores[row]
     strips = [

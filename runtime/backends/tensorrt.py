@@ -230,7 +230,7 @@ class TrtBackend(Backend):
 
     def check(self, folder: Path, contract: Contract) -> None:
         """Raise RuntimeRefusal where a graph has no engine that is made for this library and this GPU."""
-        for whole in ("vision", "embed", "decoder"):
+        for whole in contract.wholes:
             for graph in contract.chain(whole):
                 self._fingerprint(folder, graph)
 

@@ -63,7 +63,7 @@ _HINT = (
 
 
 def build_engines(folder: Path, contract: Contract, library: str) -> dict[str, Any]:
-    """Build ``vision.engine``, ``embed.engine`` and ``decoder.engine``, or an engine for every piece of their chains.
+    """Build an engine of every graph, or of every piece of its chain.
 
     Args:
         folder: the bundle, before it is sealed.
@@ -78,8 +78,8 @@ def build_engines(folder: Path, contract: Contract, library: str) -> dict[str, A
     _check_formats(contract, library)
     trt = import_library(library)
     entries: dict[str, Any] = {}
-    for whole, rules in RULES.items():
-        profiles = rules(contract)
+    for whole in contract.wholes:
+        profiles = RULES.get(whole, profile_rules.cache_profiles)(contract)
         for name in contract.chain(whole):
             try:
                 entry = _build_one(trt, library, folder, name, contract.graphs[name], profiles)
@@ -126,7 +126,7 @@ def _check_formats(contract: Contract, library: str) -> None:
             )
 
 
-# What is built: graph -> rule for its profiles.
+# Graph -> rule for its profiles; those of a cache policy share theirs.
 RULES = {
     "vision": profile_rules.vision_profiles,
     "embed": profile_rules.decoder_profiles,

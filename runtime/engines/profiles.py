@@ -70,6 +70,18 @@ def decoder_profiles(contract: Contract) -> dict[str, Profile]:
     return {"prefill": prefill, DECODE: decode}
 
 
+def cache_profiles(contract: Contract) -> dict[str, Profile]:
+    """One profile of a cache policy's graphs: any window, and what stays of it."""
+    assert contract.cache is not None
+    wide = decoder_profiles(contract)["prefill"]
+    ranges = {dim: Range(low, high, high) for dim, (low, high) in contract.dims.items() if dim in ("C", "W", "M")}
+    window = max(wide[f"W{index}"].opt for index in range(len(contract.groups)))
+    kept = max(1, int(window * contract.cache.share))
+    ranges["W"], ranges["M"] = (Range(1, opt, contract.dims["W"][1]) for opt in (window, kept))
+    rows = contract.dims["R"][1]
+    return {"all": {"B": wide["B"], "R": Range(0, rows, rows), **ranges}}
+
+
 def shapes(tensor: TensorSpec, profile: Profile) -> Shapes:
     """(min, opt, max) shape of an input under a profile."""
     low, best, high = (

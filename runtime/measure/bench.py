@@ -2,6 +2,7 @@
 
 Definitions
     vision, embed, prefill   one run of the graph (``prefill`` is the decoder's), between two marks of the backend
+    caches                   what cutting the caches takes, where the bundle has a policy; part of the TTFT
     decode                   embedding and decoder of one step, between marks; prefill and decode of one conversation
     TTFT                     host clock, from token ids and pixel values on the host to the first token id there
     TPOT                     host clock, from the first token id to the last, over the tokens in between
@@ -48,6 +49,7 @@ class Work:
         new_tokens: to generate, the first one included.
         rounds, warmup: rounds that count, and rounds before them that do not.
         cuda_graphs: how TensorRT's decode steps are replayed.
+        cache_share: what cache policies leave of the visual tokens; None for each bundle's own.
     """
 
     prompt: str
@@ -57,11 +59,13 @@ class Work:
     rounds: int
     warmup: int
     cuda_graphs: str = "auto"
+    cache_share: float | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one conversation; ``decode`` per step, ``step_bytes`` what each of them must read (None: unknown)."""
+    """Seconds of one conversation; ``decode`` per step, ``step_bytes`` what each of them must read (None: unknown);
+    ``entry_bytes`` what the caches hold in the end."""
 
     vision: float
     embed: float
@@ -69,6 +73,8 @@ class Sample:
     decode: list[float]
     ttft: float
     tpot: float
+    caches: float
+    entry_bytes: int
     step_bytes: list[int] | None
 
     @property
@@ -87,6 +93,7 @@ class Sample:
             "decode": statistics.median(self.decode),
             "ttft": self.ttft,
             "tpot": self.tpot,
+            "caches": self.caches or None,
             "bandwidth": self.bandwidth,
         }
 
@@ -101,6 +108,8 @@ class Subject:
         self.backend = choose_backend(backend, self.bundle, cuda_graphs=work.cuda_graphs)
         self._spans: list[tuple[str, Any, Any]] = []
         self.session = Session(self.bundle, watch(self.backend, self._clock))
+        if work.cache_share is not None and self.session.caching:
+            self.session.caching.share = work.cache_share
         self._work = work
         self._pictures = self.session.processor(work.images) if work.images else None
         tokens = () if self._pictures is None else self._pictures.tokens
@@ -122,8 +131,8 @@ class Subject:
 
     @property
     def pruned(self) -> bool:
-        """Whether visual tokens, or image features, are removed."""
-        return self.contract.removes
+        """Whether visual tokens, or image features, are removed, before or after they are cached."""
+        return self.contract.removes or bool(self.session.caching)
 
     def run(self) -> Sample:
         """One conversation."""
@@ -152,6 +161,8 @@ class Subject:
             decode=[sum(after[i * per_step : (i + 1) * per_step]) for i in range(steps)],
             ttft=first - start,
             tpot=(end - first) / steps,
+            caches=session.times.caches,
+            entry_bytes=self.contract.entry_bytes([int(length.max()) for length in session.lengths.entries]),
             step_bytes=sizes or None,
         )
 
@@ -292,6 +303,7 @@ def memory(subject: Subject) -> dict[str, Any]:
     return {
         "groups": groups,
         "caches_by_contract": predicted,
+        "entries": subject.samples[-1].entry_bytes,
         "backend": held,
         "caches_as_predicted": held["caches"] == predicted if "caches" in held else None,
         "weight_files": sum(path.stat().st_size for path in subject.bundle.folder.glob("*.safetensors")),

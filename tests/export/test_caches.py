@@ -1,10 +1,21 @@
 """Cache policies against transformers' own attention and each policy's oracle: what stays, caches, logits."""
 
+import dataclasses
 
+import numpy as np
 import pytest
 from parity import assert_parity
 
+from vlmtrim.export import cli
+from vlmtrim.export.families import llava
+from vlmtrim.export.oracles.reference import Reference
+from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.caches import load_policy, policy_names
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import generated_picture
+from vlmtrim.runtime.measure.check import Parity, Recording, Turn, compare
+from vlmtrim.runtime.select_backend import make_backend
+from vlmtrim.runtime.session import Session
 
 FIELDS = {"snapkv": {"pool": 3}, "elastic": {"merge": True}, "csp": {"recent": 0.7}}
 TABLE = tuple(tuple(min(1.0, s / 10 * factor) for factor in (0.4, 1.6, 1.2, 0.8)) for s in range(11))
@@ -15,8 +26,8 @@ def policy(name, **fields):
     return load_policy(name)(**{**given, **fields})
 
 
-def cutting(export_tiny, name, method="none", share=0.3, **fields):
-    label = f"{name}-{method}"
+def cutting(export_tiny, name, method="none", **fields):
+    label, share = f"{name}-{method}", 0.97 if name == "zipvl-drop" else 0.3  # of the attention there
     return export_tiny(label, method=method, cache=policy(name), cache_share=share, max_batch=2, **fields)
 
 
@@ -36,3 +47,113 @@ def test_behind_a_selection_what_is_left_of_the_picture_is_judged(name, method, 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
 def test_pictures_of_any_size_and_positions_of_three_numbers(name, family, export_tiny, capsys):
     assert_parity(cutting(export_tiny, name, "fastv", family=family), capsys, "--tokens", "8")
+
+
+def two_rows(bundle, lengths=((3, 9), (11, 40))):
+    """A prompt a row, words around a picture, and the pictures."""
+    contract = bundle.contract
+    image = [contract.image_token_id] * contract.image_tokens
+    words = np.random.default_rng(0).integers(0, 250, (len(lengths), 80)).tolist()
+    rows = [[256, *line[:a], *image, *line[a : a + b]] for line, (a, b) in zip(words, lengths, strict=True)]
+    return rows, tuple(generated_picture(seed) for seed in range(len(rows)))
+
+
+@pytest.mark.parametrize(("name", "method"), [("zipvl-drop", "none"), ("aircache", "fastv"), ("snapkv", "zipvl")])
+def test_rows_of_a_batch_are_cut_as_if_alone(name, method, export_tiny):
+    """Prompts of different lengths, padded on the right, whose layers hold other numbers of entries."""
+    bundle = open_bundle(cutting(export_tiny, name, method))
+    selection = None if bundle.contract.selection is None else dict(bundle.contract.selection)
+    reference = Reference(llava.MODEL_CLASS, bundle.folder, selection, dataclasses.asdict(bundle.contract.cache))
+    session = Session(bundle, make_backend("ort-cpu"), batch=2)
+    rows, images = two_rows(bundle)
+    prefill = session.prefill(rows, session.processor(images))
+    caches = [session.cache_contents(row) for row in range(2)]
+    expected = [reference.record(Turn("row", rows[row], images[row : row + 1]), 8) for row in range(2)]
+    logits = [prefill.logits]
+    for step in range(8):
+        logits.append(session.decode(np.array([fed[step] for _, fed in expected])))
+    groups = [group.layers for group in bundle.contract.groups]
+    for row, (want, _) in enumerate(expected):
+        held = [of_layer[row] for of_layer in prefill.held]
+        kept = None if prefill.kept_indices is None else prefill.kept_indices[row]
+        found = Recording(kept, caches[row], np.stack([step[row] for step in logits]), held=held)
+        assert all(np.array_equal(a, b) for a, b in zip(held, want.held, strict=True))
+        assert Parity(tuple(compare("row", found, want, groups, "float32")))
+    counts = np.array([[one.shape[1] for one in layer] for layer in prefill.held])
+    assert name == "snapkv" or len({*counts[:, 0], *counts[:, 1]}) > 2
+
+
+def test_a_bundle_serves_every_share_and_what_stays_makes_room(export_tiny):
+    """All of it is the bundle without a policy, to the bit; less of it leaves the room of what goes."""
+    bundle, plain = open_bundle(cutting(export_tiny, "snapkv")), open_bundle(export_tiny("dense", method="none"))
+    logits, rooms = {}, {}
+    for name, share, opened in [("plain", None, plain), *((s, s, bundle) for s in (1.0, 0.5, 0.1))]:
+        session = Session(opened, make_backend("ort-cpu"))
+        if share is not None:
+            session.caching.share = share
+        rows, images = two_rows(opened, [(3, 9)])
+        first = session.prefill(rows, session.processor(images)).logits
+        logits[name], rooms[name] = [first, session.decode(np.array([40]))], session.room()
+    np.testing.assert_array_equal(logits["plain"], logits[1.0])
+    np.testing.assert_array_equal(logits["plain"][0], logits[0.1][0])  # the cut comes behind the first token
+    assert np.abs(logits["plain"][1] - logits[0.1][1]).max() > 1e-3
+    n = bundle.contract.image_tokens
+    assert [rooms[s] - rooms["plain"] for s in (1.0, 0.5, 0.1)] == [0, n - round(n / 2), n - round(n * 0.1)]
+
+
+def test_questions_without_pictures_and_pictures_behind_pictures_leave_what_was_there(export_tiny):
+    session = Session(open_bundle(cutting(export_tiny, "aircache")), make_backend("ort-cpu"))
+    rows, images = two_rows(session.bundle, [(3, 9)])
+    session.prefill(rows, session.processor(images))
+    first = session.cache_contents(0)
+    text = session.prefill([[40, 41, 42]])
+    assert text.held is None
+    session.prefill(rows, session.processor(images))
+    for (key, value), (later_key, later_value) in zip(first, session.cache_contents(0), strict=True):
+        np.testing.assert_array_equal(key, later_key[:, : key.shape[1]])
+        np.testing.assert_array_equal(value, later_value[:, : value.shape[1]])
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--cache-share", "0.5"], "--cache-share is of a cache policy; give --cache POLICY"),
+        (["--cache", "snapkv", "--cache-share", "1.5"], "give the share of visual tokens that stays, 0 to 1"),
+        (["--cache", "snapkv", "--cache-alpha", "1"], "--cache-alpha belongs to --cache aircache"),
+        (["--cache", "snapkv", "--cache-window", "0"], "window is 0: give the number of rows, 1 or more"),
+        (["--cache", "snapkv", "--cache-pool", "2"], "give an odd number of neighbours"),
+        (["--cache", "aircache", "--cache-alpha", "0"], "alpha is 0.0: give a share above 0, up to 1"),
+        (["--cache", "csp", "--cache-cross", "2"], "give shares"),
+        (["--cache", "snapkv", "--method", "pyramid"], "method pyramid says it of its last stage alone"),
+        (["--cache", "snapkv", "--method", "none", "--emit-guide"], "leave one of them out"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(argv, says, capsys):
+    assert cli.main(["--model", "demo", *argv, "--dry-run"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_features_of_cross_attention_are_not_for_a_policy(capsys):
+    assert cli.main(["--model", "tiny:mllama", "--method", "none", "--cache", "csp", "--dry-run"]) == 2
+    assert "--method trimmed-llama cuts before they are cached" in capsys.readouterr().err
+
+
+def test_a_share_without_policy_and_a_policy_that_lies_are_refused(export_tiny, monkeypatch):
+    with pytest.raises(RuntimeRefusal, match="no cache policy"):
+        Session(open_bundle(export_tiny("dense", method="none")), make_backend("ort-cpu")).caching.share = 0.5
+    session = Session(open_bundle(cutting(export_tiny, "snapkv")), make_backend("ort-cpu"))
+    rows, images = two_rows(session.bundle, [(3, 9)])
+    with pytest.raises(RuntimeRefusal, match="give 0 to 1"):
+        session.caching.share = -0.1
+    run, host = session._graph("policy").run, session.backend.to_host
+    monkeypatch.setattr(session.backend, "to_host", lambda v: v if isinstance(v, np.ndarray) else host(v))
+    for wrong in (lambda counts, order: (counts + 1000, order), lambda counts, order: (counts, order - 5)):
+
+        def lying(feeds, wrong=wrong):
+            chosen = {name: host(value) for name, value in run(feeds).items()}
+            return dict(zip(("counts", "order"), wrong(chosen["counts"], chosen["order"]), strict=True))
+
+        monkeypatch.setattr(session._graphs["policy"], "run", lying)
+        session.reset()
+        with pytest.raises(RuntimeRefusal, match="export the model again"):
+            session.prefill(rows, session.processor(images))

@@ -97,7 +97,7 @@ def test_caches_take_what_the_contract_says(fastv_bundle):
 
 
 def sample(prefill, decode, sizes):
-    return bench.Sample(0.01, 0.001, prefill, decode, prefill + 0.02, sum(decode) / len(decode), sizes)
+    return bench.Sample(0.01, 0.001, prefill, decode, prefill + 0.02, sum(decode) / len(decode), 0.0, 0, sizes)
 
 
 def test_rates_and_spread():

@@ -11,6 +11,7 @@ from parity import COMBINATIONS
 
 from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle, seal
+from vlmtrim.graphs.caches import load_policy
 from vlmtrim.runtime import bench_cli
 from vlmtrim.runtime.backends import tensorrt
 from vlmtrim.runtime.engines import fingerprint, profiles
@@ -120,6 +121,17 @@ def test_a_chain_with_cross_attention_equals_ort_cpu_to_the_bit(crossing_chain, 
     folder = machine.with_engines(crossing_chain, tmp_path / "bundle")
     found = conversation(tensorrt.TrtBackend("tensorrt"), folder, picture, batch=2)
     assert_equal(found, conversation(ort_cpu(), crossing_chain, picture, batch=2))
+
+
+@pytest.mark.parametrize(("policy", "method"), [("aircache", "fastv"), ("snapkv", "zipvl"), ("elastic", "none")])
+def test_caches_that_are_cut_equal_ort_cpu_to_the_bit(export_tiny, machine, tmp_path, picture, policy, method):
+    """Scores, choice and compaction on the device; decode steps behind it are replayed as CUDA graphs."""
+    merges = {"merge": True} if policy == "elastic" else {}
+    bundle = export_tiny("cut", method=method, cache=load_policy(policy)(**merges), cache_share=0.4, max_batch=2)
+    folder = machine.with_engines(bundle, tmp_path / "bundle")
+    found = conversation(tensorrt.TrtBackend("tensorrt"), folder, picture, batch=2)
+    assert_equal(found, conversation(ort_cpu(), folder, picture, batch=2))
+    assert machine.cuda.count["replays"] > 20
 
 
 def test_attention_is_summed_over_the_engines_of_a_chain(emitting_chain, machine, tmp_path, picture):
