@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from vlmtrim.export.job import Job, Refusal
+from vlmtrim.export.job import FLOAT, Job, Refusal
+from vlmtrim.graphs.keeping import CANDIDATE
 
 FILE = "budgets.json"  # in the bundle; what --bound and --budgets read
+SHARES = "cache_shares.json"  # the same; what --cache-table reads
 QUESTION = "Describe the picture."
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -39,13 +41,15 @@ def check(job: Job) -> None:
     if job.calibrate is None:
         return
     questions(Path(job.calibrate))
+    if measures_shares(job) and job.cache.table is not None:
+        raise Refusal("--calibrate measures what --cache-table would give; leave one of them out")
     if not measures_bounds(job):
         name = "none" if job.method is None else job.method.name
-        if not job.calibrates_weights and not job.checks_ranges:
+        if not job.calibrates_weights and not job.checks_ranges and not measures_shares(job):
             raise Refusal(
-                "--calibrate measures bounds of --method zipvl, rounds --weights int4 or int8, or finds what leaves "
-                f"--dtype float16; the method is {name}, the weights are {job.weights}, the dtype is {job.dtype}: "
-                "leave it out"
+                "--calibrate measures bounds of --method zipvl or shares of --cache prefixkv, rounds --weights int4 or "
+                f"int8, or finds what leaves --dtype float16; the method is {name}, the weights are {job.weights}, the "
+                f"dtype is {job.dtype}: leave it out"
             )
         return
     if job.method.budgets is not None or isinstance(job.method.bound, tuple):
@@ -55,6 +59,11 @@ def check(job: Job) -> None:
 def measures_bounds(job: Job) -> bool:
     """Whether a job's pictures are there for its method."""
     return job.calibrate is not None and hasattr(job.method, "calibrated")
+
+
+def measures_shares(job: Job) -> bool:
+    """Whether a job's pictures are there for its cache policy."""
+    return job.calibrate is not None and hasattr(job.cache, "calibrated")
 
 
 def measure(bundle: Path, asked: Sequence[tuple[Any, str]]) -> dict[str, Any]:
@@ -96,3 +105,37 @@ def calibrate(job: Job, export: Any, scratch: Path) -> tuple[Job, str]:
     print(f"calibrated on {len(asked)} pictures, kept by layer: {', '.join(shares)}", file=sys.stderr)
     bounds = [(layer["mean"], layer["deviation"]) for layer in found["layers"]]
     return dataclasses.replace(job, method=job.method.calibrated(bounds)), json.dumps(found, indent=1) + "\n"
+
+
+def scores(bundle: Path, asked: Sequence[tuple[Any, str]]) -> list[np.ndarray]:
+    """What the visual tokens of every prompt are ranked by in every layer of a bundle with a policy, [L, N] each."""
+    from vlmtrim import runtime
+
+    found = []
+    with runtime.open(bundle) as chat:
+        chat.session.caching.share = 1.0
+        for picture, question in asked:
+            chat.reset()
+            next(iter(chat.generate(question, [picture], max_new_tokens=1)))
+            assert chat.session.caching.judged is not None
+            ranked, kinds = chat.session.caching.judged
+            found.append(np.stack([one[0, 0, of[0] == CANDIDATE] for one, of in zip(ranked, kinds, strict=True)]))
+    return found
+
+
+def calibrate_shares(job: Job, export: Any, scratch: Path) -> tuple[Job, str]:
+    """The job with the shares of its cache policy that its pictures ask for, and the file that says so.
+
+    Arguments as :func:`calibrate`'s. Measured on the dense model, whose layers all hold every visual token.
+    """
+    assert job.calibrate is not None
+    asked = questions(Path(job.calibrate))
+    plain = dataclasses.replace(
+        job, method=None, output=str(scratch / "plain"), engine="none", dtype="float32", force=False, calibrate=None,
+        weights=FLOAT, vision_weights=FLOAT, block=None, keep=(), fp32_layers=(),
+    )  # fmt: skip
+    policy = job.cache.calibrated(scores(export(plain), asked))
+    middle = ", ".join(f"{share:.2f}" for share in policy.table[len(policy.table) // 2])
+    print(f"calibrated on {len(asked)} pictures, at a share of 0.5 the layers keep {middle}", file=sys.stderr)
+    found = {"policy": policy.name, "prompts": len(asked), "shares": policy.table}
+    return dataclasses.replace(job, cache=policy), json.dumps(found, indent=1) + "\n"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 from vlmtrim.export.arguments import methods_of
 from vlmtrim.export.checkpoint import PRESETS, SHIPPED, family_names
+from vlmtrim.graphs.caches import fields_of, load_policy, policy_names
 from vlmtrim.graphs.methods import method_names, parameters
 from vlmtrim.graphs.rules import load_rule, rule_names
 
@@ -31,6 +34,12 @@ def text() -> str:
         needs = f" [needs {', '.join(sorted(rule.NEEDS))}]" if rule.NEEDS else ""
         costs = f" [costs {rule.COST}]" if hasattr(rule, "COST") else ""
         lines.append(f"    {name:22} {(rule.__doc__ or '').splitlines()[0].rstrip('.')}{needs}{costs}")
+    lines.append("cache policies (--cache), behind every method but pyramid and trimmed-llama")
+    for name in policy_names():
+        policy = load_policy(name)
+        flags = " ".join(f"--cache-{parameter.replace('_', '-')}" for parameter in fields_of(policy))
+        said = (sys.modules[policy.__module__].__doc__ or "").splitlines()[0].rstrip(".")
+        lines.append(f"    {name:22} {said} {f'[{flags}]' if flags else ''}".rstrip())
     proven = combinations()
     lines.append(f"{'families':26} " + " ".join(f"{name:14}" for name in (*method_names(), "none")).rstrip())
     for family in family_names():

@@ -33,12 +33,16 @@ def execute(job: Job) -> Path:
     """Export; returns the bundle's folder."""
     with scratch() as folder:
         job, source, _, _ = _read(job, folder, with_weights=True)
-        if not calibration.measures_bounds(job):
-            return pipeline.export(job, source)
         traces: dict[str, Any] = {}
-        job, budgets = calibration.calibrate(job, lambda exact: pipeline.export(exact, source, traces), folder)
+        files: dict[str, str] = {}
         same = job.dtype == "float32"  # what was traced for measuring serves the bundle where the dtype is its own
-        return pipeline.export(job, source, traces if same else None, {calibration.FILE: budgets})
+        for measures, calibrate, name in (
+            (calibration.measures_shares, calibration.calibrate_shares, calibration.SHARES),
+            (calibration.measures_bounds, calibration.calibrate, calibration.FILE),
+        ):
+            if measures(job):
+                job, files[name] = calibrate(job, lambda plain: pipeline.export(plain, source, traces), folder)
+        return pipeline.export(job, source, traces if files and same else None, files)
 
 
 def dry_run(job: Job, operators: bool = False) -> str:

@@ -37,6 +37,8 @@ class Caching:
         self._contract, self._backend, self._caches = contract, backend, caches
         self._record = contract.cache
         self._share = 1.0 if self._record is None else self._record.share
+        # What the last round judged by, of all layers: scores float32 [L, B, Z, W] and kinds int64 [L, B, W].
+        self.judged: tuple[np.ndarray, np.ndarray] | None = None
 
     def __bool__(self) -> bool:
         return self._record is not None
@@ -127,7 +129,8 @@ class Caching:
             self._score(graph(SCORE), queries[f"score_queries.{layer}"], slots[group], kinds[group], layer, window)
             for layer, group in enumerate(of_layer)
         ]
-        order, stay = self._cut(graph, np.stack(scores), kinds[of_layer], entries)
+        self.judged = np.stack(scores), kinds[of_layer]
+        order, stay = self._cut(graph, *self.judged, entries)
         held = [
             [
                 new[one[:, first:count] - first]  # what was there before the step stays, in front

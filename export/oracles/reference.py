@@ -122,7 +122,7 @@ class Reference:
         if pictures:
             visual = torch.nonzero(ids[0] == self._visual_token)[:, 0]
             hidden[0, visual] = self._features(pictures)
-            if getattr(self._oracle, "looks", False):
+            if self._oracle is not None and getattr(self._oracle, "looks", False):
                 self._oracle.vision = self._looked_at(pictures["pixel_values"])
         if self._oracle is None:
             kept = Kept()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -27,6 +29,33 @@ def read_table(path: str | Path) -> tuple[tuple[float, ...], ...]:
     if len(table) != GRID + 1 or len({len(row) for row in table}) != 1:
         raise ValueError(f"{path} has {len(table)} rows of shares; expected {GRID + 1} of one length")
     return table
+
+
+def find_shares(samples: Sequence[np.ndarray]) -> tuple[tuple[float, ...], ...]:
+    """The table that scores ask for: for every tenth each layer's share, mean over the samples.
+
+    A layer keeps its highest scores until they hold a share p of their sum; one p, found by bisection, makes all layers
+    keep the tenth together.
+
+    Args:
+        samples: scores of the visual tokens of every layer, float [L, N].
+    """
+    tables = []
+    for scores in samples:
+        held = np.cumsum(-np.sort(-scores.astype(np.float64), axis=1), axis=1)
+        held /= held[:, -1:]
+        layers, count = held.shape
+        rows = []
+        for tenth in range(GRID + 1):
+            low, high = 0.0, 1.0
+            for _ in range(50):
+                middle = (low + high) / 2
+                enough = (held < middle).sum() >= layers * count * tenth / GRID
+                low, high = (low, middle) if enough else (middle, high)
+            rows.append((held < high).sum(axis=1) / count)
+        rows[-1][:] = 1.0
+        tables.append(rows)
+    return tuple(tuple(row) for row in np.mean(tables, axis=0).round(6).tolist())
 
 
 def _table(text: str) -> tuple[tuple[float, ...], ...]:
@@ -70,6 +99,10 @@ class PrefixKV(Policy):
     def count(self) -> int:
         """Rows that score, at most."""
         return self.probe
+
+    def calibrated(self, samples: Sequence[np.ndarray]) -> PrefixKV:
+        """With the table of :func:`find_shares`."""
+        return dataclasses.replace(self, table=find_shares(samples))
 
     def counts(self, budget: Budgeting) -> ir.Value:
         """int64 [L, B]. Raises ValueError where the table is of another number of layers."""
