@@ -100,6 +100,7 @@ def _cache_policy(job: Job, groups: tuple[CacheGroup, ...]) -> CachePolicy | Non
         part=policy.part,
         candidates=policy.candidates,
         every=policy.interval,
+        accumulates=policy.accumulates,
         seed=policy.noise,
         temperatures=policy.temperatures,
     )

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from vlmtrim.graphs.caches import Budgeting, Policy, Scoring
 from vlmtrim.graphs.contract import GraphSpec
-from vlmtrim.graphs.keeping import CANDIDATE, COMPACT, NO_ENTRY, POLICY, SCORE, STAYS
+from vlmtrim.graphs.keeping import CANDIDATE, COMPACT, FRESH, NO_ENTRY, POLICY, SCORE, STAYS
 from vlmtrim.graphs.lint import lint
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.select import kept_first, top
@@ -107,13 +107,14 @@ def _choose(policy: Policy, spec: GraphSpec, longest: int) -> ir.Model:
         share=graph["share"],
         candidates=_count(ops, kinds, CANDIDATE),
         stays=_count(ops, kinds, STAYS),
+        judged=ops("Add", _count(ops, kinds, CANDIDATE), _count(ops, kinds, FRESH)),
         sets=sets,
         longest=longest,
     )
-    kept = ops("Min", ops("Max", policy.counts(budget), ops.const(0)), budget.candidates)
+    kept = ops("Min", ops("Max", policy.counts(budget), ops.const(0)), budget.judged)
     ranking = policy.ranking(budget, kept)
     each = ops("Unsqueeze", kinds, ops.const([2]))  # [L, B, 1, W]
-    ranking = ops("Where", ops("Equal", each, ops.const(CANDIDATE)), ranking, ops.const(-np.inf, np.float32))
+    ranking = ops("Where", ops("Greater", each, ops.const(STAYS)), ranking, ops.const(-np.inf, np.float32))
     ranking = ops("Where", ops("Equal", each, ops.const(STAYS)), ops.const(np.inf, np.float32), ranking)
     counts = ops("Add", kept, budget.stays)
     order = _first(ops, ranking, counts, sets, longest)

@@ -12,7 +12,7 @@ keeps its own), Z maps of scores (X, or more where a policy ranks by several).
     score        in  score_queries               [B, H, R, Dh]           model    of one layer
                  in  row_slots                   [B, R]                  int64    where their tokens are in its caches;
                                                                                   -1: it did not take them
-                 in  key_kinds                   [B, W]                  int64    NO_ENTRY, STAYS or CANDIDATE
+                 in  key_kinds                   [B, W]                  int64    NO_ENTRY, STAYS, CANDIDATE, FRESH
                  in  key_noise, temperature      [B, W], []              float32  where the policy is drawn
                  in  past_key_values.key         [B, KV, C, Dh]          model    its key cache
                  out key_scores                  [B, Z, W]               float32
@@ -38,8 +38,9 @@ from typing import Annotated, Any
 
 from vlmtrim.graphs.schema import Among, Range
 
-# In key_kinds: no entry (yet), one that stays whatever it scores, and one that is judged.
-NO_ENTRY, STAYS, CANDIDATE = -1, 0, 1
+# In key_kinds: no entry (yet); one that stays whatever it scores; one that is judged; and one that is judged with them
+# and adds nothing to what may stay: said since the last round, where caches are to hold as many as before.
+NO_ENTRY, STAYS, CANDIDATE, FRESH = -1, 0, 1, 2
 # Which tokens of a step are rows: the last ones; the last ones behind the last visual token; some at a uniform stride.
 LAST, TEXT, PROBE = "last", "text", "probe"
 # What is judged: the visual tokens of a step; what was said since the question; all entries.
@@ -59,6 +60,7 @@ class CachePolicy:
         share: what stays of the candidates unless another is asked for.
         candidates: VISUAL, SAID or ALL.
         every: decode steps between two rounds while an answer grows; 0: none, only the step with pictures counts.
+        accumulates: whether the scores of all steps are summed; else those of the round's own step count.
         seed: of the noise that scores take; None where they take none.
         temperatures: the noise's temperature at the first step, and what every later one adds to it.
         compacts: of every cache group, the name of the graph that compacts its layers.
@@ -72,6 +74,7 @@ class CachePolicy:
     part: Annotated[float, Range(0, 1)] = 1.0
     candidates: Annotated[str, Among((VISUAL, SAID, ALL))] = VISUAL
     every: Annotated[int, Range(0, 2**31 - 1)] = 0
+    accumulates: bool = False
     seed: Annotated[int, Range(0, 2**31 - 1)] | None = None
     temperatures: tuple[Annotated[float, Range(0, 1e6)], Annotated[float, Range(0, 1e6)]] = (1.0, 0.0)
 

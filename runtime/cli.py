@@ -84,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
         "less, later tokens are faster and FOLLOW-UP questions about the same picture are answered worse",
     )
     p.add_argument(
+        "--cache-every",
+        type=int,
+        metavar="T",
+        help="with a bundle of --cache keyformer or scope: decode steps between two rounds (default: the bundle's)",
+    )
+    p.add_argument(
         "--show-kept",
         metavar="OUT.png",
         help="draw the pictures with kept patches bright and removed ones dimmed, scores as heat beside them",
@@ -167,6 +173,8 @@ def _open(args: argparse.Namespace) -> Chat | Guided:
     chat = runtime.open(args.bundle, **settings)
     if args.cache_share is not None:
         chat.session.caching.share = args.cache_share
+    if args.cache_every is not None:
+        chat.session.caching.every = args.cache_every
     if args.guide is None:
         return chat
     return runtime.Guided(runtime.open(args.guide, **settings), chat, args.exit_confidence)

@@ -147,6 +147,7 @@ class Session:
         self.lengths = Lengths(zero.copy(), [zero.copy() for _ in self.contract.groups])
         self.times = Times()
         self.attention.forget()
+        self.caching.reset()
         self._crossing = None
         if isinstance(self.processor, CrossProcessor):
             self._crossing = Crossing(self.contract, self.processor, self.batch)
@@ -196,6 +197,8 @@ class Session:
         features, seen = (self._no_features(), None) if pictures is None else self._encode(pictures)
         middle = self.backend.mark()
         given = given if seen is None else {"guide_scores": seen}
+        watched = self.caching.rows(counts, visual_positions)
+        given |= self.caching.feeds(watched)
         positions = self.processor.positions(ids, counts, self.lengths.positions, pictures)
         before = list(self.lengths.entries)
         outputs, kept_features = self._step(ids, counts, visual_positions, features, positions, pictures, given)
@@ -211,9 +214,9 @@ class Session:
         end = self.backend.mark()
         self.times.prefill += self.backend.elapsed(middle, end)
         held = None
-        if self.caching and visual:
+        if self.caching:
             taken = self.caching.taken(counts, kept_indices, kept_by_layer)
-            left = self.caching.after(self._graph, outputs, counts, visual_positions, taken, before)
+            left = self.caching.after(self._graph, outputs, watched, visual_positions, taken, before)
             self.lengths.entries, held = left.entries, left.held
             self.times.caches += self.backend.elapsed(end, self.backend.mark())
         kept_visual = self.contract.groups[-1].length(visual, visual)
@@ -238,9 +241,11 @@ class Session:
         nothing = np.zeros((self.batch, 0), dtype=np.int64)
         ids, counts = tokens[:, None], live.astype(np.int64)
         positions = self.processor.positions(ids, counts, self.lengths.positions, None)
-        given = self._guide_scores(None, nothing.shape)
+        rows, before = self.caching.decode_rows(live), list(self.lengths.entries)
+        given = self._guide_scores(None, nothing.shape) | self.caching.feeds(rows)
         outputs, _ = self._step(ids, counts, nothing, self._no_features(), positions, None, given)
         logits = self.backend.to_host(outputs["logits"])
+        self.lengths.entries = self.caching.grown(self._graph, outputs, rows, before, self.lengths.entries)
         self.times.decode += time.perf_counter() - start
         self.times.steps += 1
         return logits
@@ -362,7 +367,6 @@ class Session:
             "last_index": np.maximum(counts - 1, 0),
             **given,
             **self.attention.feeds(ids.shape[1], counts, visual_positions),
-            **self.caching.feeds(counts, visual_positions),
         }
         if self._selects:
             feeds["visual_positions"] = visual_positions

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,9 @@ class Cutting:
 
     def __init__(self, text: Any, record: Mapping[str, Any], share: float):
         self._text, self._record, self._share = text, record, share
+        self._settled: list[int] = []
+        self._sums: list[Tensor] | None = None
+        self._steps = 0
         self._oracle = load_oracle(record["policy"])
         watched.watch(text)
 
@@ -39,8 +43,12 @@ class Cutting:
         """Entries of every layer."""
         return [cache.get_seq_length(index) for index in range(len(self._text.layers))]
 
-    def cut(self, cache: Any, before: list[int], tokens: int, visual: Tensor, kept: Kept) -> Held:
-        """Cut the caches behind a step; returns what stays of it.
+    def reset(self) -> None:
+        """Begin a new conversation."""
+        self._settled, self._sums, self._steps = [], None, 0
+
+    def cut(self, cache: Any, before: list[int], tokens: int, visual: Tensor, kept: Kept) -> Held | None:
+        """Cut the caches behind a question; returns what stays of it, None where nothing of it alone is judged.
 
         Args:
             cache: of the model.
@@ -49,10 +57,18 @@ class Cutting:
             visual: indices of its visual tokens.
             kept: what a selection kept of the step.
         """
-        record = self._record
+        record, self._steps = self._record, 0
+        if record["candidates"] == "said" or (record["candidates"] == "visual" and not len(visual)):
+            self._settled = self.lengths(cache)
+            return None
         rows = rows_of(record["rows"], record["count"], record["part"], tokens, visual)
         taken = [self._taken(cache, index, start, tokens, kept) for index, start in enumerate(before)]
         views = [self._view(index, before[index], own, rows, visual, tokens) for index, own in enumerate(taken)]
+        if record["candidates"] == "all":
+            every = [torch.ones_like(view.candidates) for view in views]
+            views = [replace(view, candidates=judged) for view, judged in zip(views, every, strict=True)]
+            self._round(cache, views, self._share, 0)
+            return None
         choices = self._oracle.choose(views, self._share)
         held, ranking = [], []
         for index, (choice, own, start) in enumerate(zip(choices, taken, before, strict=True)):
@@ -62,6 +78,46 @@ class Cutting:
             by_token[:, own] = choice.ranking[:, start:].float()
             ranking.append(by_token)
         return Held(held, ranking)
+
+    def grown(self, cache: Any) -> None:
+        """Cut the caches behind a decode step where a round is due."""
+        record = self._record
+        if not record["every"]:
+            return
+        self._steps += 1
+        due = self._steps % record["every"] == 0
+        if record["candidates"] == "all":
+            every = [torch.ones(length, dtype=torch.bool) for length in self.lengths(cache)]
+            views = [self._newest(index, judged) for index, judged in enumerate(every)]
+            self._round(cache, views, 1.0, self.lengths(cache)[0] - self._settled[0], due)
+        elif due:
+            said = [torch.arange(n) >= old for n, old in zip(self.lengths(cache), self._settled, strict=True)]
+            views = [self._newest(index, of) for index, of in enumerate(said)]
+            for index, choice in enumerate(self._oracle.choose(views, self._share)):
+                self._keep(cache.layers[index], choice)
+
+    def _newest(self, index: int, candidates: Tensor) -> View:
+        """A layer behind a decode step."""
+        queries, keys, scale = watched.last(self._text.layers[index])
+        return View(queries[:, -1:], keys, torch.tensor([len(candidates) - 1]), candidates, scale)
+
+    def _round(self, cache: Any, views: list[View], share: float, fresh: int, due: bool = True) -> None:
+        """Add the scores of a step to those before it, and cut by the sums where it is due."""
+        first, rise = self._record["temperatures"]
+        drawn = np.random.default_rng([self._record["seed"], self._steps])
+        noise = torch.from_numpy(drawn.gumbel(size=max(view.keys.shape[1] for view in views)).astype(np.float32))
+        sums = []
+        for index, view in enumerate(views):
+            own = self._oracle.scores(view, noise[: view.keys.shape[1]], first + rise * self._steps)
+            if self._sums is not None:
+                own[:, : self._sums[index].shape[1]] += self._sums[index]
+            sums.append(own)
+        self._sums = sums
+        if due:
+            for index, choice in enumerate(self._oracle.choose(views, share, sums, fresh)):
+                self._keep(cache.layers[index], choice)
+                self._sums[index] = sums[index].gather(1, choice.slots)
+            self._settled = self.lengths(cache)
 
     def _taken(self, cache: Any, index: int, before: int, tokens: int, kept: Kept) -> Tensor:
         """The step's tokens that a layer's cache took."""

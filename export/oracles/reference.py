@@ -45,7 +45,7 @@ class Reference:
         vision: Any = self.model.config.vision_config
         side = vision.image_size // vision.patch_size if hasattr(vision, "image_size") else None
         self._oracle = None if selection is None else load_oracle({**selection, "side": side})
-        self._cutting = None
+        self._cutting: Cutting | None = None
         if cache is not None:
             self._cutting = Cutting(self._text, cache, cache["share"] if share is None else share)
         self._visual_token = self.model.config.image_token_id
@@ -56,6 +56,8 @@ class Reference:
         """Forget the conversation."""
         self._cache = DynamicCache()
         self._position = 0
+        if self._cutting is not None:
+            self._cutting.reset()
 
     @torch.no_grad()
     def record(self, turn: Turn, steps: int) -> tuple[Recording, list[int]]:
@@ -69,7 +71,7 @@ class Reference:
         logits, kept = self._forward(ids, self._inputs(turn) if turn.images else {})
         visual = torch.tensor([i for i, token in enumerate(turn.ids) if token == self._visual_token and turn.images])
         held = None
-        if self._cutting is not None and len(visual):
+        if self._cutting is not None:
             held = self._cutting.cut(self._cache, before, len(turn.ids), visual, kept)
         layers: list[Any] = self._cache.layers
         caches = [(layer.keys[0].numpy().copy(), layer.values[0].numpy().copy()) for layer in layers]
@@ -77,6 +79,8 @@ class Reference:
         for _ in range(steps):
             tokens.append(int(all_logits[-1].argmax()))
             all_logits.append(self._forward(torch.tensor([[tokens[-1]]]), {})[0])
+            if self._cutting is not None:
+                self._cutting.grown(self._cache)
         arrays = lambda tensors: None if tensors is None else [tensor.numpy() for tensor in tensors]  # noqa: E731
         return Recording(
             None if kept.tokens is None else kept.tokens.numpy(),

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vlmtrim.graphs.keeping import LAST, VISUAL
+from vlmtrim.graphs.keeping import LAST, STAYS, VISUAL
 from vlmtrim.graphs.later import ir
 from vlmtrim.graphs.ops import Ops
 
@@ -73,7 +73,8 @@ class Budgeting:
         scores: float32 [L, B, Z, W].
         kinds: int64 [L, B, W].
         share: float32 [], of the candidates, that stays.
-        candidates, stays: int64 [L, B], how many entries are judged, and how many stay whatever they score.
+        candidates, stays: int64 [L, B], how many entries count for the share, and how many stay whatever they score.
+        judged: int64 [L, B], how many entries are judged: the candidates, and what was said since the last round.
         sets: X.
         longest: W at most.
     """
@@ -84,6 +85,7 @@ class Budgeting:
     share: ir.Value
     candidates: ir.Value
     stays: ir.Value
+    judged: ir.Value
     sets: int
     longest: int
 
@@ -96,8 +98,16 @@ class Budgeting:
     def is_candidate(self) -> ir.Value:
         """float32 [L, B, 1, W], 1 for an entry that is judged."""
         ops = self.ops
-        judged = ops("Cast", ops("Equal", self.kinds, ops.const(1)), to=ir.DataType.FLOAT)
+        judged = ops("Cast", ops("Greater", self.kinds, ops.const(STAYS)), to=ir.DataType.FLOAT)
         return ops("Unsqueeze", judged, ops.const([2]))
+
+    def newest(self, count: ir.Value) -> ir.Value:
+        """bool [L, B, 1, W]: the last ``count`` (int64 [L, B, 1] or []) of the entries that are judged."""
+        ops = self.ops
+        judged = ops("Cast", ops("Greater", self.kinds, ops.const(STAYS)), to=ir.DataType.INT64)
+        left = ops("Sub", ops("Unsqueeze", self.judged, ops.const([2])), ops("CumSum", judged, ops.const(2)))
+        recent = ops("And", ops("Less", left, count), ops("Cast", judged, to=ir.DataType.BOOL))
+        return ops("Unsqueeze", recent, ops.const([2]))
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,12 @@ class Policy:
     by_head: ClassVar[bool] = False  # every key head keeps entries of its own, as many as the others of its layer
     by_layer: ClassVar[bool] = False  # layers keep different numbers of entries, and so are cache groups of their own
     candidates: ClassVar[str] = VISUAL
-    temperatures: ClassVar[tuple[float, float]] = (1.0, 0.0)
+    accumulates: ClassVar[bool] = False  # scores of all steps are summed, while an answer grows
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """Of the noise, at the first step, and what every later one adds."""
+        return 1.0, 0.0
 
     @property
     def count(self) -> int:
