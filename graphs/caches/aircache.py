@@ -16,10 +16,10 @@ from vlmtrim.graphs.later import ir
 class AirCache(Policy):
     """Every layer keeps the visual tokens that an elite window of the question attends to most.
 
-    Rules, per layer: 1. the elite window: of the words behind the picture those to which the last one pays at least
-    ``alpha`` of what it pays to any of them (mean over heads); 2. a token's score: the softmax over visual tokens and
-    elite words alone, mean over elite rows and heads; 3. the budget: the share, times the mean of two numbers that are
-    1 on average over the layers: the sum of the scores (strength) and their skewness; at most all of them.
+    Rules, per layer: 1. the elite window: the last word, and of the words behind the picture those to which it pays at
+    least ``alpha`` of what it pays to any of them (mean over heads); 2. a token's score: the softmax over visual
+    tokens and elite words alone, mean over elite rows and heads; 3. the budget: the share, times the mean of two
+    numbers that are 1 on average over the layers: the sum of the scores (strength) and their skewness; at most all.
     The paper has the window of all text; here it is of the words behind the picture, at most the last ``window`` of
     them, since what every row attends to (the start token) would else be the only one that reaches ``alpha``.
 
@@ -58,6 +58,7 @@ class AirCache(Policy):
         paid = ops("GatherElements", ops("Squeeze", paid, ops.const([1])), slots, axis=1)  # [B, R]
         most = ops("ReduceMax", paid, ops.const([1]), keepdims=1)
         elite = ops("GreaterOrEqual", paid, ops("Mul", most, float_const(ops, self.alpha)))
+        elite = ops("Or", elite, ops("Equal", slots, last))
         marks = ops("Cast", elite, to=ir.DataType.FLOAT)
         nothing = ops("Cast", ops("Less", scoring.kinds, ops.const(-9)), to=ir.DataType.FLOAT)
         columns = ops("ScatterElements", nothing, slots, marks, axis=1)

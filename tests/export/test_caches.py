@@ -1,6 +1,7 @@
 """Cache policies against transformers' own attention and each policy's oracle: what stays, caches, logits."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from vlmtrim.export.families import llava
 from vlmtrim.export.oracles.reference import Reference
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.caches import load_policy, policy_names
+from vlmtrim.graphs.caches.prefixkv import find_shares
+from vlmtrim.runtime import cli as run_cli
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture
 from vlmtrim.runtime.measure.check import Parity, Recording, Turn, compare
@@ -158,3 +161,58 @@ def test_a_share_without_policy_and_a_policy_that_lies_are_refused(export_tiny, 
         session.reset()
         with pytest.raises(RuntimeRefusal, match="export the model again"):
             session.prefill(rows, session.processor(images))
+
+
+def test_run_vlm_says_what_the_caches_hold(export_tiny, picture, tmp_path, capsys):
+    folder, drawing = cutting(export_tiny, "aircache"), tmp_path / "kept.png"
+    argv = [str(folder), "--image", str(picture), "--prompt", "What is it?", "--max-new-tokens", "3", "--json"]
+    assert run_cli.main([*argv, "--cache-share", "0.25", "--show-kept", str(drawing)]) == 0
+    caches = json.loads(capsys.readouterr().out)["caches"]
+    assert caches["policy"] == {"policy": "aircache", "alpha": 0.9, "window": 64} and caches["share"] == 0.25
+    held, entries = caches["visual_by_layer"], caches["entries_by_layer"]
+    assert np.mean(held) / 16 == pytest.approx(0.25, abs=0.07) and len(set(held)) > 1
+    assert len({total - visual for total, visual in zip(entries, held, strict=True)}) == 1  # text, the same everywhere
+    contract = open_bundle(folder).contract
+    each = 2 * contract.groups[0].kv_heads * contract.groups[0].head_size * 4
+    assert caches["bytes"] == sum(entries) * each < caches["allocated"]
+    assert drawing.stat().st_size > 1000
+    assert run_cli.main([*argv, "--cache-every", "4"]) == 2
+    assert "not cut while an answer grows" in capsys.readouterr().err
+
+
+def test_a_growing_answer_is_cut_at_every_interval(export_tiny):
+    """SCOPE: prompt and pictures stay, of the answer no more than its window and what was said since the last round."""
+    session = Session(open_bundle(cutting(export_tiny, "scope")), make_backend("ort-cpu"))
+    rows, images = two_rows(session.bundle, [(3, 9)])
+    session.prefill(rows, session.processor(images))
+    start, lengths = int(session.lengths.entries[0][0]), []
+    for token in range(40, 52):
+        session.decode(np.array([token]))
+        lengths.append(int(session.lengths.entries[0][0]) - start)
+    assert start == len(rows[0]) and lengths == [1, 2, 3, 4, 5, 4, 5, 6, 4, 5, 6, 4]
+    session.caching.every = 6
+    assert session.caching.every == 6
+
+
+def test_prefixkv_finds_the_shares_that_one_threshold_gives(tmp_path, export_tiny):
+    """Together the tenth that was asked for, more where the scores are flatter; --cache-table reads what was found."""
+    random = np.random.default_rng(0)
+    samples = [random.random((3, 400)) ** np.array([[1.0], [4.0], [12.0]]) for _ in range(4)]
+    table = np.array(find_shares(samples))
+    np.testing.assert_allclose(table.mean(axis=1), np.linspace(0, 1, 11), atol=0.01)
+    assert (np.diff(table, axis=0) >= 0).all() and (table[1:10, 0] > table[1:10, 1]).all()
+    ranked = np.sort(samples[0], axis=1)[:, ::-1]
+    held = ranked.cumsum(axis=1) / ranked.sum(axis=1, keepdims=True)
+    kept = (np.array(find_shares(samples[:1]))[5] * 400).round().astype(int)
+    reached = [held[layer, n - 1] for layer, n in enumerate(kept)]  # what the kept ones hold is one threshold
+    assert np.ptp(reached) < 0.01
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for seed in range(2):
+        generated_picture(seed).save(pictures / f"{seed}.png")
+    argv = ["--model", "tiny:llava", "--method", "none", "--cache", "prefixkv"]
+    assert cli.main([*argv, "--calibrate", str(pictures), "--output", str(tmp_path / "one")]) == 0
+    again = ["--cache-table", str(tmp_path / "one" / "cache_shares.json")]
+    assert cli.main([*argv, *again, "--output", str(tmp_path / "two")]) == 0
+    one, two = (open_bundle(tmp_path / name) for name in ("one", "two"))
+    assert one.sums["policy.onnx"] == two.sums["policy.onnx"] and len(one.contract.cache.policy["table"]) == 11

@@ -31,7 +31,8 @@ class Oracle:
 
     def _scores(self, view: View) -> Tensor:
         last = view.attention.mean(0)[-1, view.slots]  # what the last word pays to the words
-        elite = torch.nonzero(last >= self._alpha * last.max())[:, 0]
+        words = torch.arange(len(last))
+        elite = words[(last >= self._alpha * last.max()) | (words == len(last) - 1)]
         among = view.candidates.clone()
         among[view.slots[elite]] = True
         return view.logits[:, elite].masked_fill(~among, -torch.inf).softmax(-1).mean((0, 1))
