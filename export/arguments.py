@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export.job import FLOAT, Job, Refusal, check_numbers
-from vlmtrim.graphs.contract import IMAGES, CacheGroup
+from vlmtrim.graphs.contract import IMAGES, TOKENS, CacheGroup
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.formats import check_block, load_format
 from vlmtrim.graphs.methods import load_method, make_method, method_names, parameters
@@ -119,9 +119,9 @@ def check_method(job: Job, family: str) -> None:
     if job.method is None or job.method.name in methods_of(family):
         return
     tokens, features = "visual tokens of the sequence", "image features that cross-attention layers attend to"
-    removes, has = (features, tokens) if job.method.prunes == IMAGES else (tokens, features)
+    takes, has = (features, tokens) if job.method.prunes == IMAGES else (tokens, features)
     raise Refusal(
-        f"method {job.method.name} removes {removes}, the pictures of the family {family} are {has} (export-vlm "
+        f"method {job.method.name} is for {takes}, the pictures of the family {family} are {has} (export-vlm "
         f"--list); give --method {' or '.join((*methods_of(family), 'none'))}"
     )
 
@@ -129,7 +129,7 @@ def check_method(job: Job, family: str) -> None:
 def methods_of(family: str) -> tuple[str, ...]:
     """Methods that prune what a family has: visual tokens of the sequence, or features of cross-attention."""
     prunes = checkpoints.prunes(family)
-    return tuple(name for name in method_names() if load_method(name).prunes == prunes)
+    return tuple(name for name in method_names() if (load_method(name).prunes or TOKENS) == prunes)
 
 
 def _family_and_text(model: str) -> tuple[str | None, dict[str, Any]]:

@@ -48,7 +48,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
         groups=groups,
-        selects=method is not None,
+        selects=method is not None and method.prunes is not None,
         position_axes=shape.position_axes,
         guided=guide is not None,
         emits=job.emit_guide,

@@ -55,10 +55,12 @@ class Reference:
         logits, kept = self._forward(ids, self._inputs(turn) if turn.images else {})
         layers: list[Any] = self._cache.layers
         caches = [(layer.keys[0].numpy().copy(), layer.values[0].numpy().copy()) for layer in layers]
-        all_logits, tokens = [logits], []
+        all_logits, tokens, nearest = [logits], [], [kept.nearest]
         for _ in range(steps):
             tokens.append(int(all_logits[-1].argmax()))
-            all_logits.append(self._forward(torch.tensor([[tokens[-1]]]), {})[0])
+            logits, chosen = self._forward(torch.tensor([[tokens[-1]]]), {})
+            all_logits.append(logits)
+            nearest.append(chosen.nearest)
         arrays = lambda tensors: None if tensors is None else [tensor.numpy() for tensor in tensors]  # noqa: E731
         return Recording(
             None if kept.tokens is None else kept.tokens.numpy(),
@@ -68,6 +70,7 @@ class Reference:
             kept_by_layer=arrays(kept.layers),
             margins=None if kept.token_margins is None else kept.token_margins.numpy(),
             layer_margins=arrays(kept.margins),
+            nearest=np.array(nearest),
         ), tokens
 
     def _inputs(self, turn: Turn) -> dict[str, Tensor]:

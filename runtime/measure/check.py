@@ -42,6 +42,8 @@ class Recording:
     indices of the turn's visual tokens and what they were ranked by, [N] each, where that side tells; margins [N]: of a
     choice that has no single score, how far each image feature is from the other side, relative to its threshold.
     kept_by_layer, layer_margins: the same of every layer where layers choose by themselves; margins of visual tokens.
+    nearest [1 + steps]: of steps that attend to chosen cache entries, how near an entry is to the other side, relative
+    to its threshold; infinite where all are attended to.
     """
 
     kept: np.ndarray | None
@@ -52,6 +54,7 @@ class Recording:
     margins: np.ndarray | None = None
     kept_by_layer: list[np.ndarray] | None = None
     layer_margins: list[np.ndarray] | None = None
+    nearest: np.ndarray | None = None
 
     def same_choices(self, other: Recording) -> bool:
         """Whether both kept the same tokens, in every layer; true where either does not tell."""
@@ -59,6 +62,10 @@ class Recording:
         if self.kept_by_layer is not None and other.kept_by_layer is not None:
             pairs += zip(self.kept_by_layer, other.kept_by_layer, strict=True)
         return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+
+    def tied(self, tolerance: float) -> bool:
+        """Whether what a step attends to is decided within the tolerance."""
+        return self.nearest is not None and bool((self.nearest <= tolerance).any())
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ def compare_turns(
     for turn, (found, expected) in zip(turns, pairs, strict=True):
         differed = differed and not turn.opens
         rows.append(compare(turn.name, found, expected, groups, dtype, differed))
-        differed = differed or not found.same_choices(expected)
+        differed = differed or not found.same_choices(expected) or expected.tied(TOLERANCE[dtype])
     return rows
 
 
@@ -159,8 +166,8 @@ def compare(
         found, expected: the two sides.
         groups: the layers of each cache group.
         dtype: chooses the tolerances.
-        differed: whether earlier turns of the conversation kept other tokens, so that what follows the selection
-            cannot be compared.
+        differed: whether earlier turns of the conversation kept other tokens, or may have attended to other entries,
+            so that what follows the selection cannot be compared.
     """
     tolerance = TOLERANCE[dtype]
     rows: list[Row] = []
@@ -186,10 +193,24 @@ def compare(
     scale = max(1.0, float(np.abs(expected.logits).max()))
     errors = np.abs(found.logits - expected.logits).max(axis=1) / scale
     rows.append(_row(turn, "prefill logits", errors[0], tolerance))
-    if len(errors) > 1:
-        rows.append(_row(turn, f"decode logits, {len(errors) - 1} steps", errors[1:].max(), tolerance))
-    rows.append(_compare_choices(turn, found.logits, expected.logits, tolerance * scale))
+    steps, compared = len(errors) - 1, _before_a_tie(errors, expected.nearest, tolerance)
+    if steps:
+        note = "" if compared > steps else f"{compared - 1} of {steps}; then a tie decides what is attended to"
+        worst = errors[1:compared].max(initial=0.0)
+        rows.append(_row(turn, f"decode logits, {steps} steps", worst, tolerance, note))
+    rows.append(_compare_choices(turn, found.logits[:compared], expected.logits[:compared], tolerance * scale))
+    if differed and expected.nearest is not None:
+        what = "not comparable: a tie in an earlier turn decided what was attended to"
+        rows = [row if row.passed else Row(turn, row.what, 0.0, tolerance, True, what) for row in rows]
     return rows
+
+
+def _before_a_tie(errors: np.ndarray, nearest: np.ndarray | None, tolerance: float) -> int:
+    """How many of the steps' errors [1 + steps] count: all, unless the first too large one follows a tie."""
+    wrong = np.nonzero(errors[1:] > tolerance)[0] + 1
+    if nearest is None or not len(wrong) or not (nearest[: wrong[0] + 1] <= tolerance).any():
+        return len(errors)
+    return int(wrong[0])
 
 
 def _row(turn: str, what: str, difference: float, tolerance: float, note: str = "") -> Row:
