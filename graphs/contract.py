@@ -145,6 +145,7 @@ class CacheGroup:
         most: of a group filled by images, or one that chooses, the share of a step's features or visual tokens that it
             takes at most; how many it takes may depend on the data, and the graph returns it.
         chooses: whether its one layer chooses by itself which of a step's visual tokens it keeps.
+        sparse: layers that attend, in a step of one token, to ``attends`` entries of each key head alone.
     """
 
     layers: tuple[Size, ...]
@@ -155,6 +156,8 @@ class CacheGroup:
     source: Source = TOKENS
     most: Share = 1.0
     chooses: bool = False
+    sparse: tuple[Size, ...] = ()
+    attends: Size = 0
 
     def length(self, tokens: int, visual: int) -> int:
         """Cache entries that a step adds to this group (at most, where it is bounded).
@@ -171,6 +174,11 @@ class CacheGroup:
     def nbytes(self, batch: int, dtype: str) -> int:
         """Bytes of all key and value caches of the group."""
         return 2 * len(self.layers) * batch * self.kv_heads * self.capacity * self.head_size * DTYPE_BYTES[dtype]
+
+    def read_bytes(self, entries: int, dtype: str) -> int:
+        """Bytes of the caches of one row that a step of one token reads behind so many entries."""
+        left_out = dataclasses.replace(self, layers=self.sparse, capacity=max(0, entries - self.attends))
+        return dataclasses.replace(self, capacity=entries).nbytes(1, dtype) - left_out.nbytes(1, dtype)
 
 
 @dataclass(frozen=True)
@@ -279,8 +287,8 @@ class Contract:
         return total - self.macs.spared(keys if last.source == TOKENS else tokens, keys)
 
     def step_bytes(self, entries: Sequence[int]) -> int | None:
-        """Bytes that a decode step of one row must read: the decoder's matrices as they are stored, and the filled
-        part of its caches.
+        """Bytes that a decode step of one row must read: the decoder's matrices as they are stored, and of the filled
+        part of its caches what is attended to.
 
         Args:
             entries: filled cache entries of each group.
@@ -295,10 +303,7 @@ class Contract:
         return (
             weights * size
             - spared
-            + sum(
-                dataclasses.replace(group, capacity=length).nbytes(1, self.dtype)
-                for group, length in zip(self.groups, entries, strict=True)
-            )
+            + sum(group.read_bytes(length, self.dtype) for group, length in zip(self.groups, entries, strict=True))
         )
 
     def to_json(self) -> str:

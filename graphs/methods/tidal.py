@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -94,11 +95,13 @@ class Tidal:
         return chosen
 
     def groups(self, dense: tuple[CacheGroup, ...], visual_tokens: int) -> tuple[CacheGroup, ...]:
-        """Those of the unpruned model."""
+        """The unpruned model's, with the layers that attend to chosen entries."""
         if len(dense) != 1:
             raise GraphError(f"the decoder has {len(dense)} cache groups; tidal reads one, of visual tokens and text")
-        self.of(len(dense[0].layers))
-        return dense
+        (whole,) = dense
+        chosen = self.of(len(whole.layers))
+        sparse = tuple(layer for layer in whole.layers if layer > chosen[0] and layer not in chosen)
+        return (dataclasses.replace(whole, sparse=sparse, attends=self.entries),)
 
     def __call__(self, model: ir.Model, visual_tokens: int = 0, grid: tuple[int, int] | None = None) -> ir.Model:
         """Let later layers of a decoder graph attend to chosen entries, in place, and return it.

@@ -208,8 +208,14 @@ def test_layers_that_read_chosen_entries_copy_no_window():
 @pytest.mark.parametrize(("depth", "layers"), [(32, (2, 13)), (24, (2, 10)), (8, (2, 3)), (4, (2,))])
 def test_by_default_layer_2_and_one_at_two_fifths_choose(depth, layers):
     assert Tidal().of(depth) == layers
-    dense = (CacheGroup(tuple(range(depth)), 100, 2, 8),)
-    assert Tidal().groups(dense, 40) == dense
+
+
+def test_caches_stay_whole_and_a_step_reads_less_of_them():
+    (group,) = Tidal(30).groups((CacheGroup((0, 1, 2, 3, 4, 5, 6, 7), 100, 2, 8),), 40)
+    assert group.capacity == 100 and group.length(30, 20) == 30 and group.sparse == (4, 5, 6, 7)
+    assert group.nbytes(1, "float32") == 8 * 100 * 2 * 2 * 8 * 4
+    assert group.read_bytes(90, "float32") == (4 * 90 + 4 * 30) * 2 * 2 * 8 * 4
+    assert group.read_bytes(20, "float32") == 8 * 20 * 2 * 2 * 8 * 4
 
 
 @pytest.mark.parametrize(
