@@ -16,7 +16,7 @@ from vlmtrim.graphs.methods import load_method, make_method, method_names, param
 from vlmtrim.runtime.engines import find_library
 from vlmtrim.runtime.errors import RuntimeRefusal
 
-LENGTH_OF_THE_MODEL = 0  # stands in a job until the model's config is read
+LENGTH_OF_THE_MODEL, LONGEST = 0, 2**31 - 1  # the first stands in a job until the model's config is read
 
 
 def make_job(args: argparse.Namespace) -> Job:
@@ -69,7 +69,7 @@ def check(job: Job) -> None:
         raise Refusal(f"--eos-token-id is {max(job.eos_token_ids)}; the model has tokens 0 to {vocabulary - 1}")
     if isinstance(layers, int) and job.method is not None and "cross_attention_layers" not in text:
         try:
-            job.method.groups((CacheGroup(tuple(range(layers)), 1, 1, 1),), 0)
+            job.method.groups((CacheGroup(tuple(range(layers)), job.max_seq_len or LONGEST, 1, 1),), 0)
         except ValueError as error:
             raise Refusal(str(error)) from error
 

@@ -54,7 +54,7 @@ class Tidal:
     entries: int = flag(
         1024,
         "cache entries, for each key head, that a layer reads in a decode step (default 1024); saves bandwidth of long "
-        "caches while decoding, no memory, no time of a prefill; below about 3,000 entries nothing",
+        "caches while decoding, no memory, no time of a prefill",
     )
     selecting: tuple[int, ...] | None = flag(
         None,
@@ -100,6 +100,7 @@ class Tidal:
             raise GraphError(f"the decoder has {len(dense)} cache groups; tidal reads one, of visual tokens and text")
         (whole,) = dense
         chosen = self.of(len(whole.layers))
+        self._check_capacity(whole.capacity)
         sparse = tuple(layer for layer in whole.layers if layer > chosen[0] and layer not in chosen)
         return (dataclasses.replace(whole, sparse=sparse, attends=self.entries),)
 
@@ -111,12 +112,8 @@ class Tidal:
             visual_tokens, grid: not needed here.
         """
         layers = anatomy.find_layers(model)
-        capacity, chosen = split.common_capacity(layers), self.of(len(layers))
-        if self.entries >= capacity:
-            raise GraphError(
-                f"caches hold at most {capacity} entries, a layer is to attend to {self.entries} of them: give fewer "
-                "--entries, or a larger --max-seq-len"
-            )
+        chosen = self.of(len(layers))
+        self._check_capacity(split.common_capacity(layers))
         if any(node.op_type == "GatherND" for layer in layers if (node := layer.key.producer()) is not None):
             raise GraphError("a layer attends to chosen entries already; start from the unpruned export")
         reading = _Reading(model, layers, self.entries)
@@ -130,6 +127,13 @@ class Tidal:
         split.drop_unused(model)
         model.graph.sort()
         return model
+
+    def _check_capacity(self, capacity: int) -> None:
+        if self.entries >= capacity:
+            raise GraphError(
+                f"caches hold at most {capacity} entries, a layer is to attend to {self.entries} of them: give fewer "
+                "--entries, or a larger --max-seq-len"
+            )
 
 
 class _Reading:

@@ -244,6 +244,8 @@ def test_lists_of_layers_are_read_and_others_refused():
 def test_decoders_that_it_does_not_fit_are_refused():
     w = weights(0, 4, 4, 2)
     dense = CacheGroup((0, 1, 2, 3), 64, 2, 8)
+    with pytest.raises(GraphError, match="at most 64 entries"):
+        Tidal(64).groups((dense,), 0)
     with pytest.raises(GraphError, match=r"layer 3 would choose .* the decoder has 4 layers: give --selecting 0 to 2"):
         Tidal(8, (3,)).groups((dense,), 0)
     with pytest.raises(GraphError, match="2 cache groups"):
