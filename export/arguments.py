@@ -10,16 +10,19 @@ from typing import Any
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export.job import FLOAT, Job, Refusal, check_numbers
 from vlmtrim.graphs.caches import fields_of, load_policy
-from vlmtrim.graphs.contract import IMAGES, CacheGroup
+from vlmtrim.graphs.contract import IMAGES, TOKENS, CacheGroup
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.formats import check_block, load_format
 from vlmtrim.graphs.methods import load_method, make_method, method_names, parameters
 from vlmtrim.runtime.engines import find_library
 from vlmtrim.runtime.errors import RuntimeRefusal
 
-NO_CACHE_POLICY = ("pyramid",)
+NO_CACHE_POLICY = {
+    "pyramid": "says it of its last stage alone",
+    "tidal": "reads in all layers the entries that one of them chose",
+}
 NONE = "none"  # of cache policies
-LENGTH_OF_THE_MODEL = 0  # stands in a job until the model's config is read
+LENGTH_OF_THE_MODEL, LONGEST = 0, 2**31 - 1  # the first stands in a job until the model's config is read
 
 
 def make_job(args: argparse.Namespace) -> Job:
@@ -87,7 +90,7 @@ def check(job: Job) -> None:
         raise Refusal(f"--eos-token-id is {max(job.eos_token_ids)}; the model has tokens 0 to {vocabulary - 1}")
     if isinstance(layers, int) and job.method is not None and "cross_attention_layers" not in text:
         try:
-            job.method.groups((CacheGroup(tuple(range(layers)), 1, 1, 1),), 0)
+            job.method.groups((CacheGroup(tuple(range(layers)), job.max_seq_len or LONGEST, 1, 1),), 0)
         except ValueError as error:
             raise Refusal(str(error)) from error
 
@@ -138,9 +141,9 @@ def check_method(job: Job, family: str) -> None:
     if job.method is None or job.method.name in methods_of(family):
         return
     tokens, features = "visual tokens of the sequence", "image features that cross-attention layers attend to"
-    removes, has = (features, tokens) if job.method.prunes == IMAGES else (tokens, features)
+    takes, has = (features, tokens) if job.method.prunes == IMAGES else (tokens, features)
     raise Refusal(
-        f"method {job.method.name} removes {removes}, the pictures of the family {family} are {has} (export-vlm "
+        f"method {job.method.name} is for {takes}, the pictures of the family {family} are {has} (export-vlm "
         f"--list); give --method {' or '.join((*methods_of(family), 'none'))}"
     )
 
@@ -158,15 +161,15 @@ def _check_cache(job: Job, family: str) -> None:
         raise Refusal("--emit-guide and --cache both return what rows attend to; leave one of them out")
     if job.method is not None and job.method.name in NO_CACHE_POLICY:
         raise Refusal(
-            f"--cache {job.cache.name} needs to know what every layer took, and method {job.method.name} says it of "
-            "its last stage alone; give --method fastv, zipvl, guided or none"
+            f"--cache {job.cache.name} lets layers hold different entries, and method {job.method.name} "
+            f"{NO_CACHE_POLICY[job.method.name]}; give --method fastv, zipvl, guided or none"
         )
 
 
 def methods_of(family: str) -> tuple[str, ...]:
     """Methods that prune what a family has: visual tokens of the sequence, or features of cross-attention."""
     prunes = checkpoints.prunes(family)
-    return tuple(name for name in method_names() if load_method(name).prunes == prunes)
+    return tuple(name for name in method_names() if (load_method(name).prunes or TOKENS) == prunes)
 
 
 def _family_and_text(model: str) -> tuple[str | None, dict[str, Any]]:

@@ -30,8 +30,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     check_method(job, family.__name__.rpartition(".")[2])
     check_numbers(job)
     _check_limits(job, shape, config, family)
-    name = str(dtype).removeprefix("torch.")
-    capacity = job.max_seq_len
+    name, capacity = str(dtype).removeprefix("torch."), job.max_seq_len
     groups = _groups(job, shape)
     crosses = bool(shape.cross_layers)
     most_images = job.images if crosses else max(1, capacity // shape.image_tokens)
@@ -42,17 +41,17 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         "N": (0, most_images * shape.image_tokens if crosses else capacity),
     }
     dims |= {"R": (0, min(SCORED_ROWS, capacity))} if job.emit_guide else {}
-    cache, heads = _cache_policy(job, groups), config.text_config.num_attention_heads
-    dims |= {} if cache is None else cache_dims(groups, cache.count)
+    dims |= {} if job.cache is None else cache_dims(groups, job.cache.count)
     dims |= family.vision_dims(shape, most_images * job.max_batch)
     dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}
+    cache, heads = _cache_policy(job, groups), config.text_config.num_attention_heads
     guide = getattr(method, "guide", None)
     decoder = decoder_spec(
         dtype=name,
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
         groups=groups,
-        selects=method is not None,
+        selects=method is not None and method.prunes is not None,
         position_axes=shape.position_axes,
         guided=guide is not None,
         emits=job.emit_guide,

@@ -34,7 +34,7 @@ def text() -> str:
         needs = f" [needs {', '.join(sorted(rule.NEEDS))}]" if rule.NEEDS else ""
         costs = f" [costs {rule.COST}]" if hasattr(rule, "COST") else ""
         lines.append(f"    {name:22} {(rule.__doc__ or '').splitlines()[0].rstrip('.')}{needs}{costs}")
-    lines.append("cache policies (--cache), behind every method but pyramid and trimmed-llama")
+    lines.append("cache policies (--cache), behind fastv, guided, zipvl and none")
     for name in policy_names():
         policy = load_policy(name)
         flags = " ".join(f"--cache-{parameter.replace('_', '-')}" for parameter in fields_of(policy))

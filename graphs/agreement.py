@@ -92,6 +92,8 @@ def _groups(contract: Contract) -> Iterator[str]:
             yield f"groups[{index}] chooses and is not one layer that is filled by tokens"
         if group.most < 1 and group.source == TOKENS and not group.chooses:
             yield f"groups[{index}].most is {group.most:g}, and it chooses nothing"
+        if not set(group.sparse) <= set(group.layers) or bool(group.sparse) != bool(group.attends):
+            yield f"groups[{index}].sparse is {list(group.sparse)}, attending to {group.attends} entries"
         if group.removed >= 1 or group.most <= 0:
             yield f"groups[{index}] keeps nothing of a picture"
 

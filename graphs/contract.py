@@ -147,6 +147,7 @@ class CacheGroup:
         most: of a group filled by images, or one that chooses, the share of a step's features or visual tokens that it
             takes at most; how many it takes may depend on the data, and the graph returns it.
         chooses: whether its one layer chooses by itself which of a step's visual tokens it keeps.
+        sparse: layers that attend, in a step of one token, to ``attends`` entries of each key head alone.
     """
 
     layers: tuple[Size, ...]
@@ -157,6 +158,8 @@ class CacheGroup:
     source: Source = TOKENS
     most: Share = 1.0
     chooses: bool = False
+    sparse: tuple[Size, ...] = ()
+    attends: Size = 0
 
     def length(self, tokens: int, visual: int) -> int:
         """Cache entries that a step adds to this group (at most, where it is bounded).
@@ -173,6 +176,11 @@ class CacheGroup:
     def nbytes(self, batch: int, dtype: str) -> int:
         """Bytes of all key and value caches of the group."""
         return 2 * len(self.layers) * batch * self.kv_heads * self.capacity * self.head_size * DTYPE_BYTES[dtype]
+
+    def read_bytes(self, entries: int, dtype: str) -> int:
+        """Bytes of the caches of one row that a step of one token reads behind so many entries."""
+        left_out = dataclasses.replace(self, layers=self.sparse, capacity=max(0, entries - self.attends))
+        return dataclasses.replace(self, capacity=entries).nbytes(1, dtype) - left_out.nbytes(1, dtype)
 
 
 @dataclass(frozen=True)
@@ -288,8 +296,8 @@ class Contract:
         return total - self.macs.spared(keys if last.source == TOKENS else tokens, keys)
 
     def step_bytes(self, entries: Sequence[int]) -> int | None:
-        """Bytes that a decode step of one row must read: the decoder's matrices as they are stored, and the filled
-        part of its caches.
+        """Bytes that a decode step of one row must read: the decoder's matrices as they are stored, and of the filled
+        part of its caches what is attended to.
 
         Args:
             entries: filled cache entries of each group.
@@ -301,12 +309,14 @@ class Contract:
             weights += len(group.layers) * (self.macs.token - (self.macs.written if group.source == IMAGES else 0))
         size = DTYPE_BYTES[self.dtype]
         spared = sum(kind.weights * size - kind.nbytes for kind in self.packed if kind.part != TOWER)
-        return weights * size - spared + self.entry_bytes(entries)
+        return weights * size - spared + self.entry_bytes(entries, read=True)
 
-    def entry_bytes(self, entries: Sequence[int]) -> int:
-        """Bytes of one row's filled cache entries, ``entries`` of each group."""
+    def entry_bytes(self, entries: Sequence[int], read: bool = False) -> int:
+        """Bytes of one row's filled cache entries, ``entries`` of each group; ``read``: of those that a step reads."""
         return sum(
-            dataclasses.replace(group, capacity=length).nbytes(1, self.dtype)
+            group.read_bytes(length, self.dtype)
+            if read
+            else dataclasses.replace(group, capacity=length).nbytes(1, self.dtype)
             for group, length in zip(self.groups, entries, strict=True)
         )
 

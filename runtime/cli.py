@@ -76,6 +76,19 @@ def parser() -> argparse.ArgumentParser:
         help="with --guide and --prompt: answer with the guide's answer where the geometric mean of its tokens' "
         "probabilities reaches C",
     )
+    _add_caches(p)
+    p.add_argument(
+        "--show-kept",
+        metavar="OUT.png",
+        help="draw the pictures with kept patches bright and removed ones dimmed, scores as heat beside them",
+    )
+    p.add_argument("--verify", action="store_true", help="hash every byte of the bundle, also of large unchanged files")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    p.add_argument("-v", "--verbose", action="store_true", help="say which backend runs, and why not the others")
+    return p
+
+
+def _add_caches(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--cache-share",
         type=float,
@@ -89,15 +102,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="T",
         help="with a bundle of --cache keyformer or scope: decode steps between two rounds (default: the bundle's)",
     )
-    p.add_argument(
-        "--show-kept",
-        metavar="OUT.png",
-        help="draw the pictures with kept patches bright and removed ones dimmed, scores as heat beside them",
-    )
-    p.add_argument("--verify", action="store_true", help="hash every byte of the bundle, also of large unchanged files")
-    p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
-    p.add_argument("-v", "--verbose", action="store_true", help="say which backend runs, and why not the others")
-    return p
 
 
 class _Version(argparse.Action):

@@ -21,12 +21,14 @@ class Kept:
 
     token_margins: of a choice in stages, by how much of a threshold each token of the step is from changing sides.
     margins: of every layer's choice, by how much of its threshold a visual token would have to change to change sides.
+    nearest: of a step that attends to chosen cache entries, the same of the entry that is nearest to changing sides.
     """
 
     tokens: Tensor | None = None
     layers: list[Tensor] | None = None
     margins: list[Tensor] | None = None
     token_margins: Tensor | None = None
+    nearest: float = float("inf")
 
 
 def load_oracle(selection: Mapping[str, Any]) -> Any:

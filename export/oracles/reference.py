@@ -75,10 +75,12 @@ class Reference:
             held = self._cutting.cut(self._cache, before, len(turn.ids), visual, kept)
         layers: list[Any] = self._cache.layers
         caches = [(layer.keys[0].numpy().copy(), layer.values[0].numpy().copy()) for layer in layers]
-        all_logits, tokens = [logits], []
+        all_logits, tokens, nearest = [logits], [], [kept.nearest]
         for _ in range(steps):
             tokens.append(int(all_logits[-1].argmax()))
-            all_logits.append(self._forward(torch.tensor([[tokens[-1]]]), {})[0])
+            logits, chosen = self._forward(torch.tensor([[tokens[-1]]]), {})
+            all_logits.append(logits)
+            nearest.append(chosen.nearest)
             if self._cutting is not None:
                 self._cutting.grown(self._cache)
         arrays = lambda tensors: None if tensors is None else [tensor.numpy() for tensor in tensors]  # noqa: E731
@@ -92,6 +94,7 @@ class Reference:
             layer_margins=arrays(kept.margins),
             held=None if held is None else arrays(held.tokens),
             held_ranking=None if held is None else arrays(held.ranking),
+            nearest=np.array(nearest),
         ), tokens
 
     def _inputs(self, turn: Turn) -> dict[str, Tensor]:

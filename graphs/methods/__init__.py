@@ -4,8 +4,9 @@ A method is a frozen dataclass whose fields are its flags (:func:`flag`), with `
 ``describe()``, ``groups(dense, visual_tokens)`` and ``__call__(model, visual_tokens, grid)``; its module names it
 METHOD.
 ``prunes`` says what it removes, and so which families it is for: TOKENS, visual tokens of the sequence, or IMAGES,
-features that cross-attention layers attend to. A method that ranks by ``guide_scores`` has ``guide``, who provides them
-(:mod:`vlmtrim.graphs.contract`). Its oracle is the file of the same name in ``vlmtrim.export.oracles``.
+features that cross-attention layers attend to; None, nothing, for families whose pictures are tokens. A method that
+ranks by ``guide_scores`` has ``guide``, who provides them (:mod:`vlmtrim.graphs.contract`). Its oracle is the file of
+the same name in ``vlmtrim.export.oracles``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from vlmtrim.graphs.surgery.anatomy import Layer, find_layers, graph_input, seam
 from vlmtrim.graphs.surgery.region import downstream, reads_dtype
 
 NARROW, WIDE = ir.DataType.FLOAT16, ir.DataType.FLOAT
-_OF_CACHES = {"TensorScatter", "Slice", "Identity"}  # caches stay as the contract has them, and what only cuts them
+Casts = dict[tuple[ir.Value, ir.DataType], ir.Value]
+# Caches stay as the contract has them, and so does what only cuts them, or gathers their entries.
+_OF_CACHES = {"TensorScatter", "Slice", "Identity", "GatherND"}
 
 
 def wide_layers(model: ir.Model, indices: Sequence[int]) -> None:
@@ -35,6 +37,7 @@ def wide_layers(model: ir.Model, indices: Sequence[int]) -> None:
         if not 0 <= index < len(layers):
             raise GraphError(f"--fp32-layers names layer {index}; the decoder has layers 0 to {len(layers) - 1}")
     ShapeInferencePass()(model)  # what a method inserted has no types yet
+    casts: Casts = {}  # of all runs: what several read is cast once
     for first, last in _runs(sorted(set(indices))):
         layers = find_layers(model)
         region = _between(model, layers, first, last)
@@ -43,7 +46,7 @@ def wide_layers(model: ir.Model, indices: Sequence[int]) -> None:
                 f"--fp32-layers names layers {first} to {last}, which the selection's Loop reads; name layers behind "
                 "the selection, or give a --score that picks all at once"
             )
-        _widen(model, region)
+        _widen(model, region, casts)
 
 
 def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -66,7 +69,7 @@ def _contents(value: ir.Value) -> set[ir.Node]:
     return downstream(value, lambda _, node, index: node.op_type == "Shape" or reads_dtype(node, index))
 
 
-def _widen(model: ir.Model, region: list[ir.Node]) -> None:
+def _widen(model: ir.Model, region: list[ir.Node], casts: Casts) -> None:
     inside = set(region)
     narrow: set[ir.Value] = {value for value in model.graph.inputs if value.dtype == NARROW}
     wide: list[ir.Value] = []
@@ -81,7 +84,6 @@ def _widen(model: ir.Model, region: list[ir.Node]) -> None:
             if value.dtype == NARROW:
                 value.type = ir.TensorType(WIDE)  # a new one: clones of a graph share theirs
                 wide.append(value)
-    casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     for node in region:
         keeps = bool(node.outputs) and node.outputs[0] in narrow
         for index, value in enumerate(node.inputs):
@@ -107,9 +109,7 @@ def _root(value: ir.Value | None) -> str:
     return "" if value is None else str(value.name)
 
 
-def _cast(
-    model: ir.Model, value: ir.Value, dtype: ir.DataType, casts: dict[tuple[ir.Value, ir.DataType], ir.Value]
-) -> ir.Value:
+def _cast(model: ir.Model, value: ir.Value, dtype: ir.DataType, casts: Casts) -> ir.Value:
     key = value, dtype
     if key not in casts:
         suffix = "wide" if dtype == WIDE else "narrow"

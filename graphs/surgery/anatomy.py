@@ -17,7 +17,7 @@ from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.surgery.region import cut_values, downstream
 
 # Nodes that may stand between a cache update and the Attention that reads it.
-_TRANSPARENT = {"Slice", "Identity"}
+_TRANSPARENT = {"Slice", "Identity", "GatherND"}
 
 
 @dataclass(frozen=True)

@@ -68,15 +68,17 @@ def scaled(ops: Ops, layer: Layer, queries: ir.Value, factor: ir.Value | None = 
     return queries
 
 
-def probabilities(ops: Ops, row: ir.Value, key: ir.Value, limit: ir.Value) -> ir.Value:
+def probabilities(ops: Ops, row: ir.Value, key: ir.Value, limit: ir.Value, over: tuple[int, ...] = (1, 2)) -> ir.Value:
     """Softmax over the keys [B, KV, W, Dh] in float32 under the limit [B, 1, 1, W], mean over heads: [B, W].
+
+    ``over``: (2,) for the mean over the query heads of a key head alone, [B, KV, W].
 
     The product is K q^T so that only the single query row is ever transposed.
     """
     logits = ops("MatMul", key, ops("Transpose", row, perm=[0, 1, 3, 2]))  # [B, KV, W, G]
     logits = ops("Cast", ops("Transpose", logits, perm=[0, 1, 3, 2]), to=ir.DataType.FLOAT)
     limited = ops("Add", logits, ops("Cast", limit, to=ir.DataType.FLOAT))
-    return ops("ReduceMean", ops("Softmax", limited, axis=-1), ops.const([1, 2]), keepdims=0)
+    return ops("ReduceMean", ops("Softmax", limited, axis=-1), ops.const(over), keepdims=0)
 
 
 def head_counts(layer: Layer) -> tuple[int, int, int]:

@@ -112,14 +112,16 @@ def compact(ops: Ops, keep: ir.Value, last_index: ir.Value, sizes: Counts) -> Su
     return Survivors(kept_indices, ops("Sub", last_index, ops("Sub", sizes.tokens, sizes.survivors)))
 
 
-def kept_first(ops: Ops, keep: ir.Value, size: ir.Value, count: ir.Value, clip: bool = False) -> ir.Value:
+def kept_first(
+    ops: Ops, keep: ir.Value, size: ir.Value, count: ir.Value, clip: bool = False, axis: int = 1
+) -> ir.Value:
     """Numbers 0 .. n-1 of each row with the ones in ``keep`` [B, n] first, ascending, without a sort.
 
     Each one's slot is its rank, the others go behind. ``size`` is n, [1]; ``count`` how many ones there are, [1] where
     every row has as many, else [B, 1]. ``clip``: with fewer ones than that, as when engines are asked for their shapes
-    with positions that repeat, some of the others share a slot.
+    with positions that repeat, some of the others share a slot. ``axis`` is n's, the last.
     """
-    rank = ops("CumSum", keep, ops.const(1))
+    rank = ops("CumSum", keep, ops.const(axis))
     number = ops("Range", ops.const(0), ops("Squeeze", size, ops.const([0])), ops.const(1))
     slot_kept = ops("Sub", rank, ops.const([1]))
     slot_removed = ops("Sub", ops("Add", count, number), rank)
@@ -127,7 +129,7 @@ def kept_first(ops: Ops, keep: ir.Value, size: ir.Value, count: ir.Value, clip: 
     if clip:
         slot = ops("Min", slot, ops("Sub", size, ops.const([1])))
     numbers = ops("Expand", number, ops("Shape", keep))
-    return ops("ScatterElements", numbers, slot, numbers, axis=1)
+    return ops("ScatterElements", numbers, slot, numbers, axis=axis)
 
 
 def gather_tokens(ops: Ops, hidden: ir.Value, kept_indices: ir.Value) -> ir.Value:

@@ -139,8 +139,11 @@ class _Needs:
 
 
 def _may_cross(value: ir.Value) -> bool:
-    """Whether it is a vector as long as something; a shape, of known length, is put together anew instead."""
-    return value.shape is not None and len(value.shape) <= 2 and not all(isinstance(dim, int) for dim in value.shape)
+    """Whether it is a vector as long as something, or one a key head as long as the window; a shape, of known length,
+    is put together anew instead."""
+    if value.shape is None or all(isinstance(dim, int) for dim in value.shape):
+        return False
+    return len(value.shape) <= 2 or (len(value.shape) == 3 and str(value.shape[2]).startswith("W"))
 
 
 def _contents(model: ir.Model, seam: ir.Value) -> set[ir.Node]:

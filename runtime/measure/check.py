@@ -44,6 +44,8 @@ class Recording:
     kept_by_layer, layer_margins: the same of every layer where layers choose by themselves; margins of visual tokens.
     held, held_ranking: of every layer the tokens that a cache policy left in its caches, [X, n] of X sets, and what
     tokens were ranked by, [X, S], where that side tells.
+    nearest [1 + steps]: of steps that attend to chosen cache entries, how near an entry is to the other side, relative
+    to its threshold; infinite where all are attended to.
     """
 
     kept: np.ndarray | None
@@ -56,6 +58,7 @@ class Recording:
     layer_margins: list[np.ndarray] | None = None
     held: list[np.ndarray] | None = None
     held_ranking: list[np.ndarray] | None = None
+    nearest: np.ndarray | None = None
 
     def same_choices(self, other: Recording) -> bool:
         """Whether both kept the same tokens, in every layer; true where either does not tell."""
@@ -65,6 +68,10 @@ class Recording:
         if self.held is not None and other.held is not None:
             pairs += zip(self.held, other.held, strict=True)
         return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+
+    def tied(self, tolerance: float) -> bool:
+        """Whether what a step attends to is decided within the tolerance."""
+        return self.nearest is not None and bool((self.nearest <= tolerance).any())
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def compare_turns(
     for turn, (found, expected) in zip(turns, pairs, strict=True):
         differed = differed and not turn.opens
         rows.append(compare(turn.name, found, expected, groups, dtype, differed))
-        differed = differed or not found.same_choices(expected)
+        differed = differed or not found.same_choices(expected) or expected.tied(TOLERANCE[dtype])
     return rows
 
 
@@ -166,8 +173,8 @@ def compare(
         found, expected: the two sides.
         groups: the layers of each cache group.
         dtype: chooses the tolerances.
-        differed: whether earlier turns of the conversation kept other tokens, so that what follows the selection
-            cannot be compared.
+        differed: whether earlier turns of the conversation kept other tokens, or may have attended to other entries,
+            so that what follows the selection cannot be compared.
     """
     tolerance = TOLERANCE[dtype]
     rows: list[Row] = []
@@ -196,10 +203,24 @@ def compare(
     scale = max(1.0, float(np.abs(expected.logits).max()))
     errors = np.abs(found.logits - expected.logits).max(axis=1) / scale
     rows.append(_row(turn, "prefill logits", errors[0], tolerance))
-    if len(errors) > 1:
-        rows.append(_row(turn, f"decode logits, {len(errors) - 1} steps", errors[1:].max(), tolerance))
-    rows.append(_compare_choices(turn, found.logits, expected.logits, tolerance * scale))
+    steps, compared = len(errors) - 1, _before_a_tie(errors, expected.nearest, tolerance)
+    if steps:
+        note = "" if compared > steps else f"{compared - 1} of {steps}; then a tie decides what is attended to"
+        worst = errors[1:compared].max(initial=0.0)
+        rows.append(_row(turn, f"decode logits, {steps} steps", worst, tolerance, note))
+    rows.append(_compare_choices(turn, found.logits[:compared], expected.logits[:compared], tolerance * scale))
+    if differed and expected.nearest is not None:
+        what = "not comparable: a tie in an earlier turn decided what was attended to"
+        rows = [row if row.passed else Row(turn, row.what, 0.0, tolerance, True, what) for row in rows]
     return rows
+
+
+def _before_a_tie(errors: np.ndarray, nearest: np.ndarray | None, tolerance: float) -> int:
+    """How many of the steps' errors [1 + steps] count: all, unless the first too large one follows a tie."""
+    wrong = np.nonzero(errors[1:] > tolerance)[0] + 1
+    if nearest is None or not len(wrong) or not (nearest[: wrong[0] + 1] <= tolerance).any():
+        return len(errors)
+    return int(wrong[0])
 
 
 def _row(turn: str, what: str, difference: float, tolerance: float, note: str = "") -> Row:

@@ -129,6 +129,7 @@ def test_questions_without_pictures_and_pictures_behind_pictures_leave_what_was_
         (["--cache", "aircache", "--cache-alpha", "0"], "alpha is 0.0: give a share above 0, up to 1"),
         (["--cache", "csp", "--cache-cross", "2"], "give shares"),
         (["--cache", "snapkv", "--method", "pyramid"], "method pyramid says it of its last stage alone"),
+        (["--cache", "snapkv", "--method", "tidal"], "method tidal reads in all layers the entries that one of them"),
         (["--cache", "snapkv", "--method", "none", "--emit-guide"], "leave one of them out"),
     ],
 )

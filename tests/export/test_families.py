@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from parity import COMBINATIONS, assert_parity
+from parity import COMBINATIONS, FIELDS, assert_parity
 
 from vlmtrim.export import check_cli
 from vlmtrim.runtime.engines import fingerprint
@@ -14,7 +14,9 @@ IMAGES = {"mllama": {"images": 3}}  # that caches of cross-attention hold
 @pytest.mark.parametrize(("family", "method"), COMBINATIONS)
 def test_prefill_decode_and_second_turn_equal_pytorch(family, method, export_tiny, capsys, proves):
     """Float32 against the unpatched model and the family's oracle, within 1e-4."""
-    folder = export_tiny("parity", family=family, method=method, max_batch=2, **IMAGES.get(family, {}))
+    folder = export_tiny(
+        "parity", family=family, method=method, max_batch=2, **IMAGES.get(family, {}), **FIELDS.get(method, {})
+    )
     assert_parity(folder, capsys)
     proves(family, method, "ONNX Runtime CPU")
 
@@ -30,7 +32,14 @@ TIES = {("qwen2_vl", "pyramid")}
 def test_float16_is_within_its_tolerance_and_its_engines_build(family, method, export_tiny, capsys, proves):
     """TensorRT-RTX builds all three graphs; the decode profile brings one or two tokens and nothing visual."""
     folder = export_tiny(
-        "half", family=family, method=method, dtype="float16", engine="tensorrt-rtx", max_batch=2, images=2
+        "half",
+        family=family,
+        method=method,
+        dtype="float16",
+        engine="tensorrt-rtx",
+        max_batch=2,
+        images=2,
+        **FIELDS.get(method, {}),
     )
     prints = json.loads((folder / fingerprint.FILE).read_text())
     assert set(prints) == {"vision.engine", "embed.engine", "decoder.engine"}

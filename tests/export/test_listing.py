@@ -18,6 +18,7 @@ GOLDENS = {
     "fastv": ("losers", "stride", "winners"),
     "guided": ("losers", "winners"),  # of scores that are given
     "pyramid": ("pyramid",),
+    "tidal": ("tidal",),
     "trimmed-llama": ("trimmed-llama",),
     "zipvl": ("zipvl",),
 }

@@ -24,6 +24,7 @@ METHODS = {
     "fastv": {"k": 1, "r": 0.5},
     "fastv in the layer": {"k": 3, "r": 0.5},
     "zipvl": {"tau": 0.9, "bound": 0.75},
+    "tidal": {"entries": 9, "selecting": (1,)},
     "none": {},
 }
 
@@ -95,6 +96,17 @@ def test_first_last_and_several_layers(layers, export, capsys):
     swish = [node.outputs[0].dtype for node in decoder.graph if node.op_type == "Sigmoid"]
     assert swish == [ir.DataType.FLOAT if index in layers else ir.DataType.FLOAT16 for index in range(4)]
     assert {value.dtype for value in decoder.graph.outputs if "present" in value.name} == {ir.DataType.FLOAT16}
+
+
+@pytest.mark.parametrize("method", ["none", "tidal"])
+def test_layers_apart_share_what_they_read_and_caches_stay_narrow(method, export, capsys):
+    """Both read the rotary tables, which are cast once; entries are gathered of caches, which are not cast."""
+    folder = export(method, fp32_layers=(0, LOUD))
+    decoder = ir.load(folder / "decoder.onnx")
+    casts = [node for node in decoder.graph if node.op_type == "Cast"]
+    assert len({node.outputs[0].name for node in casts}) == len(casts)
+    assert not any("present" in str(node.inputs[0].name) for node in casts)
+    assert_parity(folder, capsys, "--tokens", "4")
 
 
 def test_packed_weights_and_engines_go_with_them(export, capsys):

@@ -8,7 +8,7 @@ import gc
 
 import numpy as np
 import pytest
-from parity import COMBINATIONS
+from parity import COMBINATIONS, FIELDS
 
 from vlmtrim import runtime
 from vlmtrim.export import check_cli
@@ -127,7 +127,8 @@ def test_float16_equals_pytorch(bundle, library):
 def test_every_family_equals_pytorch(backend, name, family, method, export_tiny, proves):
     started(backend)
     engine = "none" if backend == "ort-cuda" else backend
-    folder = export_tiny(f"gpu-{backend}", family=family, method=method, dtype="float16", engine=engine, images=2)
+    fields = {"dtype": "float16", "engine": engine, "images": 2, **FIELDS.get(method, {})}
+    folder = export_tiny(f"gpu-{backend}", family=family, method=method, **fields)
     assert check_cli.main([str(folder), "--backend", backend, "--tokens", "8"]) == 0
     proves(family, method, name)
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from fake_machine import Machine
-from parity import COMBINATIONS
+from parity import COMBINATIONS, FIELDS
 
 from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle, seal
@@ -108,6 +108,7 @@ def test_a_conversation_of_every_family_equals_ort_cpu_to_the_bit(
 ):
     """Two rows; tiles and patches of any number, three position axes, features that only cross-attention takes."""
     sizes = {} if family == "mllama" else {"max_seq_len": 1024, "image_tokens": 0}
+    sizes |= FIELDS.get(method, {})
     bundle = export_tiny("chat", family=family, method=method, max_batch=2, images=2, **sizes)
     folder = machine.with_engines(bundle, tmp_path / "bundle")
     found = conversation(tensorrt.TrtBackend("tensorrt"), folder, picture, batch=2)
