@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.later import attention
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from vlmtrim.graphs.ops import Ops
     from vlmtrim.graphs.surgery.anatomy import Layer
+    from vlmtrim.graphs.surgery.attention import Rows
     from vlmtrim.graphs.surgery.select import Counts
 
 # What a rule may need: a layer before the selection; a seed; where tokens lie on the picture, of pictures of one size
@@ -42,6 +44,8 @@ class Step:
         seed: of the rules that draw or shift.
         grid: rows and columns of a picture's visual tokens, in reading order; None where pictures differ.
         guide: float32 [B, N], what comes from outside to rank by, where anything does.
+        probe: attention of the layer before the selection where that is no :class:`Layer`, as in decoders that others
+            exported.
     """
 
     ops: Ops
@@ -57,6 +61,12 @@ class Step:
     grid: tuple[int, int] | None = None
     guide: ir.Value | None = None
     behind: Layer | None = None
+    probe: Rows | None = None
+
+    @property
+    def rows(self) -> Rows:
+        """Attention of the layer before the selection, as far as rules read it. Raises GraphError without one."""
+        return self.probe or attention.LayerRows(self.layer)
 
     @property
     def layer(self) -> Layer:
