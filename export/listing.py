@@ -5,7 +5,7 @@ from __future__ import annotations
 from vlmtrim.export.arguments import methods_of
 from vlmtrim.export.checkpoint import PRESETS, SHIPPED, family_names
 from vlmtrim.graphs.methods import method_names, parameters
-from vlmtrim.graphs.rules import load_rule, rule_names
+from vlmtrim.graphs.rules import described
 
 
 def combinations() -> dict[tuple[str, str], bool]:
@@ -26,11 +26,7 @@ def text() -> str:
         lines.append(f"    {name:22} {flags}")
     lines.append(f"    {'none':22} the unpruned model")
     lines.append("scores of fastv (--score)")
-    for name in rule_names():
-        rule = load_rule(name)
-        needs = f" [needs {', '.join(sorted(rule.NEEDS))}]" if rule.NEEDS else ""
-        costs = f" [costs {rule.COST}]" if hasattr(rule, "COST") else ""
-        lines.append(f"    {name:22} {(rule.__doc__ or '').splitlines()[0].rstrip('.')}{needs}{costs}")
+    lines += described()
     proven = combinations()
     lines.append(f"{'families':26} " + " ".join(f"{name:14}" for name in (*method_names(), "none")).rstrip())
     for family in family_names():

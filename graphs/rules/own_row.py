@@ -16,8 +16,9 @@ NEEDS: frozenset[str] = frozenset()
 
 def score(step: Step) -> ir.Value:
     """float32 [B, N]."""
+    step.own_model("own-row")
     ops, layer = step.ops, step.behind
-    assert layer is not None and step.model is not None
+    assert layer is not None
     key, row = _key_and_query(step)
     heads, kv_heads, size = attention.head_counts(layer)
     row = ops("Reshape", attention.scaled(ops, layer, row), ops.const([0, kv_heads, heads // kv_heads, size]))

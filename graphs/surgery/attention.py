@@ -15,9 +15,6 @@ from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.anatomy import Layer, before_scaling, unrotated
 
-# Axes of a mean over the heads of [B, KV, G, W].
-_HEADS = (1, 2)
-
 
 class Rows(Protocol):
     """What rules read of a layer's attention, whatever its form in the graph. S are the tokens of this step."""
@@ -31,7 +28,7 @@ class Rows(Protocol):
         """The same from queries and keys before their rotary embedding, over this step's tokens alone: [B, S]."""
         ...
 
-    def new_keys(self, ops: Ops) -> ir.Value:
+    def new_keys(self, ops: Ops, last_index: ir.Value, batch: ir.Value, tokens: ir.Value) -> ir.Value:
         """Keys of this step's tokens, [B, KV, S, Dh]."""
         ...
 
@@ -60,7 +57,7 @@ class LayerRows:
         row = query_row(ops, self.layer, query, factor, index, batch)
         return probabilities(ops, row, key, causal_limit(ops, index, tokens))
 
-    def new_keys(self, ops: Ops) -> ir.Value:
+    def new_keys(self, ops: Ops, last_index: ir.Value, batch: ir.Value, tokens: ir.Value) -> ir.Value:
         """See :class:`Rows`."""
         keys = self.layer.key_update.inputs[1]
         assert keys is not None
@@ -129,15 +126,24 @@ def scaled(ops: Ops, layer: Layer, queries: ir.Value, factor: ir.Value | None = 
     return queries
 
 
-def probabilities(ops: Ops, row: ir.Value, key: ir.Value, limit: ir.Value) -> ir.Value:
+def probabilities(ops: Ops, row: ir.Value, key: ir.Value, limit: ir.Value, cap: float = 0.0) -> ir.Value:
     """Softmax over the keys [B, KV, W, Dh] in float32 under the limit [B, 1, 1, W], mean over heads: [B, W].
+
+    ``cap``: logits are bent to stay below it before the limit, ``cap * tanh(logits / cap)``; 0 for none.
 
     The product is K q^T so that only the single query row is ever transposed.
     """
     logits = ops("MatMul", key, ops("Transpose", row, perm=[0, 1, 3, 2]))  # [B, KV, W, G]
     logits = ops("Cast", ops("Transpose", logits, perm=[0, 1, 3, 2]), to=ir.DataType.FLOAT)
+    if cap:
+        logits = ops("Mul", ops("Tanh", ops("Div", logits, ops.const(cap, np.float32))), ops.const(cap, np.float32))
     limited = ops("Add", logits, ops("Cast", limit, to=ir.DataType.FLOAT))
-    return ops("ReduceMean", ops("Softmax", limited, axis=-1), ops.const(_HEADS), keepdims=0)
+    return mean_of_softmax(ops, limited)
+
+
+def mean_of_softmax(ops: Ops, logits: ir.Value) -> ir.Value:
+    """Softmax over the last axis of float32 [B, .., .., W], mean over both axes of heads: [B, W]."""
+    return ops("ReduceMean", ops("Softmax", logits, axis=-1), ops.const([1, 2]), keepdims=0)
 
 
 def head_counts(layer: Layer) -> tuple[int, int, int]:
