@@ -11,8 +11,11 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 
 def session(model) -> ort.InferenceSession:
     """Of a model or a file; shapes that contradict each other are errors of the graph, so warnings are shown."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1  # tiny matrices; a second thread spins beside the oracle's
     return ort.InferenceSession(
         ir.to_proto(model).SerializeToString() if isinstance(model, ir.Model) else str(model),
+        options,
         providers=["CPUExecutionProvider"],
     )
 
@@ -25,7 +28,7 @@ class Loop:
         self.names = [i.name for i in graph.get_inputs()]
         self.tokens = next(i for i in graph.get_inputs() if i.name in ("inputs_embeds", "input_ids"))
         self.past = {
-            i.name: np.zeros((rows, i.shape[1], 0, i.shape[3]), DTYPES[i.type])
+            i.name: np.zeros((rows, i.shape[1], 0, i.shape[3] if isinstance(i.shape[3], int) else 16), DTYPES[i.type])
             for i in graph.get_inputs()
             if i.name.startswith("past_key_values")
         }

@@ -58,8 +58,8 @@ def trim(model: ir.Model, wanted: Selection) -> ir.Model:
             and what was found.
     """
     opset = opset_of(model)
-    boundary = recognise(model)
-    layers = _layers(model, boundary)
+    model.graph.sort()
+    boundary, layers = _layers(model)
     with _shapes(model):
         _trim(model, boundary, layers, wanted, opset)
     NameFixPass()(model)
@@ -80,17 +80,17 @@ def _trim(model: ir.Model, boundary: Boundary, layers: list[Form], wanted: Selec
     _split(model, boundary, layers, seam, region, ops, later, wanted.k, opset)
 
 
-def _layers(model: ir.Model, boundary: Boundary) -> list[Form]:
-    """The layers; functions are opened where layers lie in some."""
-    model.graph.sort()
+def _layers(model: ir.Model) -> tuple[Boundary, list[Form]]:
+    """The boundary and the layers; functions are opened where layers lie in some."""
+    boundary = recognise(model)
     try:
-        return find_layers(boundary)
+        return boundary, find_layers(boundary)
     except GraphError:
         if not model.functions:
             raise
         InlinePass()(model)
-        model.graph.sort()
-        return find_layers(boundary)
+        boundary = recognise(model)
+        return boundary, find_layers(boundary)
 
 
 @contextmanager
