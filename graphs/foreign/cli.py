@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnx_ir")):
         print("trim-onnx: onnx and onnx-ir are missing; install vlmtrim[graphs]", file=sys.stderr)
         return 1
+    logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)  # it says more than one sentence of a broken graph
     try:
         print(trim_file(args.decoder, args.output, method, args.grid, args.most_visual))
     except (GraphError, ValueError) as error:

@@ -45,7 +45,11 @@ def save_beside(model: ir.Model, path: str | Path) -> list[Path]:
         )
     passing = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        ir.save(model, passing)
+        try:
+            ir.save(model, passing)
+        except ir.serde.SerdeError as error:
+            cause = error.__cause__ or error
+            raise GraphError(f"{path} cannot be written, what it holds is no valid ONNX: {cause}") from error
         os.replace(passing, path)
     finally:
         passing.unlink(missing_ok=True)

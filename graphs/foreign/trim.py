@@ -24,7 +24,7 @@ from vlmtrim.graphs.foreign.forms import SIZES, Form, find_layers
 from vlmtrim.graphs.foreign.nodes import size
 from vlmtrim.graphs.foreign.opset import opset_of, spelled
 from vlmtrim.graphs.foreign.seam import check_sides, seam_before
-from vlmtrim.graphs.foreign.subgraphs import check_subgraphs
+from vlmtrim.graphs.foreign.whole import check_produced, check_subgraphs
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.rules import Step
 from vlmtrim.graphs.surgery import select
@@ -58,6 +58,7 @@ def trim(model: ir.Model, wanted: Selection) -> ir.Model:
             and what was found.
     """
     opset = opset_of(model)
+    check_produced(model)
     model.graph.sort()
     boundary, layers = _layers(model)
     with _shapes(model):

@@ -1,4 +1,4 @@
-"""Loops and branches, whose insides the dataflow of the pass does not see."""
+"""What a graph must be for its dataflow to be read: every value made by something, no branches on the tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.foreign.boundary import Boundary
 from vlmtrim.graphs.foreign.nodes import said
 from vlmtrim.graphs.surgery.region import downstream
+
+
+def check_produced(model: ir.Model) -> None:
+    """Raise GraphError where a value that is read, or returned, comes from nowhere."""
+    given = {*model.graph.inputs, *model.graph.initializers.values()}
+    read = [(value, said(node)) for node in model.graph for value in node.inputs if value is not None]
+    for value, reader in [*read, *((value, "the graph's output") for value in model.graph.outputs)]:
+        if value.producer() is None and value not in given:
+            raise GraphError(f"{reader} needs {value.name}, which nothing in the graph makes")
 
 
 def check_subgraphs(model: ir.Model, boundary: Boundary) -> None:
