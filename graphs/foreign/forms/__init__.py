@@ -47,6 +47,15 @@ class Form(Protocol):
         """Make it work at the given positions int64 [B, S] where it works them out by itself."""
         ...
 
+    def heads(self) -> tuple[int, int, int]:
+        """(H, KV, Dh). Raises GraphError where they are not fixed."""
+        ...
+
+    def operands(self, ops: Ops, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, float]:
+        """(queries [B, H, S, Dh], keys and values [B, KV, S, Dh] of this step, the factor on their products), of causal
+        attention. Raises GraphError where it is not causal, or not fused."""
+        ...
+
 
 def find_layers(boundary: Boundary) -> list[Form]:
     """The attention of every layer. Raises GraphError naming the first layer that has none of a known form."""

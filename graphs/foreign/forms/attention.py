@@ -71,6 +71,26 @@ class Fused:
         self.heads()
         return FusedRows(self, boundary)
 
+    def operands(self, ops: Ops, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, float]:
+        """See :class:`vlmtrim.graphs.foreign.forms.Form`. A mask beside ``is_causal`` says what is padding."""
+        heads, kv_heads, head_size = self.heads()
+        mask = operand(self.node, _MASK)
+        if not number(self.node, "is_causal", 0) or (mask is not None and mask.dtype != ir.DataType.BOOL):
+            raise GraphError(
+                f"{self.where}: expected is_causal=1 and a mask of padding, bool; found "
+                f"is_causal={number(self.node, 'is_causal', 0):g} and {mask and mask.dtype}"
+            )
+        for name in ("softcap", "qk_matmul_output_mode"):
+            if found := number(self.node, name, 0):
+                raise GraphError(f"{self.where}: expected {name}=0; found {found:g}")
+        if self.joined is not None:
+            raise GraphError(f"{self.where}: expected past_key and present_key; found {said(self.joined)} before it")
+        query, key, value = self.node.inputs[:3]
+        assert query is not None and key is not None and value is not None
+        query, key = rotary.by_head(ops, query, heads, head_size), rotary.by_head(ops, key, kv_heads, head_size)
+        scale = number(self.node, "scale", head_size**-0.5)
+        return query, key, by_head(ops, value, kv_heads, head_size), scale
+
     def place(self, ops: Ops, positions: ir.Value) -> None:
         """Nothing to do: positions come from outside."""
 

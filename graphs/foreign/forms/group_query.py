@@ -116,6 +116,27 @@ class GroupQuery:
             self.settings()
         return GroupQueryRows(self, boundary)
 
+    def operands(self, ops: Ops, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, float]:
+        """See :class:`vlmtrim.graphs.foreign.forms.Form`."""
+        unknown = {"attention_bias": _BIAS, "head_sink": _SINK, "k_scale": _K_SCALE, "q_norm_weight": _Q_NORM}
+        self.refuse(unknown, ("softcap", "smooth_softmax", "kv_cache_bit_width"), "here")
+        if number(self.node, "local_window_size", -1) > 0 or not number(self.node, "causal", 1):
+            raise GraphError(f"{self.where}: expected causal attention to all tokens; found a window, or none")
+        heads, kv_heads, head_size = self.heads()
+        query, key, value = self.parts(ops)
+        value = by_head(ops, value, kv_heads, head_size)
+        scale = number(self.node, "scale", 0) or head_size**-0.5
+        if not self.positions:
+            query, key = rotary.by_head(ops, query, heads, head_size), rotary.by_head(ops, key, kv_heads, head_size)
+            return query, key, value, scale
+        cos, sin = (ops("Gather", table, positions) for table in self.tables())
+        settings = self.settings()
+        query, key = (
+            ops("RotaryEmbedding", by_head(ops, part, count, head_size), cos, sin, **settings)
+            for part, count in ((query, heads), (key, kv_heads))
+        )
+        return query, key, value, scale
+
     def place(self, ops: Ops, positions: ir.Value) -> None:
         """See :class:`vlmtrim.graphs.foreign.forms.Form`: the rotary embedding is taken out."""
         if not self.positions:

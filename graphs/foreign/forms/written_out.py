@@ -49,6 +49,18 @@ class WrittenOut:
             )
         return WrittenOutRows(self, boundary, logits)
 
+    def heads(self) -> tuple[int, int, int]:
+        """Not to be had: only operators name them."""
+        raise GraphError(
+            f"layer {self.index}: expected the operator Attention or GroupQueryAttention; found {said(self.node)}, "
+            "attention written out: export with opset 23 or later"
+        )
+
+    def operands(self, ops: Ops, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, float]:
+        """See :meth:`heads`."""
+        self.heads()
+        raise AssertionError
+
     def place(self, ops: Ops, positions: ir.Value) -> None:
         """Nothing to do: positions come from outside."""
 
