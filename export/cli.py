@@ -37,7 +37,7 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
         allow_abbrev=False,  # --k of another method is not --keep
     )
     p.add_argument("--list", action=_List, help="print families, presets, methods and what is proven, and exit")
-    p.add_argument("--model", required=True, help="demo, a preset (--list), tiny:<family>, folder or hub id")
+    _add_source(p)
     _add_method_arguments(p, method)
     _add_measuring(p)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of activations and weights; auto: the checkpoint's")
@@ -87,6 +87,17 @@ def parser(method: str = DEFAULT_METHOD) -> argparse.ArgumentParser:
     p.add_argument("--operators", action="store_true", help="with --dry-run: trace the graphs and count operators")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     return p
+
+
+def _add_source(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", "--like", required=True, help="demo, a preset (--list), tiny:<family>, folder or hub id")
+    p.add_argument(
+        "--decoder",
+        default=None,
+        metavar="FILE",
+        help="a decoder that another exporter wrote (mobius-onnx, onnxruntime-genai), to take with its weights instead "
+        "of tracing one; --like CHECKPOINT then gives vision, embedding and settings",
+    )
 
 
 def _add_packing(p: argparse.ArgumentParser) -> None:

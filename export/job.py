@@ -48,6 +48,7 @@ class Job:
         keep: patterns of parameters that are not packed.
         fp32_layers: decoder layers that compute in float32 where the others compute in float16.
         calibrate: folder of pictures with questions that bounds are measured, and integers rounded, on; None for none.
+        decoder: ONNX file of a decoder that another exporter wrote, to take instead of tracing one; None for none.
     """
 
     model: str
@@ -73,6 +74,7 @@ class Job:
     keep: tuple[str, ...] = ()
     fp32_layers: tuple[int, ...] = ()
     calibrate: str | None = None
+    decoder: str | None = None
 
     @property
     def head_format(self) -> str:

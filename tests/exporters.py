@@ -109,10 +109,12 @@ def by_mobius(text, head, path: Path, provider: str, family: str = "llava") -> P
 
     vision = mobius.VisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     vision.image_size, vision.patch_size = 28, 14
-    names = {name: COMMON[name] for name in COMMON if name not in ("bos_token_id", "initializer_range")}
+    like, names = text.config, [name for name in COMMON if name not in ("bos_token_id", "initializer_range")]
+    sizes = {name: getattr(like, name) for name in names} | {"pad_token_id": 0, "rms_norm_eps": like.rms_norm_eps}
     extra = {"mrope_section": [2, 3, 3], "attn_qkv_bias": True} if family == "qwen-vl" else {}
+    head_dim = like.hidden_size // like.num_attention_heads
     config = mobius.ArchitectureConfig(
-        **names, head_dim=DH, hidden_act="silu", image_token_id=40, rope_type="default", vision=vision, **extra
+        **sizes, head_dim=head_dim, hidden_act="silu", image_token_id=40, rope_type="default", vision=vision, **extra
     )
     module = (qwen_vl.Qwen25VLCausalLMModel if family == "qwen-vl" else llava.LLaVAModel)(config)
     task = "qwen-vl" if family == "qwen-vl" else "vision-language"
