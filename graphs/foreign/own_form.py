@@ -36,7 +36,6 @@ def own_form(model: ir.Model, capacity: int) -> ir.Model:
         GraphError: it is of another form; the message names the layer, what was expected and what was found.
     """
     check_produced(model)
-    model.graph.sort()
     boundary = recognise(model)
     check_subgraphs(model, boundary)
     if not boundary.embedded:

@@ -21,7 +21,7 @@ from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.foreign import masks
 from vlmtrim.graphs.foreign.boundary import Boundary, rank, recognise
 from vlmtrim.graphs.foreign.forms import SIZES, Form, find_layers
-from vlmtrim.graphs.foreign.nodes import size
+from vlmtrim.graphs.foreign.nodes import said, size
 from vlmtrim.graphs.foreign.opset import opset_of, spelled
 from vlmtrim.graphs.foreign.seam import check_sides, seam_before
 from vlmtrim.graphs.foreign.whole import check_produced, check_subgraphs
@@ -32,6 +32,7 @@ from vlmtrim.graphs.surgery.region import SideInputs, downstream
 
 MOST_VISUAL = 16384  # visual tokens of a step, where nobody says
 _SUFFIX = ".survivors"
+_COMPARISONS = frozenset({"Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
 # Operators whose shapes the forms of attention read.
 _TELLING = frozenset({"Softmax", "Attention", "RotaryEmbedding", "MatMul", "Transpose", "Where", "Unsqueeze"})
 # Names of dimensions behind the selection: survivors of this step, entries of the caches before it, and both.
@@ -59,7 +60,6 @@ def trim(model: ir.Model, wanted: Selection) -> ir.Model:
     """
     opset = opset_of(model)
     check_produced(model)
-    model.graph.sort()
     boundary, layers = _layers(model)
     with _shapes(model):
         _trim(model, boundary, layers, wanted, opset)
@@ -112,8 +112,26 @@ def _check_positions(boundary: Boundary, later: list[Form]) -> None:
         raise GraphError(
             "expected the input position_ids, so that survivors can keep their positions; found none: export with it"
         )
+    if (node := compared(boundary)) is not None:
+        raise GraphError(
+            f"expected masks from attention_mask and lengths; found {said(node)}, which compares position_ids: those "
+            "of survivors have gaps, and tokens would see what comes after them"
+        )
     if boundary.mask is None and any(layer.positions for layer in later):
         raise GraphError("expected the input attention_mask where attention counts positions itself; found none")
+
+
+def compared(boundary: Boundary) -> ir.Node | None:
+    """A node that compares positions, outside of what is computed from the tokens themselves; None without one."""
+    if boundary.positions is None:
+        return None
+
+    def sizes(_: ir.Value, node: ir.Node, __: int) -> bool:
+        return node.op_type in SIZES
+
+    states = downstream(boundary.tokens, sizes)
+    by_position = downstream(boundary.positions, sizes) - states
+    return next((node for node in by_position if node.op_type in _COMPARISONS), None)
 
 
 def share_sizes(boundary: Boundary) -> None:

@@ -13,12 +13,16 @@ from vlmtrim.graphs.surgery.region import downstream
 
 
 def check_produced(model: ir.Model) -> None:
-    """Raise GraphError where a value that is read, or returned, comes from nowhere."""
+    """Bring nodes into order. Raises GraphError where a value that is read or returned comes from nowhere, or itself."""
     given = {*model.graph.inputs, *model.graph.initializers.values()}
     read = [(value, said(node)) for node in model.graph for value in node.inputs if value is not None]
     for value, reader in [*read, *((value, "the graph's output") for value in model.graph.outputs)]:
         if value.producer() is None and value not in given:
             raise GraphError(f"{reader} needs {value.name}, which nothing in the graph makes")
+    try:
+        model.graph.sort()
+    except ValueError as error:
+        raise GraphError("the graph has a cycle: a node needs what it makes itself") from error
 
 
 def check_subgraphs(model: ir.Model, boundary: Boundary) -> None:

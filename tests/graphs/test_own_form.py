@@ -120,6 +120,20 @@ def test_what_has_no_such_form_is_refused(form, fields, message):
         own_form(decoders.build(form, W, **fields), CAPACITY)
 
 
+def test_a_mask_of_more_than_padding_is_refused():
+    """Behind a Not: what it says is no longer which tokens are padding."""
+    model = decoders.build("attention", W)
+    node = next(node for node in model.graph if node.op_type == "Expand")
+    turned = ir.node("Not", [node.outputs[0]], name="turned")
+    turned.outputs[0].name = "turned"
+    turned.outputs[0].type, turned.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+    node.outputs[0].replace_all_uses_with(turned.outputs[0])
+    turned.replace_input_with(0, node.outputs[0])
+    model.graph.insert_after(node, turned)
+    with pytest.raises(GraphError, match=r"layer 0: .*expected a mask of padding.* found Not \(turned\)"):
+        own_form(model, CAPACITY)
+
+
 @pytest.mark.parametrize(("provider", "family"), [("default", "llava"), ("cpu", "llava"), ("default", "qwen-vl")])
 def test_decoders_of_mobius(tmp_path, provider, family):
     """The same, and an engine of it, with the selection and two profiles, built by TensorRT-RTX without a GPU."""

@@ -218,6 +218,16 @@ def _unknown_attention(model):
             node.op_type, node.domain = "PagedAttention", "com.microsoft"
 
 
+def _by_position(model):
+    """A mask that compares positions with keys."""
+    mask, positions = (next(v for v in model.graph.inputs if v.name == n) for n in ("attention_mask", "position_ids"))
+    node = next(node for node, _ in mask.uses() if node.op_type == "Cast")
+    seen = ir.node("LessOrEqual", [mask, positions], name="compare")
+    seen.outputs[0].name = "seen"
+    model.graph.insert_before(node, seen)
+    node.outputs[0].replace_all_uses_with(seen.outputs[0])
+
+
 def _norms_inside(model):
     node = _node(model, "GroupQueryAttention", 3)
     node.resize_inputs(16)
@@ -234,6 +244,7 @@ def _norms_inside(model):
         ("attention", _rename_input("position_ids", "use_cache_branch"), "two decoders in one If"),
         ("attention", _around, r"Add \(.*feeds later layers with values computed from inputs_embeds"),
         ("attention", _own_lengths, r"layer 2: expected past_key_values.2.key .* to grow"),
+        ("attention", _by_position, r"found LessOrEqual \(compare\), which compares position_ids"),
         ("attention", _branch, r"found If \(choose\)"),
         ("attention", _softcap, r"layer 1: Attention .*expected softcap=0 .*found 30"),
         ("attention", _head_masks, r"layer 1: .*expected one mask for all heads.*found \[B,4,S,T\]"),

@@ -18,10 +18,14 @@ from vlmtrim.graphs.foreign.nodes import followed, kind, number, operand, result
 from vlmtrim.graphs.foreign.rows import at_row, by_head, mask_row
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.attention import causal_limit, probabilities, row_index
+from vlmtrim.graphs.surgery.region import upstream
 
 READS = frozenset({("", "Attention"), ("", "Concat")})
 _OPERATOR = ("", "Attention")
 _REPEATED = frozenset({"Identity", "Unsqueeze", "Expand", "Reshape"})  # keys of a head for each of its queries
+_SHAPING = {"Shape", "Concat", "Constant", "Gather", "Slice", "Squeeze", "Identity", "Reshape"}
+# What lies between attention_mask and a mask that says which tokens are padding, and nothing else.
+_PADDING_ONLY = frozenset({"Cast", "Unsqueeze", "Expand", *_SHAPING})
 _QUERY, _KEY, _MASK, _PAST_KEY, _PADDING = 0, 1, 3, 4, 6
 
 
@@ -80,6 +84,9 @@ class Fused:
                 f"{self.where}: expected is_causal=1 and a mask of padding, bool; found "
                 f"is_causal={number(self.node, 'is_causal', 0):g} and {mask and mask.dtype}"
             )
+        for node in () if mask is None else upstream(mask):
+            if kind(node)[0] != "" or node.op_type not in _PADDING_ONLY:
+                raise GraphError(f"{self.where}: expected a mask of padding, from attention_mask; found {said(node)}")
         for name in ("softcap", "qk_matmul_output_mode"):
             if found := number(self.node, name, 0):
                 raise GraphError(f"{self.where}: expected {name}=0; found {found:g}")
