@@ -13,7 +13,7 @@ from vlmtrim.graphs.surgery.region import downstream
 
 
 def check_produced(model: ir.Model) -> None:
-    """Bring nodes into order. Raises GraphError where a value that is read or returned comes from nowhere, or itself."""
+    """Bring nodes into order. Raises GraphError where a value that is read or returned comes from nowhere or itself."""
     given = {*model.graph.inputs, *model.graph.initializers.values()}
     read = [(value, said(node)) for node in model.graph for value in node.inputs if value is not None]
     for value, reader in [*read, *((value, "the graph's output") for value in model.graph.outputs)]:
