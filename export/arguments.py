@@ -73,6 +73,13 @@ def check(job: Job) -> None:
     """Raises Refusal where numbers, names or the model's config say that the job cannot be done."""
     check_numbers(job)
     check_packing(job)
+    if job.decoder is not None and not Path(job.decoder).is_file():
+        raise Refusal(f"--decoder {job.decoder} is no file; give the decoder's .onnx")
+    if job.decoder is not None and (job.packs or job.fp32_layers or job.calibrate):
+        raise Refusal(
+            "--weights, --fp32-layers and --calibrate are of a decoder that is traced; with --decoder its file says "
+            "what its weights are: leave them out"
+        )
     if job.fp32_layers and job.dtype != "float16":
         raise Refusal(f"--fp32-layers are layers of --dtype float16; the dtype is {job.dtype}: leave them out")
     checkpoints.check_name(job.model)

@@ -38,7 +38,7 @@ def parser(method: str = DEFAULT_METHOD, cache: str = arguments.NONE) -> argpars
         allow_abbrev=False,  # --k of another method is not --keep
     )
     p.add_argument("--list", action=_List, help="print families, presets, methods and what is proven, and exit")
-    p.add_argument("--model", required=True, help="demo, a preset (--list), tiny:<family>, folder or hub id")
+    _add_source(p)
     _add_method_arguments(p, method)
     _add_cache(p, cache)
     _add_measuring(p)
@@ -114,6 +114,17 @@ def _add_cache(p: argparse.ArgumentParser, cache: str) -> None:
     for name, settings in fields_of(load_policy(cache)).items():
         default = load_policy(cache).__dataclass_fields__[name].default
         group.add_argument(f"--cache-{name.replace('_', '-')}", default=default, **settings)
+
+
+def _add_source(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", "--like", required=True, help="demo, a preset (--list), tiny:<family>, folder or hub id")
+    p.add_argument(
+        "--decoder",
+        default=None,
+        metavar="FILE",
+        help="a decoder that another exporter wrote (mobius-onnx, onnxruntime-genai), to take with its weights instead "
+        "of tracing one; --like CHECKPOINT then gives vision, embedding and settings",
+    )
 
 
 def _add_packing(p: argparse.ArgumentParser) -> None:

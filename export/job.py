@@ -50,6 +50,7 @@ class Job:
         cache: of ``vlmtrim.graphs.caches``, what stays in the caches behind a step with pictures; None for all of it.
         cache_share: of the candidates, that stays unless run-vlm says another.
         calibrate: folder of pictures with questions that bounds are measured, and integers rounded, on; None for none.
+        decoder: ONNX file of a decoder that another exporter wrote, to take instead of tracing one; None for none.
     """
 
     model: str
@@ -77,6 +78,7 @@ class Job:
     cache: Any = None
     cache_share: float = 0.5
     calibrate: str | None = None
+    decoder: str | None = None
 
     @property
     def head_format(self) -> str:

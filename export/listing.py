@@ -8,7 +8,7 @@ from vlmtrim.export.arguments import methods_of
 from vlmtrim.export.checkpoint import PRESETS, SHIPPED, family_names
 from vlmtrim.graphs.caches import fields_of, load_policy, policy_names
 from vlmtrim.graphs.methods import method_names, parameters
-from vlmtrim.graphs.rules import load_rule, rule_names
+from vlmtrim.graphs.rules import described
 
 
 def combinations() -> dict[tuple[str, str], bool]:
@@ -29,11 +29,7 @@ def text() -> str:
         lines.append(f"    {name:22} {flags}")
     lines.append(f"    {'none':22} the unpruned model")
     lines.append("scores of fastv (--score)")
-    for name in rule_names():
-        rule = load_rule(name)
-        needs = f" [needs {', '.join(sorted(rule.NEEDS))}]" if rule.NEEDS else ""
-        costs = f" [costs {rule.COST}]" if hasattr(rule, "COST") else ""
-        lines.append(f"    {name:22} {(rule.__doc__ or '').splitlines()[0].rstrip('.')}{needs}{costs}")
+    lines += described()
     lines.append("cache policies (--cache), behind fastv, guided, zipvl and none")
     for name in policy_names():
         policy = load_policy(name)

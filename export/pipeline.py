@@ -18,7 +18,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from vlmtrim.export import calibration, memory, packing, weights
+from vlmtrim.export import calibration, given_decoder, memory, packing, weights
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.job_contract import build_contract, plain_decoder
@@ -118,6 +118,9 @@ def export(
         if prepared.settings is not None:
             report["quantised"] = prepared.settings["quant_method"]
         stored = _stored(prepared, matched, placed, folder, report)
+        if job.decoder is not None:
+            with _stage(report, "weights of the decoder") as show:
+                given_decoder.store(traced["decoder"], folder, show)
         with _stage(report, "save"):
             for name, graph in traced.items():
                 widen(graph, weights.stored_dtypes(graph, matched, stored))
@@ -189,11 +192,15 @@ def graphs(
     contract, method, job = prepared.contract, prepared.method, prepared.job
     shape = prepared.family.read_shape(prepared.config)
     plain = plain_decoder(contract, prepared.config, prepared.family)
+    given = None
+    if job.decoder is not None:
+        with _stage(report, "read decoder"):
+            given = given_decoder.read(job.decoder, plain)
     model = trace.build_without_memory(prepared.family.MODEL_CLASS, prepared.config, prepared.dtype, IMPLEMENTATION)
     for plan in prepared.family.plans(model, shape, prepared.dtype, plain):
         name = Path(plan.spec.file).stem
         with _stage(report, f"trace {name}"):
-            graph = _traced(plan, traces)
+            graph = given if given is not None and name == "decoder" else _traced(plan, traces)
             if name == "decoder":
                 last_row(graph)
             lint(graph, plan.spec)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from vlmtrim.graphs.foreign import boundary, trim
     from vlmtrim.graphs.surgery import anatomy, attention, greedy, layerwise, parts, region, select, split, states
 else:
 
@@ -22,9 +23,11 @@ else:
             return getattr(importlib.import_module(self._name), attribute)
 
     ir = _Later("onnx_ir")
+    boundary, trim = (_Later(f"vlmtrim.graphs.foreign.{name}") for name in ("boundary", "trim"))
     anatomy, attention, greedy, layerwise, parts, region, select, split, states = (
         _Later(f"vlmtrim.graphs.surgery.{name}")
         for name in ("anatomy", "attention", "greedy", "layerwise", "parts", "region", "select", "split", "states")
     )
 
-__all__ = ["anatomy", "attention", "greedy", "ir", "layerwise", "parts", "region", "select", "split", "states"]
+__all__ = ["anatomy", "attention", "boundary", "greedy", "ir", "layerwise", "parts", "region", "select", "split"]
+__all__ += ["states", "trim"]

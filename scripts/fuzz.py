@@ -1,4 +1,6 @@
-"""Fuzzes what strangers give: bundles, pictures, prompts, templates. Prints what became of it; exit 1 on any failure.
+"""Fuzzes what strangers give: bundles, pictures, prompts, templates, decoders.
+
+Prints what became of it; exit 1 on any failure.
 
 scripts/fuzz.py bundles --count 10000 --seed 7 --jobs 2
 """
@@ -13,8 +15,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "fuzz"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / part) for part in ("fuzz", "")]
 
+WITHOUT_BUNDLES = ("templates", "decoders")
 MODELS = [  # model, method and its arguments
     *(("tiny:llava", ["--k", "2"]), ("tiny:llava", ["--method", "none"]), ("tiny:llava_next", ["--k", "1"])),
     *(
@@ -30,14 +33,14 @@ MODELS = [  # model, method and its arguments
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("target", choices=("bundles", "pictures", "prompts", "templates"))
+    p.add_argument("target", choices=("bundles", "pictures", "prompts", "templates", "decoders"))
     p.add_argument("--count", type=int, default=1000, help="inputs to try (default 1000)")
     p.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
     p.add_argument("--jobs", type=int, default=1, help="processes at once (default 1)")
     p.add_argument("--bundles", type=Path, help="folder of the bundles that are made first, kept for the next run")
     args = p.parse_args(argv)
     with TemporaryDirectory() as scratch:
-        folders = [] if args.target == "templates" else _bundles(args.bundles or Path(scratch))
+        folders = [] if args.target in WITHOUT_BUNDLES else _bundles(args.bundles or Path(scratch))
         each = [args.count // args.jobs + (job < args.count % args.jobs) for job in range(args.jobs)]
         work = [(args.target, folders, count, args.seed * 1000 + job) for job, count in enumerate(each)]
         with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
@@ -54,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(work: tuple):
+    import foreign
     import targets
 
     target, folders, count, seed = work
+    if target == "decoders":
+        return foreign.decoders(count, seed)
     if target == "templates":
         return targets.templates(count, seed)
     return getattr(targets, target)(folders, count, seed)

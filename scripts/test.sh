@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up all it needs and passes the tests: lint, types, tests. Arguments go to pytest, e.g. scripts/test.sh -m gpu -n 0
 source "$(dirname "$0")/setup.sh"
-setup export,rtx,test
+setup export,rtx,peers,test
 
 ruff check .
 ruff format --check .

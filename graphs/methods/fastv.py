@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from vlmtrim.graphs.contract import TOKENS, CacheGroup, kept_count
 from vlmtrim.graphs.errors import GraphError
-from vlmtrim.graphs.later import anatomy, ir, select, split
+from vlmtrim.graphs.later import anatomy, boundary, ir, select, split, trim
 from vlmtrim.graphs.methods import flag
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.rules import ATTENTION, SEED, VISION, Step, load_rule, rule_names
@@ -109,11 +109,18 @@ class FastV:
         """Insert the selection into a decoder graph, in place, and return it.
 
         Args:
-            model: decoder with the boundary of :mod:`vlmtrim.graphs.contract`, one cache group, no selection yet.
+            model: decoder with the boundary of :mod:`vlmtrim.graphs.contract`, one cache group, no selection yet; or
+                one that others exported, with the boundary of :mod:`vlmtrim.graphs.foreign.boundary`.
             visual_tokens: visual tokens that a sequence of full length is assumed to hold; the later caches shrink
-                by what is removed of them. 0 leaves every capacity as it is.
+                by what is removed of them. 0 leaves every capacity as it is. Where caches grow: the most that a step
+                may have, 16384 where it is 0.
             grid: rows and columns of a picture's visual tokens, for the scores that need it.
         """
+        if boundary.is_foreign(model):
+            if self.guide is not None:
+                raise GraphError(f"score {self.rule} comes from a vision graph of vlmtrim's; choose another score")
+            most = visual_tokens or trim.MOST_VISUAL
+            return trim.trim(model, trim.Selection(self.k, self.r, self.seed, load_rule(self.rule).score, grid, most))
         return self.insert(model, visual_tokens, grid, load_rule(self.rule).score, self.guide is not None)
 
     def insert(

@@ -48,10 +48,10 @@ def score(step: Step) -> ir.Value:
 def _norms(step: Step) -> ir.Value:
     """L1 norms of the visual tokens' keys, or of their embeddings, float32 [B, N]."""
     ops = step.ops
-    if not step.layers:
+    if not step.layers and step.probe is None:
         values = ops("Cast", select.gather_tokens(ops, step.embeds, step.visual_positions), to=ir.DataType.FLOAT)
         return ops("ReduceSum", ops("Abs", values), ops.const([2]), keepdims=0)
-    keys = step.layer.key_update.inputs[1]  # [B, KV, S, Dh]
+    keys = step.rows.new_keys(ops, step.last_index, step.sizes.batch, step.sizes.tokens)
     norms = ops("ReduceSum", ops("Abs", ops("Cast", keys, to=ir.DataType.FLOAT)), ops.const([1, 3]), keepdims=0)
     return ops("GatherElements", norms, step.visual_positions, axis=1)
 

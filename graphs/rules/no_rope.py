@@ -6,9 +6,7 @@ The rotation decays with distance, so that the plain row favours the end of the 
 
 from __future__ import annotations
 
-import numpy as np
-
-from vlmtrim.graphs.later import anatomy, attention, ir
+from vlmtrim.graphs.later import ir
 from vlmtrim.graphs.rules import ATTENTION, Step
 
 NEEDS = frozenset({ATTENTION})
@@ -16,12 +14,5 @@ NEEDS = frozenset({ATTENTION})
 
 def score(step: Step) -> ir.Value:
     """float32 [B, N]."""
-    ops, layer = step.ops, step.layer
-    query, key = anatomy.unrotated(layer)
-    _, factor = anatomy.before_scaling(layer.query)
-    index = attention.row_index(ops, step.last_index)
-    row = attention.query_row(ops, layer, query, factor, index, step.sizes.batch)
-    token = ops("Range", ops.const(0), ops("Squeeze", step.sizes.tokens, ops.const([0])), ops.const(1))
-    seen = ops("LessOrEqual", token, index)  # [B, 1, 1, S]
-    limit = ops("Where", seen, ops.const(0.0, np.float32), ops.const(-np.inf, np.float32))
-    return ops("GatherElements", attention.probabilities(ops, row, key, limit), step.visual_positions, axis=1)
+    probabilities = step.rows.unrotated(step.ops, step.last_index, step.sizes.batch, step.sizes.tokens)
+    return step.ops("GatherElements", probabilities, step.visual_positions, axis=1)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
 from vlmtrim.graphs.later import attention, ir, parts, region, select
 from vlmtrim.graphs.rules import Step
 
@@ -18,14 +16,13 @@ NEEDS: frozenset[str] = frozenset()
 
 def score(step: Step) -> ir.Value:
     """float32 [B, N]."""
+    step.own_model("own-row")
     ops, layer = step.ops, step.behind
-    assert layer is not None and step.model is not None
+    assert layer is not None
     key, row = _key_and_query(step)
     heads, kv_heads, size = attention.head_counts(layer)
     row = ops("Reshape", attention.scaled(ops, layer, row), ops.const([0, kv_heads, heads // kv_heads, size]))
-    token = ops("Range", ops.const(0), ops("Squeeze", step.sizes.tokens, ops.const([0])), ops.const(1))
-    seen = ops("LessOrEqual", token, attention.row_index(ops, step.last_index))  # [B, 1, 1, S]
-    limit = ops("Where", seen, ops.const(0.0, np.float32), ops.const(-np.inf, np.float32))
+    limit = attention.causal_limit(ops, attention.row_index(ops, step.last_index), step.sizes.tokens)
     return ops("GatherElements", attention.probabilities(ops, row, key, limit), step.visual_positions, axis=1)
 
 

@@ -42,13 +42,12 @@ def score(step: Step) -> ir.Value:
 
 def _states(step: Step) -> tuple[ir.Value, ir.Value]:
     """What enters layer k-1, and what the norm behind its attention returns: [B, S, D] each."""
-    assert step.model is not None
-    layer = step.layer
+    model, layer = step.own_model("topv"), step.layer
     entering = step.embeds
     if layer.index:
-        entering = anatomy.seam_before(step.model, anatomy.find_layers(step.model), layer.index)
+        entering = anatomy.seam_before(model, anatomy.find_layers(model), layer.index)
     behind = region.downstream(layer.attention.outputs[0]) & region.upstream(step.seam)
-    norm = next((node for node in step.model.graph if node in behind and node.op_type == "RMSNormalization"), None)
+    norm = next((node for node in model.graph if node in behind and node.op_type == "RMSNormalization"), None)
     if norm is None:
         raise GraphError(f"no RMSNormalization follows the attention of layer {layer.index}; choose another score")
     return entering, norm.outputs[0]

@@ -5,12 +5,70 @@ Shapes: B rows, R query rows, W keys, H query heads, KV key/value heads, G = H /
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 import onnx_ir as ir
 
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.surgery.anatomy import Layer, before_scaling
+from vlmtrim.graphs.surgery.anatomy import Layer, before_scaling, unrotated
+
+
+class Rows(Protocol):
+    """What rules read of a layer's attention, whatever its form in the graph. S are the tokens of this step."""
+
+    def last(self, ops: Ops, last_index: ir.Value, batch: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """(probabilities of each row's token at ``last_index``, mean over heads, float32 [B, W]; where this step's
+        tokens begin among the keys, int64 [B])."""
+        ...
+
+    def unrotated(self, ops: Ops, last_index: ir.Value, batch: ir.Value, tokens: ir.Value) -> ir.Value:
+        """The same from queries and keys before their rotary embedding, over this step's tokens alone: [B, S]."""
+        ...
+
+    def new_keys(self, ops: Ops, last_index: ir.Value, batch: ir.Value, tokens: ir.Value) -> ir.Value:
+        """Keys of this step's tokens, [B, KV, S, Dh]."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Rows of a layer of our own form."""
+
+    layer: Layer
+
+    def last(self, ops: Ops, last_index: ir.Value, batch: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """See :class:`Rows`."""
+        layer = self.layer
+        query, factor = before_scaling(layer.query)
+        index = row_index(ops, last_index)
+        row = query_row(ops, layer, query, factor, index, batch)
+        limit_shape = ops.concat(batch, ops.const([1]), ops.const([1]), ops.dim(layer.key, 2))
+        limit = ops("GatherElements", layer.mask, ops("Expand", index, limit_shape), axis=2)
+        return probabilities(ops, row, layer.key, limit), layer.write_indices
+
+    def unrotated(self, ops: Ops, last_index: ir.Value, batch: ir.Value, tokens: ir.Value) -> ir.Value:
+        """See :class:`Rows`."""
+        query, key = unrotated(self.layer)
+        _, factor = before_scaling(self.layer.query)
+        index = row_index(ops, last_index)
+        row = query_row(ops, self.layer, query, factor, index, batch)
+        return probabilities(ops, row, key, causal_limit(ops, index, tokens))
+
+    def new_keys(self, ops: Ops, last_index: ir.Value, batch: ir.Value, tokens: ir.Value) -> ir.Value:
+        """See :class:`Rows`."""
+        keys = self.layer.key_update.inputs[1]
+        assert keys is not None
+        return keys
+
+
+def causal_limit(ops: Ops, index: ir.Value, tokens: ir.Value) -> ir.Value:
+    """0 for tokens of this step up to ``index`` (of :func:`row_index`), else minus infinity: float32 [B, 1, 1, S]."""
+    token = ops("Range", ops.const(0), ops("Squeeze", tokens, ops.const([0])), ops.const(1))
+    seen = ops("LessOrEqual", token, index)
+    return ops("Where", seen, ops.const(0.0, np.float32), ops.const(-np.inf, np.float32))
 
 
 def row_index(ops: Ops, last_index: ir.Value) -> ir.Value:
@@ -68,17 +126,27 @@ def scaled(ops: Ops, layer: Layer, queries: ir.Value, factor: ir.Value | None = 
     return queries
 
 
-def probabilities(ops: Ops, row: ir.Value, key: ir.Value, limit: ir.Value, over: tuple[int, ...] = (1, 2)) -> ir.Value:
+def probabilities(
+    ops: Ops, row: ir.Value, key: ir.Value, limit: ir.Value, over: tuple[int, ...] = (1, 2), cap: float = 0.0
+) -> ir.Value:
     """Softmax over the keys [B, KV, W, Dh] in float32 under the limit [B, 1, 1, W], mean over heads: [B, W].
 
-    ``over``: (2,) for the mean over the query heads of a key head alone, [B, KV, W].
+    ``over``: (2,) for the mean over the query heads of a key head alone, [B, KV, W]. ``cap``: logits are bent to stay
+    below it before the limit, ``cap * tanh(logits / cap)``; 0 for none.
 
     The product is K q^T so that only the single query row is ever transposed.
     """
     logits = ops("MatMul", key, ops("Transpose", row, perm=[0, 1, 3, 2]))  # [B, KV, W, G]
     logits = ops("Cast", ops("Transpose", logits, perm=[0, 1, 3, 2]), to=ir.DataType.FLOAT)
+    if cap:
+        logits = ops("Mul", ops("Tanh", ops("Div", logits, ops.const(cap, np.float32))), ops.const(cap, np.float32))
     limited = ops("Add", logits, ops("Cast", limit, to=ir.DataType.FLOAT))
-    return ops("ReduceMean", ops("Softmax", limited, axis=-1), ops.const(over), keepdims=0)
+    return mean_of_softmax(ops, limited, over)
+
+
+def mean_of_softmax(ops: Ops, logits: ir.Value, over: tuple[int, ...] = (1, 2)) -> ir.Value:
+    """Softmax over the last axis of float32 [B, .., .., W], mean over both axes of heads, or ``over`` some: [B, W]."""
+    return ops("ReduceMean", ops("Softmax", logits, axis=-1), ops.const(over), keepdims=0)
 
 
 def head_counts(layer: Layer) -> tuple[int, int, int]:

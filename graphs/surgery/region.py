@@ -45,8 +45,16 @@ def cut_values(source: ir.Value, sink: ir.Value, order: Sequence[ir.Node]) -> It
     ``order`` is a topological order. Each node on a path is an ancestor or a descendant of a cut value, so right
     after a cut value is produced it is the only value still to be consumed.
     """
+    for values in cuts(source, sink, order):
+        if len(values) == 1:
+            yield values[0]
+
+
+def cuts(source: ir.Value, sink: ir.Value, order: Sequence[ir.Node]) -> Iterator[list[ir.Value]]:
+    """The same, and sets of outputs of one node where every path runs through one of them: a norm that returns the sum
+    it was taken of as well."""
     between = downstream(source) & upstream(sink)
-    yield source
+    yield [source]
     live = {source: _uses_in(source, between)}
     for node in order:
         if node not in between:
@@ -60,8 +68,8 @@ def cut_values(source: ir.Value, sink: ir.Value, order: Sequence[ir.Node]) -> It
             uses = _uses_in(value, between) + (value is sink)
             if uses:
                 live[value] = uses
-        if len(live) == 1:
-            yield next(iter(live))
+        if len({value.producer() for value in live}) == 1:
+            yield list(live)
 
 
 def _uses_in(value: ir.Value, nodes: set[ir.Node]) -> int:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import foreign
 import pytest
 import targets
 
 
-def fuzzed(target, *work):
+def fuzzed(target, *work, module=targets):
     """A target's report, from a process of its own: attempts are forked, and what a process holds in which other tests
     have run, memory and locks of threads, they would hold as well."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(getattr(targets, target), *work).result()
+        return pool.submit(getattr(module, target), *work).result()
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +50,10 @@ def test_templates_run_or_are_refused():
     report = fuzzed("templates", 150, 1)
     assert report.clean, report.failures[:3]
     assert report.tally["refused"] > 10 and report.tally["ran"] > 10
+
+
+def test_mutants_of_decoders_are_trimmed_or_refused():
+    """500 of them take ``scripts/fuzz.py decoders --count 500``."""
+    report = fuzzed("decoders", 50, 1, module=foreign)
+    assert report.clean, report.failures[:3]
+    assert report.tally["refused"] > 5 and report.tally["ran"] > 10

@@ -1,0 +1,120 @@
+"""Attention in elementary operators: Concat with the cache, MatMul, a mask, Softmax, MatMul.
+
+optimum, transformers.js and ``torch.onnx.export`` up to opset 22 write it so. The softmax sees scaled and masked logits
+of all heads, so a row of its input is all that a score needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.foreign.boundary import Boundary, Cache, rank
+from vlmtrim.graphs.foreign.nodes import followed, number, operand, said
+from vlmtrim.graphs.ops import Ops
+from vlmtrim.graphs.surgery.attention import mean_of_softmax
+
+READS = frozenset({("", "Concat")})
+_LAID_OUT = frozenset({"Identity", "Cast", "Unsqueeze", "Squeeze", "Expand", "Reshape", "Transpose", "Tile"})
+_TO_PRODUCT = _LAID_OUT | {"Mul", "Div"}
+_TO_SOFTMAX = frozenset({"Identity", "Cast", "Mul", "Div", "Add", "Sub", "Where", "Tanh", "Max", "Clip"})
+
+
+@dataclass(frozen=True)
+class WrittenOut:
+    """See :class:`vlmtrim.graphs.foreign.forms.Form`; ``node`` is the Softmax, ``joined`` makes keys [B, KV, T, Dh]."""
+
+    index: int
+    node: ir.Node
+    joined: ir.Node
+    cache: Cache
+
+    positions = False
+
+    @property
+    def output(self) -> ir.Value:
+        """Probabilities [B, H, S, T]."""
+        return self.node.outputs[0]
+
+    def rows(self, boundary: Boundary) -> WrittenOutRows:
+        """See :class:`vlmtrim.graphs.foreign.forms.Form`."""
+        logits = operand(self.node, 0)
+        assert logits is not None
+        if rank(logits) != 4 or number(self.node, "axis", -1) not in (-1, 3):
+            raise GraphError(
+                f"layer {self.index}: expected {said(self.node)} over the last axis of [B, H, S, T]; found "
+                f"{logits.shape}, axis {number(self.node, 'axis', -1):g}"
+            )
+        return WrittenOutRows(self, boundary, logits)
+
+    def heads(self) -> tuple[int, int, int]:
+        """Not to be had: only operators name them."""
+        raise GraphError(
+            f"layer {self.index}: expected the operator Attention or GroupQueryAttention; found {said(self.node)}, "
+            "attention written out: export with opset 23 or later"
+        )
+
+    def operands(self, ops: Ops, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, float]:
+        """See :meth:`heads`."""
+        self.heads()
+        raise AssertionError
+
+    def place(self, ops: Ops, positions: ir.Value) -> None:
+        """Nothing to do: positions come from outside."""
+
+
+@dataclass(frozen=True)
+class WrittenOutRows:
+    """See :class:`vlmtrim.graphs.surgery.attention.Rows`."""
+
+    layer: WrittenOut
+    boundary: Boundary
+    logits: ir.Value
+
+    def last(self, ops: Ops, last_index: ir.Value, batch: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """See :class:`vlmtrim.graphs.surgery.attention.Rows`."""
+        index = ops("Reshape", last_index, ops.const([-1, 1, 1, 1]))
+        shape = ops.concat(batch, ops.dim(self.logits, 1), ops.const([1]), ops.dim(self.logits, 3))
+        row = ops("GatherElements", self.logits, ops("Expand", index, shape), axis=2)
+        past = ops.dim(self.layer.cache.key, 2)
+        return mean_of_softmax(ops, ops("Cast", row, to=ir.DataType.FLOAT)), ops("Expand", past, batch)
+
+    def unrotated(self, ops: Ops, last_index: ir.Value, batch: ir.Value, tokens: ir.Value) -> ir.Value:
+        """Not to be had: nothing in the graph is named a rotary embedding."""
+        raise GraphError(
+            f"layer {self.layer.index}: score no-rope expects RotaryEmbedding before the attention; found it written "
+            "out: choose another score"
+        )
+
+    def new_keys(self, ops: Ops, last_index: ir.Value, batch: ir.Value, tokens: ir.Value) -> ir.Value:
+        """See :class:`vlmtrim.graphs.surgery.attention.Rows`."""
+        return self.layer.joined.inputs[1]  # type: ignore[return-value]
+
+
+def match(index: int, node: ir.Node, cache: Cache) -> WrittenOut | None:
+    """The layer whose past keys ``node`` joins with new ones; None where a fused attention reads them."""
+    check_joined(index, node, "keys")
+    products = [reader for reader, _ in followed(node.outputs[0], _TO_PRODUCT) if reader.op_type == "MatMul"]
+    if not products:
+        fused = [reader for reader, _ in followed(node.outputs[0], _TO_PRODUCT) if "Attention" in reader.op_type]
+        if fused:
+            return None
+        raise GraphError(f"layer {index}: expected a MatMul of queries with the keys of {said(node)}; found none")
+    ends = [reader for product in products for reader, _ in followed(product.outputs[0], _TO_SOFTMAX)]
+    softmaxes = list(dict.fromkeys(reader for reader in ends if reader.op_type == "Softmax"))
+    if len(softmaxes) != 1:
+        found = ", ".join(said(reader) for reader in (softmaxes or ends)[:4]) or "nothing"
+        raise GraphError(f"layer {index}: expected one Softmax behind {said(products[0])}; found {found}")
+    return WrittenOut(index, softmaxes[0], node, cache)
+
+
+def check_joined(index: int, node: ir.Node, what: str) -> None:
+    """Raise GraphError where a Concat does not put new entries [B, KV, S, Dh] behind those of a cache."""
+    inputs = [value for value in node.inputs if value is not None]
+    if len(inputs) != 2 or number(node, "axis", 0) not in (2, -2) or len(node.outputs) != 1:
+        raise GraphError(
+            f"layer {index}: expected {said(node)} to put new {what} behind those of the cache, along axis 2; found "
+            f"{len(inputs)} inputs, axis {number(node, 'axis', 0):g}"
+        )

@@ -1,0 +1,153 @@
+"""From the boundary that exporters share to our contract's: caches of fixed capacity that are written in place.
+
+What changes: keys and values go into the caches by TensorScatter, the mask follows from where they go, logits are of
+each row's last token, operators of ONNX Runtime become standard ones. Padding is on the right then, as in every bundle.
+Methods, backends and engines take the result as one of export-vlm's own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass, ShapeInferencePass
+
+from vlmtrim.graphs.contract import cache_names
+from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.foreign.boundary import Boundary, Cache, recognise
+from vlmtrim.graphs.foreign.forms import Form, find_layers
+from vlmtrim.graphs.foreign.nodes import kind, said, size
+from vlmtrim.graphs.foreign.standard import standardise
+from vlmtrim.graphs.foreign.whole import check_produced, check_subgraphs
+from vlmtrim.graphs.ops import Ops
+
+OPSET = 24  # of TensorScatter
+_OLDEST = 21  # from which on what exporters write means the same in 24
+_BY_TOKEN = frozenset({"Cast", "Identity", "Mul", "Div", "Tanh"})  # between the last product and the logits
+
+
+def own_form(model: ir.Model, capacity: int) -> ir.Model:
+    """Rewrite a decoder with the boundary of :mod:`.boundary` in place, and return it with that of the contract.
+
+    Args:
+        model: takes ``inputs_embeds``; attention is the operator Attention or GroupQueryAttention; no selection yet.
+        capacity: of the caches, in tokens.
+
+    Raises:
+        GraphError: it is of another form; the message names the layer, what was expected and what was found.
+    """
+    check_produced(model)
+    boundary = recognise(model)
+    check_subgraphs(model, boundary)
+    if not boundary.embedded:
+        raise GraphError("expected inputs_embeds, into which image features are merged; found input_ids")
+    version = model.opset_imports.get("", 0)
+    if version < _OLDEST:
+        raise GraphError(f"expected opset {_OLDEST} or later; found {version}: export the decoder again")
+    layers = find_layers(boundary)
+    dtype = boundary.tokens.dtype
+    assert dtype is not None
+    inputs = _Inputs(boundary, capacity)
+    ops = Ops("own")
+    mask = _mask(ops, inputs, dtype)
+    for layer, cache in zip(layers, boundary.caches, strict=True):
+        _attend(ops, layer, cache, inputs, mask, dtype.numpy())
+    _last_row(ops, boundary, inputs.last_index)
+    model.graph.extend(ops.nodes)
+    model.graph.inputs[:] = inputs.ordered(boundary.caches)
+    model.graph.sort()
+    RemoveUnusedNodesPass()(model)
+    standardise(model)
+    model.opset_imports[""] = OPSET
+    _tidy(model, boundary)
+    return model
+
+
+class _Inputs:
+    """The boundary's inputs: those that stay, under the contract's names of dimensions, and those that come."""
+
+    def __init__(self, boundary: Boundary, capacity: int):
+        self.tokens = boundary.tokens
+        self.tokens.shape = ir.Shape(("B", "S", size(boundary.tokens, 2)))
+        positions = boundary.positions
+        if positions is None:
+            positions = ir.val("position_ids", dtype=ir.DataType.INT64, shape=("B", "S"))
+        axes = list(positions.shape or ())[:-2]
+        positions.shape = ir.Shape((*axes, "B", "S"))
+        self.positions = positions
+        self.last_index = ir.val("last_index", dtype=ir.DataType.INT64, shape=("B",))
+        self.write_indices = ir.val("write_indices.0", dtype=ir.DataType.INT64, shape=("B",))
+        self.window = ir.val("key_positions.0", dtype=ir.DataType.INT64, shape=("W0",))
+        for cache in boundary.caches:
+            for value in (cache.key, cache.value):
+                value.shape = ir.Shape(("B", size(value, 1), capacity, size(value, 3)))
+
+    def ordered(self, caches: tuple[Cache, ...]) -> list[ir.Value]:
+        """As the contract orders them."""
+        first = [self.tokens, self.positions, self.last_index, self.write_indices, self.window]
+        return [*first, *(value for cache in caches for value in (cache.key, cache.value))]
+
+
+def _mask(ops: Ops, inputs: _Inputs, dtype: ir.DataType) -> ir.Value:
+    """What is added to the logits, [B, 1, S, W]: a token sees what was written up to itself."""
+    step = ops("Range", ops.const(0), ops("Squeeze", ops.dim(inputs.tokens, 1), ops.const([0])), ops.const(1))
+    at = ops("Add", ops("Unsqueeze", inputs.write_indices, ops.const([1])), step)
+    seen = ops("LessOrEqual", inputs.window, ops("Unsqueeze", at, ops.const([1, 3])))
+    low = -65504.0 if dtype == ir.DataType.FLOAT16 else -3e38
+    return ops("Where", seen, ops.const(0.0, dtype.numpy()), ops.const(low, dtype.numpy()))
+
+
+def _attend(ops: Ops, layer: Form, cache: Cache, inputs: _Inputs, mask: ir.Value, dtype: np.dtype) -> None:
+    """Attention over caches that are written in place, instead of the layer's own."""
+    query, key, value, scale = layer.operands(ops, inputs.positions)
+    live, names = [], cache_names(layer.index)
+    for old, new, written, (_, name) in zip(
+        (cache.key, cache.value), (cache.new_key, cache.new_value), (key, value), names, strict=True
+    ):
+        present = ops("TensorScatter", old, written, inputs.write_indices, axis=2)
+        present.type, present.shape = old.type, old.shape
+        new.replace_all_uses_with(present, replace_graph_outputs=True)
+        new.name, present.name = f"{name}.before", name
+        live.append(ops.slice(present, ops.const([0]), ops("Shape", inputs.window), axis=2))
+    # Scaled beforehand, by a constant: TensorRT would scale the whole key cache otherwise.
+    scaled = ops("Mul", query, ops.const(scale, dtype))
+    attended = ops("Attention", scaled, *live, mask, scale=1.0)
+    heads, head_size = layer.heads()[0], layer.heads()[2]
+    joined = ops("Reshape", ops("Transpose", attended, perm=[0, 2, 1, 3]), ops.const([0, 0, heads * head_size]))
+    layer.output.replace_all_uses_with(joined)
+
+
+def _last_row(ops: Ops, boundary: Boundary, last_index: ir.Value) -> None:
+    """Logits [B, V] of each row's last token: gathered in front of the last product."""
+    logits = boundary.logits
+    if logits.shape is None or len(logits.shape) != 3 or size(logits, 1) is not None:
+        raise GraphError(f"expected logits [B, S, V] of all tokens; found {logits.shape}")
+    node = logits.producer()
+    while node is not None and kind(node)[0] == "" and node.op_type in _BY_TOKEN:
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node is None or node.op_type != "MatMul" or node.inputs[0] is None:
+        raise GraphError(f"expected logits from a MatMul with the head's weights; found {said(node)}")
+    # GatherElements: TensorRT-RTX 1.7 cannot build a GatherND of what a selection's GatherND has just gathered.
+    states, index = node.inputs[0], ops("Unsqueeze", last_index, ops.const([1, 2]))
+    shape = ops.concat(ops.dim(states, 0), ops.const([1]), ops.dim(states, 2))
+    picked = ops("GatherElements", states, ops("Expand", index, shape), axis=1)
+    node.replace_input_with(0, ops("Squeeze", picked, ops.const([1])))
+    logits.shape = ir.Shape(("B", size(logits, 2)))
+
+
+def _tidy(model: ir.Model, boundary: Boundary) -> None:
+    """Names, and shapes under the new names of dimensions."""
+    outer = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in outer:
+                value.shape = None
+    if any(value is boundary.mask for node in model.graph for value in node.inputs):
+        raise GraphError("expected attention_mask to feed attention alone; found another reader")
+    NameFixPass()(model)
+    ShapeInferencePass()(model)
+    known = {"B", "S", "W0"}
+    for node in model.graph:  # names that inference made up would go along into what a selection clones
+        for value in node.outputs:
+            if value.shape is not None:
+                dims = [dim if isinstance(dim, int) or dim.value in known else None for dim in value.shape]
+                value.shape = ir.Shape(dims)

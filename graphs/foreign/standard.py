@@ -1,0 +1,77 @@
+"""Operators of com.microsoft, and of ONNX Runtime alone, as the standard ones that do the same (opset 23)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.foreign.nodes import MICROSOFT, kind, number, operand, result, said
+from vlmtrim.graphs.ops import Ops
+
+
+def standardise(model: ir.Model) -> None:
+    """Rewrite them in place. Raises GraphError naming an operator that has no such form here."""
+    for node in list(model.graph):
+        rewrite = _FORMS.get(kind(node))
+        if rewrite is None:
+            if kind(node)[0] != "":
+                raise GraphError(
+                    f"expected operators of the standard domain, or norms and rotary embeddings; found {said(node)}"
+                )
+            continue
+        ops = Ops(f"standard/{node.name or node.outputs[0].name}")
+        replaced = rewrite(ops, node)
+        for old, new in replaced.items():
+            new.type, new.shape = old.type, old.shape
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        model.graph.insert_before(node, ops.nodes)
+        model.graph.remove(node, safe=True)
+    model.functions.clear()
+    model.opset_imports.pop(MICROSOFT, None)
+
+
+def _norm(ops: Ops, node: ir.Node) -> dict[ir.Value, ir.Value]:
+    """SimplifiedLayerNormalization, which ONNX Runtime knows in the standard domain."""
+    return {node.outputs[0]: _normed(ops, node, node.inputs[0], node.inputs[1])}
+
+
+def _skip_norm(ops: Ops, node: ir.Node) -> dict[ir.Value, ir.Value]:
+    """The norm of a sum, and the sum."""
+    total = ops("Add", node.inputs[0], node.inputs[1])
+    total.type, total.shape = node.outputs[0].type, node.outputs[0].shape
+    if (bias := operand(node, 3)) is not None:
+        total = ops("Add", total, bias)
+    found = {node.outputs[0]: _normed(ops, node, total, node.inputs[2])}
+    for at in (1, 2):
+        if (value := result(node, at)) is not None and list(value.uses()):
+            raise GraphError(
+                f"expected nobody to read mean and deviation of {said(node)}; found a reader of {value.name}"
+            )
+    if (sum_ := result(node, 3)) is not None:
+        found[sum_] = total
+    return found
+
+
+def _normed(ops: Ops, node: ir.Node, value: ir.Value | None, weight: ir.Value | None) -> ir.Value:
+    settings = {"axis": -1, "epsilon": number(node, "epsilon", 1e-5), "stash_type": 1}
+    return ops("RMSNormalization", value, weight, **settings)
+
+
+def _rotary(ops: Ops, node: ir.Node) -> dict[ir.Value, ir.Value]:
+    """com.microsoft.RotaryEmbedding: the tables gathered at the positions first."""
+    if number(node, "scale", 1.0) != 1 or number(node, "is_packed_batching", 0):
+        raise GraphError(f"expected scale=1 and is_packed_batching=0 of {said(node)}; found others")
+    value, positions, *tables = node.inputs
+    cos, sin = (ops("Gather", table, positions) for table in tables)
+    names = ("num_heads", "rotary_embedding_dim", "interleaved")
+    settings = {name: int(number(node, name, 0)) for name in names}
+    return {node.outputs[0]: ops("RotaryEmbedding", value, cos, sin, **settings)}
+
+
+_FORMS: dict[tuple[str, str], Callable[[Ops, ir.Node], dict[ir.Value, ir.Value]]] = {
+    ("", "SimplifiedLayerNormalization"): _norm,
+    (MICROSOFT, "SkipSimplifiedLayerNormalization"): _skip_norm,
+    (MICROSOFT, "RotaryEmbedding"): _rotary,
+}

@@ -1,0 +1,79 @@
+"""export-vlm --decoder: a bundle around a decoder that another exporter wrote."""
+
+import exporters
+import numpy as np
+import onnx_ir as ir
+import pytest
+import transformers
+
+from vlmtrim import runtime
+from vlmtrim.export import check_cli, cli
+from vlmtrim.export import checkpoint as checkpoints
+from vlmtrim.export.weights import tiny
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny LLaVA's checkpoint, and its decoder as mobius-onnx writes it."""
+    pytest.importorskip("mobius", reason="mobius-onnx is not installed (extra peers)")
+    folder = tmp_path_factory.mktemp("given")
+    checkpoint = tiny.write_checkpoint(checkpoints.load_family("llava"), folder / "checkpoint")
+    full = transformers.LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype="float32").eval()
+    exporters.by_mobius(full.model.language_model, full.lm_head, folder / "decoder.onnx", "default")
+    return folder, checkpoint
+
+
+def export(made, name, *arguments):
+    folder, checkpoint = made
+    output = folder / name
+    fits = ["--max-seq-len", "256", "--dtype", "float32", "--output", str(output)]
+    assert cli.main(["--decoder", str(folder / "decoder.onnx"), "--like", str(checkpoint), *fits, *arguments]) == 0
+    return output
+
+
+@pytest.mark.slow
+def test_the_bundle_answers_as_the_traced_one(made, picture):
+    """Kept tokens equal, logits within float32's noise, over two turns."""
+    given = export(made, "given", "--k", "2", "--r", "0.5")
+    folder, checkpoint = made
+    traced = folder / "traced"
+    fits = ["--max-seq-len", "256", "--dtype", "float32", "--output", str(traced)]
+    assert cli.main(["--model", str(checkpoint), *fits, "--k", "2", "--r", "0.5"]) == 0
+    found = []
+    for bundle in (given, traced):
+        with runtime.open(bundle, backend="ort-cpu") as chat:
+            steps = list(chat.generate("What is it?", [picture], max_new_tokens=4))
+            steps += list(chat.generate("Why?", max_new_tokens=2))
+            found.append((steps[0].prefill.kept_indices, steps[0].prefill.logits, [step.token_ids for step in steps]))
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=0, atol=1e-5 * np.abs(found[1][1]).max())
+    assert found[0][2] == found[1][2]
+
+
+def test_it_is_held_against_pytorch_and_its_engines_build(made):
+    """By check-vlm: the checkpoint's model is what the decoder was made of."""
+    bundle = export(made, "checked", "--k", "2", "--r", "0.5", "--engine", "tensorrt-rtx")
+    assert "decoder.safetensors" in (bundle / "SHA256SUMS").read_text()
+    assert (bundle / "decoder.engine").stat().st_size > 100_000
+    assert check_cli.main([str(bundle), "--backend", "ort-cpu"]) == 0
+
+
+def test_what_does_not_fit_is_refused(made, tmp_path, capsys):
+    folder, checkpoint = made
+    decoder, output = str(folder / "decoder.onnx"), str(tmp_path / "bundle")
+    model = ir.load(decoder)
+    model.graph.outputs[0].name = "scores"
+    ir.save(model, tmp_path / "renamed.onnx")
+    like = ["--like", str(checkpoint), "--output", output, "--max-seq-len", "256"]
+    for arguments, status, expected in [
+        (["--decoder", str(tmp_path / "none.onnx"), *like], 2, "is no file"),
+        (["--decoder", decoder, *like, "--weights", "int8"], 2, "leave them out"),
+        (["--decoder", decoder, *like, "--dtype", "float16"], 2, "give --dtype float32"),
+        (["--decoder", str(tmp_path / "renamed.onnx"), *like, "--dtype", "float32"], 1, "expected the output logits"),
+        (["--decoder", str(checkpoint / "config.json"), *like, "--dtype", "float32"], 2, "not a readable ONNX file"),
+    ]:
+        assert cli.main(arguments) == status
+        said = capsys.readouterr().err.strip().splitlines()
+        assert expected in said[-1], said
+        assert not (tmp_path / "bundle").exists()

@@ -1,0 +1,152 @@
+"""Tiny random text models of transformers, and decoders that others' exporters make of them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+LAYERS, HIDDEN, HEADS, KV, DH, VOCABULARY = 4, 64, 4, 2, 16, 50
+COMMON = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def text_model(family: str, implementation: str = "eager"):
+    """(text model, its head) with random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    if family == "qwen2_vl":
+        sections = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+        config = transformers.Qwen2VLConfig(
+            text_config={**COMMON, "rope_parameters": sections}, vision_config={"depth": 1}
+        )
+        config._attn_implementation = implementation
+        model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+        return model.model.language_model, model.lm_head, model
+    config = getattr(transformers, f"{family}Config")(**COMMON, attn_implementation=implementation)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    return model.model, model.lm_head, model
+
+
+class Stepping(torch.nn.Module):
+    """What optimum traces: embeddings, mask, positions and caches in; logits and caches out."""
+
+    def __init__(self, text, head):
+        super().__init__()
+        self.text, self.head = text, head
+
+    def forward(self, inputs_embeds, attention_mask, position_ids, *past):
+        """See the class."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        out = self.text(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        caches = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        return self.head(out.last_hidden_state), *caches
+
+
+def by_torch(text, head, path: Path, dynamo: bool, opset: int, axes: int = 0) -> Path:
+    """``torch.onnx.export``, by tracing as optimum does or by torch.export."""
+    past = [torch.randn(2, KV, 3, DH) for _ in range(2 * LAYERS)]
+    at = torch.arange(3, 8).expand(*([axes] if axes else []), 2, 5).contiguous()
+    arguments = (torch.randn(2, 5, HIDDEN), torch.ones(2, 8, dtype=torch.int64), at, *past)
+    kinds = [f"{layer}.{kind}" for layer in range(LAYERS) for kind in ("key", "value")]
+    given = ["inputs_embeds", "attention_mask", "position_ids", *(f"past_key_values.{kind}" for kind in kinds)]
+    returned = ["logits", *(f"present.{kind}" for kind in kinds)]
+    common = {"input_names": given, "output_names": returned, "opset_version": opset}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if dynamo:
+            auto = torch.export.Dim.DYNAMIC
+            shapes = (
+                {0: auto, 1: auto},
+                {0: auto, 1: auto},
+                {0: auto, 1: auto},
+                tuple({0: auto, 2: auto} for _ in past),
+            )
+            torch.onnx.export(
+                Stepping(text, head), arguments, path, dynamic_shapes=shapes, dynamo=True, verbose=False, **common
+            )
+        else:
+            two = {0: "batch_size", 1: "sequence_length"}
+            dims = {"inputs_embeds": two, "attention_mask": {0: "batch_size", 1: "total"}, "logits": two}
+            dims["position_ids"] = {axis + bool(axes): name for axis, name in two.items()}
+            dims |= {name: {0: "batch_size", 2: "past"} for name in given[3:]}
+            dims |= {name: {0: "batch_size", 2: "past + sequence"} for name in returned[1:]}
+            torch.onnx.export(Stepping(text, head), arguments, path, dynamic_axes=dims, dynamo=False, **common)
+    return path
+
+
+def by_mobius(text, head, path: Path, provider: str, family: str = "llava") -> Path:
+    """mobius-onnx: built without weights, and filled with the model's."""
+    mobius = pytest.importorskip("mobius", reason="mobius-onnx is not installed (extra peers)")
+    from mobius.models import llava, qwen_vl
+
+    vision = mobius.VisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    vision.image_size, vision.patch_size = 28, 14
+    like, names = text.config, [name for name in COMMON if name not in ("bos_token_id", "initializer_range")]
+    sizes = {name: getattr(like, name) for name in names} | {"pad_token_id": 0, "rms_norm_eps": like.rms_norm_eps}
+    extra = {"mrope_section": [2, 3, 3], "attn_qkv_bias": True} if family == "qwen-vl" else {}
+    head_dim = like.hidden_size // like.num_attention_heads
+    config = mobius.ArchitectureConfig(
+        **sizes, head_dim=head_dim, hidden_act="silu", image_token_id=40, rope_type="default", vision=vision, **extra
+    )
+    module = (qwen_vl.Qwen25VLCausalLMModel if family == "qwen-vl" else llava.LLaVAModel)(config)
+    task = "qwen-vl" if family == "qwen-vl" else "vision-language"
+    decoder = mobius.build_from_module(module, config, task=task, execution_provider=provider)["decoder"]
+    weights = {f"model.{name}": value for name, value in text.state_dict().items()} | {"lm_head.weight": head.weight}
+    for name, value in decoder.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = ir.tensor(weights[name.removeprefix("decoder.")].detach().numpy(), name=name)
+    ir.save(decoder, path)
+    return path
+
+
+def by_genai(model, folder: Path, provider: str = "cpu", precision: str = "fp32") -> Path:
+    """onnxruntime-genai's model builder, from a checkpoint folder."""
+    builder = pytest.importorskip(
+        "onnxruntime_genai.models.builder", reason="onnxruntime-genai is not installed (extra peers)"
+    )
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    source, target = folder / "checkpoint", folder / "genai"
+    model.save_pretrained(source)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0").save_pretrained(source)
+    options = {"exclude_embeds": True}
+    given = (None, str(source), str(target), precision, provider, str(folder / "cache"))
+    builder.check_extra_options(*given, options)
+    builder.create_model(*given, **options)
+    return target / "model.onnx"
+
+
+def embeddings(seed: int, lengths: tuple[int, ...]) -> list[np.ndarray]:
+    """Rows of random embeddings."""
+    random = np.random.default_rng(seed)
+    return [random.normal(size=(n, HIDDEN)).astype(np.float32) for n in lengths]

@@ -1,0 +1,56 @@
+"""Fuzzes trim-onnx: mutants of decoders in every form of attention are trimmed or refused in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import foreign_decoders
+import mutations
+import onnx_ir as ir
+from harness import Report, attempt
+
+from vlmtrim.graphs import load
+from vlmtrim.graphs.foreign.cli import main
+from vlmtrim.runtime.errors import RuntimeRefusal
+
+_SCORES = ["last-row", "last-row", "no-rope", "dart", "divprune", "stride"]
+
+
+def decoders(count: int, seed: int) -> Report:
+    """Of every ten mutants one is changed in its bytes, the others in the fields of nodes, weights and boundary."""
+    report, w = Report(), foreign_decoders.weights()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        originals = {}
+        for form in foreign_decoders.FORMS:
+            path = folder / f"{form}.onnx"
+            ir.save(foreign_decoders.build(form, w), path, external_data="w.bin", size_threshold_bytes=4096)
+            originals[form] = path.read_bytes()
+        for number in range(count):
+            draw = random.Random(f"{seed} {number}")
+            form = draw.choice(foreign_decoders.FORMS)
+            change = mutations.mutated_bytes if draw.random() < 0.1 else mutations.mutated_onnx
+            mutant = folder / "mutant.onnx"
+            mutant.write_bytes(change(originals[form], draw))
+            k, score = draw.randrange(1, 4), draw.choice(_SCORES)
+            name = f"{seed}/{number} {form} {change.__name__} k={k} {score}"
+            attempt(name, partial(_trim, mutant, k, score), report)
+    return report
+
+
+def _trim(mutant: Path, k: int, score: str) -> None:
+    """Runs trim-onnx; what it wrote must be an ONNX file again, and what it refuses leaves nothing behind."""
+    target, said = mutant.with_name("trimmed.onnx"), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        status = main([str(mutant), str(target), "--k", str(k), "--score", score, "--force"])
+    left = [path.name for path in mutant.parent.iterdir() if path.name.startswith(".")]
+    assert not left, f"left behind: {left}"
+    if status:
+        raise RuntimeRefusal(said.getvalue().strip())
+    load(target)
+    target.unlink()
