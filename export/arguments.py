@@ -108,6 +108,11 @@ def check_packing(job: Job) -> None:
         if job.block is not None or job.keep:
             raise Refusal("--block and --keep are of weights in fewer bits; give --weights or --vision-weights as well")
         return
+    if job.link_weights:
+        raise Refusal(
+            "--link-weights links the checkpoint's files, and --weights writes others in fewer bits; leave one of them "
+            "out"
+        )
     chosen = [name for name in (job.weights, job.head_format, job.vision_weights) if name != FLOAT]
     if job.block is not None:
         try:

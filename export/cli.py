@@ -71,7 +71,7 @@ def parser(method: str = DEFAULT_METHOD, cache: str = arguments.NONE) -> argpars
         "--link-weights",
         action="store_true",
         help="hard-link the checkpoint's files instead of copying them: no disk space, but onnx and Polygraphy do not "
-        "read linked files",
+        "read linked files; only where the weights stay as they are (--dtype, --weights)",
     )
     p.add_argument(
         "--clip-overflow", action="store_true", help="clip weights that do not fit --dtype instead of refusing them"

@@ -132,10 +132,10 @@ def make_plan(
 
 
 def _least_shards(contract: Contract) -> int:
-    """TensorRT-RTX 1.7 (Myelin, "is_const") builds no engine that holds a selection, int4_sum layers behind it and the
-    row of the logits; the first two it does."""
+    """TensorRT-RTX 1.7 (Myelin, "is_const") builds no engine that holds several selections, one behind the other, and
+    int4_sum layers behind them; those of two pieces it does."""
     sums = any(kind.format == "int4_sum" for kind in contract.packed)
-    return 2 if sums and contract.selection is not None else 1
+    return 2 if sums and sum(group.removed > 0 for group in contract.groups) > 1 else 1
 
 
 def _sizes(
@@ -160,13 +160,17 @@ def _taking(
     total: int,
     packs: bool,
 ) -> tuple[str, int]:
-    """How the weights come into the bundle, and the bytes that they add on its disk."""
-    if packs:
+    """How the weights come into the bundle, and the bytes that they add on its disk.
+
+    Raises Refusal where files were to be linked, and others are written.
+    """
+    if packs or (tensors is not None and not weights.keeps_files(tensors, dtype)):
+        if job.link_weights:
+            why = "stored in another order" if packs else f"stored as {str(dtype).removeprefix('torch.')}"
+            raise Refusal(f"--link-weights: weights are {why}, in files of their own; leave it out")
         return taking.WRITTEN, total
     if tensors is None:
         return (taking.LINKED, 0) if job.link_weights else (taking.COPIED, total)
-    if not weights.keeps_files(tensors, dtype):
-        return taking.WRITTEN, total
     files = weights.files_of(tensors)
     means = taking.how(files, where, job.link_weights)
     return means, sum(file.stat().st_size for file in files) if means == taking.COPIED else 0

@@ -157,7 +157,7 @@ def prepare(job: Job, source: Path, tensors: dict[str, weights.StoredTensor] | N
     tensors, given = _given(settings, model, tensors)
     packings = packing.plan(job, model, given)
     given = {name: packings[name] for name in given}
-    packing.check_dtype(given, contract.dtype)
+    packing.check_dtype(packings, contract.dtype)
     contract = dataclasses.replace(contract, packed=packing.summary(packings, model, contract.dtype))
     plan = memory.make_plan(job, contract, model, tensors, packings)
     if not contract.eos_token_ids:
@@ -288,8 +288,8 @@ def _cut(decoder: ir.Model, contract: Contract, pieces: int, folder: Path) -> Co
     if contract.selection is not None and contract.crosses:
         dims["Nk"] = 0, max(group.capacity for group in contract.groups if group.source == IMAGES)
     elif contract.selection is not None:
-        crossing = {dim for spec in specs for tensor in spec.inputs for dim in tensor.shape if str(dim)[:2] == "Sk"}
-        dims |= {str(dim): dims["S"] for dim in sorted(crossing, key=str)}
+        crossing = {str(dim) for spec in specs for tensor in spec.inputs for dim in tensor.shape}
+        dims |= {dim: dims[{"Sk": "S", "Nk": "N"}[dim[:2]]] for dim in sorted(crossing) if dim[:2] in ("Sk", "Nk")}
     return dataclasses.replace(
         contract, graphs={**contract.graphs, **named}, dims=dims, chains={"decoder": tuple(named)}
     )

@@ -8,7 +8,8 @@ Symbolic dimensions
     I  images                 R  rows of this step whose attention is summed
     W0, W1, ...  live window of cache group 0, 1, ...
     Sk tokens of this step that survive the selection; Sk0, Sk1, ... in cache group 0, 1, ... where layers choose alone
-    Nk image features of this step that enter the caches, at most
+    Nk image features of this step that enter the caches, at most; Nk1, Nk2, ... visual tokens that a selection in
+       stages leaves to cache group 1, 2, ..., where a chain is cut between stages
 
 Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C_g capacity of group g)
 

@@ -15,7 +15,7 @@ from vlmtrim.runtime.image import generated_picture, load_image
 from vlmtrim.runtime.measure import bench
 from vlmtrim.runtime.measure.bench_table import table
 from vlmtrim.runtime.measure.machine import Peak
-from vlmtrim.runtime.select_backend import AUTO, BACKENDS
+from vlmtrim.runtime.select_backend import ACTIVATIONS, AUTO, BACKENDS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +39,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--warmup", type=int, default=1, help="rounds before them (default 1)")
     p.add_argument(
         "--cuda-graphs", default="auto", choices=CUDA_GRAPHS, help="how TensorRT's decode steps are replayed (auto)"
+    )
+    p.add_argument(
+        "--activations",
+        default=ACTIVATIONS[0],
+        choices=ACTIVATIONS,
+        help="what ONNX Runtime multiplies packed weights by (default int8; float32 is exact and slow)",
     )
     p.add_argument("--cache-share", type=float, metavar="S", help="what cache policies leave (default: the bundles')")
     p.add_argument("--peak-bandwidth", type=float, default=None, metavar="GB/S", help="of the device's memory, at best")
@@ -75,16 +81,8 @@ def _run(args: argparse.Namespace) -> dict:
         if args.images > max(most, 1):
             raise RuntimeRefusal(f"--images is {args.images}; a prompt of these bundles holds at most {max(most, 1)}")
     images = tuple(map(load_image, args.image)) or tuple(map(generated_picture, range(args.images)))
-    work = bench.Work(
-        args.prompt,
-        images,
-        args.prompt_tokens,
-        args.new_tokens,
-        args.repeat,
-        args.warmup,
-        args.cuda_graphs,
-        args.cache_share,
-    )
+    rounds = (args.repeat, args.warmup, args.cuda_graphs, args.activations, args.cache_share)
+    work = bench.Work(args.prompt, images, args.prompt_tokens, args.new_tokens, *rounds)
     scaled = (value and value * unit for value, unit in ((args.peak_bandwidth, 1e9), (args.peak_flops, 1e12)))
     return bench.measure(args.bundle, args.backend, work, Peak(*scaled))
 

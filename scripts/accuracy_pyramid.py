@@ -46,7 +46,7 @@ def main() -> None:
     traces: dict[str, Any] = {}
     report, dense = [], None
     for name, method in methods.items():
-        right, kept = common.ask(common.export(args, method, traces), examples)
+        right, _, kept = common.ask(common.export(args, method, traces), examples)
         dense = right if dense is None else dense
         mean, half = change(dense, right)
         report.append({"name": name, "right": right.mean(), "change": mean, "half": half, "kept": float(np.mean(kept))})

@@ -83,9 +83,9 @@ def measure(folder: Path, visual: int, layers: int, args: argparse.Namespace) ->
         decoders[name] = base.Decoder(folder, graph, groups, f"m{index}", backend)
     embeds = np.random.default_rng(0).normal(size=(1, tokens, shape.hidden)).astype(np.float32)
     places, nothing, token = np.arange(16, 16 + visual), np.zeros(0, np.int64), embeds[:, :1]
-    prefill = base.interleave({n: (lambda d=d: d.run(embeds, places)) for n, d in decoders.items()}, args.rounds)
+    prefill, _ = base.interleave({n: (lambda d=d: d.run(embeds, places)) for n, d in decoders.items()}, args.rounds)
     past = {n: [group.length(tokens, visual) for group in d.groups] for n, d in decoders.items()}
-    decode = base.interleave(
+    decode, _ = base.interleave(
         {n: (lambda n=n, d=d: d.run(token, nothing, past=tokens, entries=past[n])) for n, d in decoders.items()},
         args.decode_rounds,
     )

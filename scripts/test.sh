@@ -9,7 +9,8 @@ ruff format --check .
 mkdir -p .typing/vlmtrim
 for folder in export graphs runtime; do ln -sfn "../../$folder" ".typing/vlmtrim/$folder"; done
 pyright
-# A test file stays on one worker, so that its fixtures are made once; -n 0 runs all in one process (GPU tests).
+# A test file stays on one worker, so that its fixtures are made once, the longest first (tests/conftest.py); -n 0 runs
+# all in one process (GPU tests).
 # A whole run also compares README's table of what is proven with what it proves (--proven write writes it).
 (($#)) || set -- --proven check
-python -m pytest -n auto --dist loadfile "$@"
+python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

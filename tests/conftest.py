@@ -11,9 +11,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread 
 
 import proven
 import pytest
-from shared_traces import SharedTraces
+import shared_traces
 
 pytest_addoption, pytest_sessionfinish = proven.pytest_addoption, proven.pytest_sessionfinish
+# A file stays on one worker, so those that take longest come first; a long one at the end would have a worker wait.
+LONGEST = """
+test_families test_zipvl test_interrupted test_quantised test_rules test_tensorrt test_demo_accuracy test_packed
+test_engines test_qwen test_mllama test_gptq test_image_settings test_cli test_chat test_parity test_wide_layers
+test_llava_next test_guided test_fuzz test_session test_gpu_report test_run_cli test_large test_calibration
+"""
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, in this order; scripts/test.sh keeps xdist from sorting by the number of tests."""
+    place = {name: number for number, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture
@@ -22,8 +34,17 @@ def proves(record_property):
     return lambda family, method, backend: record_property(proven.PROPERTY, (family, method, backend))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def trace_folder(tmp_path_factory):
+    """Folder of the traces that all tests of a run share, whatever exports."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "traces"
+    shared_traces.install(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def export_tiny(tmp_path_factory):
+def export_tiny(tmp_path_factory, trace_folder):
     """Export a tiny random model: export_tiny("name", variant={...}, **fields of job and method) -> bundle folder."""
     from vlmtrim.export import checkpoint as checkpoints
     from vlmtrim.export import pipeline
@@ -31,19 +52,14 @@ def export_tiny(tmp_path_factory):
     from vlmtrim.export.weights import tiny
     from vlmtrim.graphs.methods import make_method, parameters
 
-    selection = {"method", "max_batch", "image_tokens", "engine", "engine_shards", "emit_guide"}
-    selection |= {"weights", "block", "head_weights", "vision_weights", "keep", "cache", "cache_share"}
-    done, checkpoints_, traces = {}, {}, {}
-    base = tmp_path_factory.getbasetemp()
-    common = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "traces"  # of all workers
+    done, checkpoints_ = {}, {}
+    shared_traces.install(trace_folder)
 
     def export(name, variant=None, family="llava", **fields):
         chosen = fields.pop("method", "fastv")
         given = {parameter: fields.pop(parameter) for parameter in parameters(chosen) if parameter in fields}
         fields = {"max_seq_len": 512, "method": make_method(chosen, **given), **fields}
         model = (family, repr(variant or {}))
-        # Exports that differ in nothing but the selection share a checkpoint and a trace.
-        traced = (model, repr(sorted((key, value) for key, value in fields.items() if key not in selection)))
         key = (name, model, repr(sorted(fields.items())))
         if model not in checkpoints_:
             folder = tmp_path_factory.mktemp("checkpoint")
@@ -52,9 +68,7 @@ def export_tiny(tmp_path_factory):
             )
         if key not in done:
             job = Job(model=str(checkpoints_[model]), output=str(tmp_path_factory.mktemp(name) / "bundle"), **fields)
-            if traced not in traces:
-                traces[traced] = SharedTraces(common, repr(traced))
-            done[key] = pipeline.export(job, checkpoints_[model], traces[traced])
+            done[key] = pipeline.export(job, checkpoints_[model])
         return done[key]
 
     return export

@@ -1,52 +1,67 @@
-"""Traces that test processes share: tracing is most of what exporting a tiny model takes."""
+"""Traces that all tests share, over all test processes: tracing is most of what exporting a tiny model takes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, MutableMapping
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 
-class SharedTraces(MutableMapping):
-    """Name of a graph -> traced graph, in a folder; ``key`` says of what, in any words.
+class SharedTraces:
+    """In place of ``trace.trace``: what was traced of an equal plan, from a folder.
 
     Weights are placeholders of no memory that every export binds to its checkpoint anew; so is what is written here, in
     ONNX's own form for data in a file, which does not exist.
     """
 
-    def __init__(self, folder: Path, key: str):
-        self._folder = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
-        self._loaded: dict[str, ir.Model] = {}
+    def __init__(self, folder: Path, real: Callable[[Any], ir.Model]):
+        self._folder, self.real = folder, real
+        self._loaded: dict[Path, ir.Model] = {}
 
-    def __getitem__(self, name: str) -> ir.Model:
-        if name not in self._loaded:
-            path = self._folder / name
+    def __call__(self, plan: Any) -> ir.Model:
+        path = self._folder / f"{hashlib.sha256(key(plan).encode()).hexdigest()[:24]}.onnx"
+        if path not in self._loaded:
             if not path.is_file():
-                raise KeyError(name)
-            self._loaded[name] = ir.load(path)
-        return self._loaded[name]
+                self._write(path, self.real(plan))
+            self._loaded[path] = ir.load(path)
+        return self._loaded[path].clone()
 
-    def __setitem__(self, name: str, model: ir.Model) -> None:
-        self._loaded[name] = model
-        copy = model.clone()
-        for key, value in copy.graph.initializers.items():
+    def _write(self, path: Path, model: ir.Model) -> None:
+        for name, value in model.graph.initializers.items():
             stored = value.const_value
-            if key.startswith("full.") and stored.size > 1 and not any(stored.raw.stride()):  # one number, expanded
+            if name.startswith("full.") and stored.size > 1 and not any(stored.raw.stride()):  # one number, expanded
                 value.const_value = ir.ExternalTensor(
-                    "nowhere", 0, stored.nbytes, value.dtype, shape=value.shape, name=key
+                    "nowhere", 0, stored.nbytes, value.dtype, shape=value.shape, name=name
                 )
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._folder / f"{name}.{id(self)}.partial"
-        ir.save(copy, partial)
-        partial.rename(self._folder / name)
+        partial = path.with_suffix(f".{id(self)}.partial")
+        ir.save(model, partial)
+        partial.rename(path)
 
-    def __delitem__(self, name: str) -> None:
-        raise NotImplementedError
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(path.name for path in self._folder.iterdir())
+def key(plan: Any) -> str:
+    """All that a trace depends on, in words: modules, the model's config, example inputs and the boundary."""
+    full = plan.module.full
+    own = {name: value for name, value in vars(plan.module).items() if not name.startswith("_")}
+    parameters = [(name, value.dtype, tuple(value.shape)) for name, value in full.named_parameters()]
+    inputs = [(tuple(v.shape), v.dtype, v.tolist() if v.numel() < 65 else None) for v in flat(plan)]
+    told = (type(plan.module), own, type(full), full.config.to_dict(), parameters, inputs)
+    return repr((*told, plan.dynamic_shapes, plan.spec, dict(plan.fusions)))
 
-    def __len__(self) -> int:
-        return len(list(self))
+
+def flat(plan: Any) -> list[Any]:
+    """Tensors among the example inputs."""
+    import torch
+
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(list(plan.args)) if isinstance(leaf, torch.Tensor)]
+
+
+def install(folder: Path) -> None:
+    """Let exports share their traces, once the module that traces is there."""
+    module = sys.modules.get("vlmtrim.export.tracing.trace")
+    if module is not None and not isinstance(module.trace, SharedTraces):
+        module.trace = SharedTraces(folder, module.trace)

@@ -177,6 +177,8 @@ class Pyramid:
         first_visual = select.kept_first(ops, is_visual, sizes.survivors, sizes.kept_visual, clip=True)
         visual = ops.slice(first_visual, ops.const([0]), sizes.kept_visual, axis=1)
         running = split.split_at(model, ops, seam, layers, first, survivors, capacity, left.running, tokens)
+        for value, length in ((visual, f"Nk{running.group}"), (of_step, tokens)):  # named, a cut may let them cross
+            value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(("B", length))
         return _Left(running, visual, of_step, left.scores or scores, share)
 
 

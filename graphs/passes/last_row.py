@@ -7,6 +7,7 @@ Applied to the plain decoder, before a selection, which then re-derives these no
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -39,8 +40,7 @@ def last_row(model: ir.Model) -> ir.Model:
 
     ops = Ops("last")
     index = ops("Unsqueeze", last_index, ops.const([1]))
-    # GatherElements: TensorRT-RTX 1.7 cannot build a GatherND of what a selection's GatherND has just gathered.
-    row = _of_last(ops, seam, index, 1)
+    row = _row(ops, seam, index)
     roots = {layer.key: layer.key, layer.value: layer.value, seam: row, embeds: row}  # what is read of the caches stays
     if not layer.crosses:  # a query's place in the caches is that of the last token
         roots[layer.write_indices] = ops("Add", layer.write_indices, last_index)
@@ -63,6 +63,21 @@ def last_row(model: ir.Model) -> ir.Model:
     RemoveUnusedNodesPass()(model)
     model.graph.sort()
     return model
+
+
+def _row(ops: Ops, states: ir.Value, index: ir.Value) -> ir.Value:
+    """``states`` [B, S, D] at ``index`` [B, 1] -> [B, 1, D].
+
+    A sum in which all others are zero: where a selection has gathered the states, TensorRT-RTX 1.7 does not build every
+    decoder that gathers of them once more ("is_const").
+    """
+    number = ops("Range", ops.const(0), ops("Squeeze", ops.dim(states, 1), ops.const([0])), ops.const(1))
+    here = ops("Unsqueeze", ops("Equal", number, index), ops.const([2]))  # [B, S, 1]
+    others = ops("CastLike", ops.const(0.0, np.float32), states)
+    row = ops("ReduceSum", ops("Where", here, states, others), ops.const([1]), keepdims=1)
+    batch, _, width = states.shape or ("B", "S", None)
+    row.type, row.shape = states.type, ir.Shape((batch, 1, width))
+    return row
 
 
 def _of_last(ops: Ops, value: ir.Value, index: ir.Value, axis: int) -> ir.Value:

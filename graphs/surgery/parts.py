@@ -56,7 +56,7 @@ def parts_of(model: ir.Model, layers: list[Layer], layer: Layer, ids: ir.Value |
     state, ids = normed, ids or graph_input(model, "position_ids")
     if one_row:
         before = upstream(layer.query)
-        state, ids = _gathered(before, seam), _gathered(before, ids)
+        state, ids = _row_of(before, seam), _gathered(before, ids)
     added = layer.attention.outputs[0]
     while True:
         readers = [node for node, _ in added.uses()]
@@ -115,6 +115,15 @@ def _projected(value: ir.Value) -> ir.Value:
     if node is None or node.inputs[0] is None:
         raise GraphError(f"{value.name} is no projection of token states by a MatMul")
     return node.inputs[0]
+
+
+def _row_of(nodes: set[ir.Node], states: ir.Value) -> ir.Value:
+    """What one of the nodes made of states by :mod:`vlmtrim.graphs.passes.last_row`: [B, 1, D]."""
+    masked = [node.outputs[0] for node in nodes if node.op_type == "Where" and node.inputs[1] is states]
+    found = [node for node in nodes if node.op_type == "ReduceSum" and node.inputs[0] in masked]
+    if len(found) != 1:
+        raise GraphError(f"{len(found)} sums pick a row of {states.name} for the last layer's query; expected one")
+    return found[0].outputs[0]
 
 
 def _gathered(nodes: set[ir.Node], source: ir.Value) -> ir.Value:

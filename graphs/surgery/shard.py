@@ -57,6 +57,7 @@ def cut(model: ir.Model, starts: Sequence[int]) -> list[ir.Model]:
     """
     model = model.clone()
     layers = find_layers(model)
+    named = {dim for value in _values(model) for dim in value.shape or ()}  # before inference makes up names
     if any(value.type is None for node in model.graph for value in node.outputs):
         ShapeInferencePass()(model)  # ranks tell what may cross
     seams = [seam_before(model, layers, start) for start in starts]
@@ -64,7 +65,7 @@ def cut(model: ir.Model, starts: Sequence[int]) -> list[ir.Model]:
         seam.name = f"{HIDDEN}.{start}"
     edges = [0, *starts, len(layers)]
     behind = [_behind(seam, layers[start:]) for start, seam in zip(starts, seams, strict=True)]
-    needs = [_Needs(model, seam, nodes) for seam, nodes in zip(seams, behind, strict=True)]
+    needs = [_Needs(model, seam, nodes, named) for seam, nodes in zip(seams, behind, strict=True)]
     crossing = list(dict.fromkeys(value for need in needs for value in need.small))
     shards = []
     for index in range(len(edges) - 1):
@@ -112,7 +113,7 @@ def weight_bytes(model: ir.Model) -> int:
 class _Needs:
     """What the part of a decoder behind a seam (the nodes ``behind``) reads of the part before it."""
 
-    def __init__(self, model: ir.Model, seam: ir.Value, behind: set[ir.Node]):
+    def __init__(self, model: ir.Model, seam: ir.Value, behind: set[ir.Node], named: set[int | ir.SymbolicDim]):
         self.small: list[ir.Value] = []
         self.shapes: list[ir.Node] = []
         contents = _contents(model, seam)
@@ -125,7 +126,7 @@ class _Needs:
             if value in seen or node is None or node in region:
                 continue
             seen.add(value)
-            if node in contents and _may_cross(value):
+            if node in contents and _may_cross(value, named):
                 self.small.append(value)
             elif node in contents and node.op_type in ("MatMul", "Attention", "TensorScatter", "Gemm"):
                 raise GraphError(
@@ -138,12 +139,18 @@ class _Needs:
                 stack.extend(v for v in node.inputs if v is not None)
 
 
-def _may_cross(value: ir.Value) -> bool:
-    """Whether it is a vector as long as something, or one a key head as long as the window; a shape, of known length,
-    is put together anew instead."""
+def _values(model: ir.Model) -> list[ir.Value]:
+    return [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+
+
+def _may_cross(value: ir.Value, named: set[int | ir.SymbolicDim]) -> bool:
+    """Whether it is a vector as long as something that has a name, which limits of engines are given for, or one a key
+    head as long as the window; a shape, of known length, is put together anew instead."""
     if value.shape is None or all(isinstance(dim, int) for dim in value.shape):
         return False
-    return len(value.shape) <= 2 or (len(value.shape) == 3 and str(value.shape[2]).startswith("W"))
+    if len(value.shape) > 2 and not (len(value.shape) == 3 and str(value.shape[2]).startswith("W")):
+        return False
+    return all(dim in named for dim in value.shape)
 
 
 def _contents(model: ir.Model, seam: ir.Value) -> set[ir.Node]:

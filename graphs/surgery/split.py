@@ -63,19 +63,20 @@ def split_at(
     graph = model.graph
     region = downstream(seam)
     embeds, positions = running.embeds, running.positions
-    gathered = gather_tokens(ops, seam, survivors.kept_indices)
+    kept, last_index = survivors.kept_indices, survivors.last_index
+    gathered = gather_tokens(ops, seam, kept)
     gathered.type, gathered.shape = seam.type, ir.Shape(("B", tokens, *list(seam.shape or ())[2:]))
     axes = list(positions.shape or ())[:-2]  # M-RoPE: three numbers a token, one tensor each
-    everywhere = survivors.kept_indices
+    everywhere = kept
     if axes:
         everywhere = ops("Expand", everywhere, ops.concat(ops.const(axes), ops("Shape", everywhere)))
     kept_positions = ops("GatherElements", positions, everywhere, axis=1 + len(axes))
-    for value, shape in ((kept_positions, (*axes, "B", tokens)), (survivors.last_index, ("B",))):
+    for value, shape in ((kept_positions, (*axes, "B", tokens)), (kept, ("B", tokens)), (last_index, ("B",))):
         value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(shape)
     group = running.group + (first > 0)
     suffix = "" if group < 2 else f".{group}"
-    kept_positions.name, survivors.last_index.name = f"kept_position_ids{suffix}", f"kept_last_index{suffix}"
-    roots = {seam: gathered, embeds: gathered, positions: kept_positions, running.last_index: survivors.last_index}
+    kept_positions.name, last_index.name = f"kept_position_ids{suffix}", f"kept_last_index{suffix}"
+    roots = {seam: gathered, embeds: gathered, positions: kept_positions, running.last_index: last_index}
     rows = running.rows
     if rows is not None:
         roots[rows] = _rows_left(ops, rows, survivors.kept_indices)
@@ -98,7 +99,7 @@ def split_at(
     for node in [*order, *side.cloned]:
         rename_dims(node, rename)
     graph.sort()
-    return Running(gathered, kept_positions, survivors.last_index, group, tokens, None if rows is None else roots[rows])
+    return Running(gathered, kept_positions, last_index, group, tokens, None if rows is None else roots[rows])
 
 
 def _rows_left(ops: Ops, rows: ir.Value, kept_indices: ir.Value) -> ir.Value:

@@ -56,9 +56,9 @@ def import_library(name: str) -> Any:
 
 
 _HINT = (
-    "; the checkpoint has zero points, which not every decoder with a selection can be built of: give --method none, "
-    "fastv with a smaller --k, or more --engine-shards, leave --engine out, or give the checkpoint that is not "
-    "quantised, with --weights int4"
+    "; the checkpoint has zero points, which not every decoder with several selections can be built of: give --method "
+    "fastv or none, or more --engine-shards, leave --engine out, or give the checkpoint that is not quantised, with "
+    "--weights int4"
 )
 
 

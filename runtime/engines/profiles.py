@@ -59,7 +59,10 @@ def decoder_profiles(contract: Contract) -> dict[str, Profile]:
     for name in (name for name in dims if name[:2] == "Sk"):  # enters the pieces of a chain behind a selection
         survivors = contract.groups[int(name[2:] or -1)].length(tokens, visual)
         prefill[name], decode[name] = Range(1, survivors, dims[name][1]), Range(1, 1, 2)
-    if "Nk" in dims:  # the same of image features
+    for name in (name for name in dims if name[:2] == "Nk" and name != "Nk"):  # visual tokens of those, between stages
+        left = contract.groups[int(name[2:])].length(visual, visual)
+        prefill[name], decode[name] = Range(0, left, dims[name][1]), Range(0, 0, 0)
+    if "Nk" in dims:  # image features
         kept = max(group.length(0, visual) for group in contract.groups if group.source == IMAGES)
         prefill["Nk"], decode["Nk"] = Range(0, kept, dims["Nk"][1]), Range(0, 0, 0)
     if "R" in dims:  # rows whose attention is summed: a question's text, and a decode step's one token

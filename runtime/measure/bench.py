@@ -35,7 +35,7 @@ from vlmtrim.runtime.measure import machine
 from vlmtrim.runtime.measure.machine import Peak
 from vlmtrim.runtime.measure.watch import Run, watch
 from vlmtrim.runtime.prompt import Conversation
-from vlmtrim.runtime.select_backend import choose_backend
+from vlmtrim.runtime.select_backend import ACTIVATIONS, choose_backend
 from vlmtrim.runtime.session import Session
 
 
@@ -49,6 +49,7 @@ class Work:
         new_tokens: to generate, the first one included.
         rounds, warmup: rounds that count, and rounds before them that do not.
         cuda_graphs: how TensorRT's decode steps are replayed.
+        activations: what ONNX Runtime multiplies packed weights by.
         cache_share: what cache policies leave of the visual tokens; None for each bundle's own.
     """
 
@@ -59,6 +60,7 @@ class Work:
     rounds: int
     warmup: int
     cuda_graphs: str = "auto"
+    activations: str = ACTIVATIONS[0]
     cache_share: float | None = None
 
 
@@ -105,7 +107,7 @@ class Subject:
         self.bundle = open_bundle(folder)
         self.contract: Contract = self.bundle.contract
         self.name = Path(folder).resolve().name
-        self.backend = choose_backend(backend, self.bundle, cuda_graphs=work.cuda_graphs)
+        self.backend = choose_backend(backend, self.bundle, cuda_graphs=work.cuda_graphs, activations=work.activations)
         self._spans: list[tuple[str, Any, Any]] = []
         self.session = Session(self.bundle, watch(self.backend, self._clock))
         if work.cache_share is not None and self.session.caching:
@@ -208,6 +210,7 @@ def measure(folders: Sequence[str | Path], backend: str, work: Work, peak: Peak 
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cuda_graphs": work.cuda_graphs,
+        "activations": work.activations,
         "backend": "/".join(dict.fromkeys(subject.backend.name for subject in subjects)),
         "device": machine.cpu() if gpu is None else gpu.name,
         "driver": None if gpu is None else gpu.driver,

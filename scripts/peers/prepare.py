@@ -103,8 +103,9 @@ def ours(work: Path, model: Path, name: str, arguments: str) -> list[Subject]:
     given = dict(zip(words, [*words[1:], ""], strict=True))
     target = work / f"ours-{name}"
     export = (sys.executable, "-m", "vlmtrim.export.cli", "--model", model, "--output", target, "--force")
-    shape = ("--dtype", "float32", "--link-weights", "--max-seq-len", "2048")
-    run(*export, *shape, *words, log=work / f"ours-{name}.log", PYTHONPATH=_paths())
+    shape = ("--dtype", "float32", "--max-seq-len", "2048")
+    linked = () if "--weights" in words or "--vision-weights" in words else ("--link-weights",)
+    run(*export, *shape, *linked, *words, log=work / f"ours-{name}.log", PYTHONPATH=_paths())
     pruned = "-" if given.get("--method") == "none" else f"{100 * float(given.get('--r', 0.5)):.0f} %"
     load = {"bundle": str(target), "packages": ["onnxruntime"]}
     return [Subject("ours", given.get("--weights", "float32"), "drive_ours.py", load, prunings={pruned: {}})]

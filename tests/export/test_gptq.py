@@ -83,7 +83,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_bundles_are_packed_on_pictures(family, pictures, tmp_path, capsys):
     """Parity with the oracle that unpacks them; each layer's outputs nearer than those of rounding alone."""
     source = tiny.write_checkpoint(checkpoints.load_family(family), tmp_path / "c")

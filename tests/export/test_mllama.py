@@ -221,6 +221,7 @@ def test_a_chain_runs_like_the_whole(method, shards, export_tiny):
     np.testing.assert_equal(recorded[:4], recorded[4:])
 
 
+@pytest.mark.slow
 def test_bfloat16_engines_build(export_tiny):
     """The published models' dtype."""
     folder = export_tiny("bf", family="mllama", method="trimmed-llama", dtype="bfloat16", engine="tensorrt-rtx")

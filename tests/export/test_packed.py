@@ -156,6 +156,9 @@ def test_the_plan_foresees_what_is_written(export_tiny, tmp_path):
         (["--weights", "int4", "--block", "16"], "--block is 16; int4 weights take 128, 64, 32, channel"),
         (["--weights", "fp8", "--block", "64"], "--block is 64; fp8 weights take channel, 128"),
         (["--weights", "nvfp4", "--dtype", "float32"], "nvfp4 weights are for engines, .* give --dtype float16"),
+        (["--weights", "nvfp4"], r"proj.weight is nvfp4, for engines, .* give --dtype float16"),  # of a float32 model
+        (["--weights", "int4", "--link-weights"], "--link-weights links the checkpoint's files, and --weights writes"),
+        (["--dtype", "float16", "--link-weights"], "--link-weights: weights are stored as float16, in files of their"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_any_work(arguments, message, capsys):

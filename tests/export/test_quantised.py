@@ -255,8 +255,20 @@ def test_zero_points_are_subtracted_as_sums_where_engines_are_built(plain, trace
     folder = pipeline.export(job(tmp_path / "c", tmp_path / "b", **fields), tmp_path / "c", traces)
     check_bundle(folder, expected, {("layers", "int4_sum", method.group): LAYERS})
     prints = json.loads((folder / "engines.json").read_text())
-    assert set(prints) == {"vision.engine", "embed.engine", "decoder-0.engine", "decoder-1.engine"}
+    assert set(prints) == {"vision.engine", "embed.engine", "decoder.engine"}
     assert_parity(folder, capsys, "--tokens", "4")
+
+
+@pytest.mark.parametrize(("method", "shards"), [(make_method("fastv", k=3, r=0.5), 1), (make_method("pyramid"), 0)])
+def test_sums_go_with_a_selection_in_the_last_piece_and_with_stages(method, shards, plain, traces, tmp_path):
+    """A selection directly before the last layer, and stages, which are cut into two engines of themselves."""
+    write(Awq(), plain, tmp_path / "c")
+    asked = Job(
+        str(tmp_path / "c"), str(tmp_path / "b"), method, "float16", 512, engine="tensorrt-rtx", engine_shards=shards
+    )
+    folder = pipeline.export(asked, tmp_path / "c")
+    assert {kind.format for kind in open_bundle(folder).contract.packed} == {"int4_sum"}
+    assert len(list(folder.glob("decoder*.engine"))) == (1 if shards else 2)
 
 
 def test_an_export_without_engines_says_how_to_get_some(plain, traces, tmp_path):

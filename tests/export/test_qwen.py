@@ -208,6 +208,7 @@ def test_engines_build_and_a_chain_runs_like_the_whole(export_tiny, bundle):
     np.testing.assert_equal(recorded[0], recorded[1])
 
 
+@pytest.mark.slow  # float16 of every family: test_families.py; bfloat16 of llava: tests/runtime/test_engines.py
 def test_bfloat16_engines_build(export_tiny):
     folder = export_tiny("bfloat16", family="qwen2_vl", dtype="bfloat16", engine="tensorrt-rtx", max_batch=2)
     assert {"vision.engine", "embed.engine", "decoder.engine"} <= {path.name for path in folder.iterdir()}

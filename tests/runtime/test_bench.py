@@ -1,9 +1,12 @@
 """bench-vlm: what is counted equals what other programs count; arithmetic; nothing unknown is printed."""
 
 import json
+import math
+import shutil
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration, MllamaForConditionalGeneration
@@ -17,6 +20,7 @@ from vlmtrim.runtime.measure import bench, machine
 from vlmtrim.runtime.measure.bench_table import table
 from vlmtrim.runtime.measure.check import Turn
 from vlmtrim.runtime.measure.machine import Peak
+from vlmtrim.runtime.measure.watch import watch
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 
@@ -210,3 +214,58 @@ def test_peaks_are_known_by_name_and_never_of_a_slice():
     assert machine.parse_gpu("NVIDIA H100 80GB HBM3, 580, 512, Enabled").peak == Peak(None, None)
     assert machine.parse_gpu("Some GPU, 1, 2, [N/A]").peak == Peak(None, None)
     assert machine.parse_gpu("No devices were found") is None
+
+
+def test_multiply_adds_of_layers_that_choose_are_the_graphs(export_tiny, tmp_path):
+    """Every product with a weight and every Attention of a prefill, by the shapes that ONNX Runtime ran them on;
+    budgets differ from layer to layer, and what scores the tokens (the probe rows) is not counted."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(export_tiny("zipvl", method="zipvl", max_batch=2, budgets=(0.5, 0.3, 0.7, 0.4)), folder)
+    bundle, seen = open_bundle(folder), {}
+
+    def keep(graph, feeds, run):
+        seen[graph] = dict(feeds)
+        return run(feeds)
+
+    ids = [256, 5, *[259] * 16, *range(40, 60)]
+    session = Session(bundle, watch(make_backend("ort-cpu"), keep))
+    session.prefill([ids], session.processor([generated_picture(0)]))
+    model = ir.load(folder / "decoder.onnx")
+    products = [node for node in model.graph if node.op_type == "MatMul" and weight_of(node) is not None]
+    products = [node for node in products if ".probe" not in node.name]
+    attentions = [node for node in model.graph if node.op_type == "Attention"]
+    assert len(products) == 4 * 7 and len(attentions) == 4  # the logits are a Gemm
+    values = {node.outputs[0] for node in products} | {v for node in attentions for v in node.inputs[:2]}
+    asked = sorted(value.name for value in values)
+    for value in values - set(model.graph.outputs):
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        model.graph.outputs.append(value)
+    ir.save(model, folder / "counted.onnx")
+    graph = onnxruntime.InferenceSession(folder / "counted.onnx", providers=["CPUExecutionProvider"])
+    empty = {v.name: np.zeros((1, *v.shape[1:]), np.float32) for v in graph.get_inputs() if v.name.startswith("past")}
+    shapes = {name: found.shape for name, found in zip(asked, graph.run(asked, seen["decoder"] | empty), strict=True)}
+    total = sum(math.prod(shapes[node.outputs[0].name][:-1]) * math.prod(weight_of(node).shape) for node in products)
+    for node in attentions:
+        (_, heads, rows, size), keys = (shapes[value.name] for value in node.inputs[:2])
+        total += 2 * heads * rows * keys[2] * size
+    assert bundle.contract.prefill_macs(len(ids), 16) - bundle.contract.macs.logits == total
+
+
+def weight_of(node):
+    """The initializer that a MatMul multiplies by, or None."""
+    right = node.inputs[1]
+    if right.producer() is not None and right.producer().op_type == "Transpose":
+        right = right.producer().inputs[0]
+    return right if right.is_initializer() else None
+
+
+def test_activations_are_the_backends(dense_bundle):
+    """Of every subject, as run-vlm and check-vlm have them; the record says which."""
+    levels = []
+    for activations in ("int8", "float32"):
+        work = bench.Work("What?", (), None, 2, 1, 0, activations=activations)
+        levels.append(bench.Subject(dense_bundle, "ort-cpu", work).backend._entries)
+        assert levels[-1] == make_backend("ort-cpu", activations=activations)._entries
+    assert levels[0] != levels[1]
+    assert bench.measure([dense_bundle], "ort-cpu", work)["activations"] == "float32"
+    assert bench_cli.parser().parse_args(["b", "--activations", "float32"]).activations == "float32"

@@ -122,7 +122,7 @@ def test_a_closed_conversation_refuses_everything(fastv_bundle):
     chat.close()  # twice is once
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_opening_and_closing_leaves_memory_flat(fastv_bundle, picture, count):
     """Finding 26."""
 
@@ -135,10 +135,10 @@ def test_opening_and_closing_leaves_memory_flat(fastv_bundle, picture, count):
             with runtime.open(fastv_bundle) as chat:
                 list(chat.generate("What?", [picture], max_new_tokens=1))
 
-    cycles(10)
+    cycles(8)
     before = resident()
     cycles(count)
-    assert resident() - before < 8e6
+    assert resident() - before < 8e6  # a session that stays is more: 5 MB of weights, and its arenas
 
 
 @pytest.mark.parametrize("logits", [np.nan, np.inf])
