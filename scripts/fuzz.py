@@ -27,6 +27,7 @@ MODELS = [  # model, method and its arguments
     ),
     *(("tiny:mllama", ["--method", "none"]), ("demo", ["--dtype", "float32"])),
     ("tiny:qwen2_vl", ["--k", "1", "--weights", "int4", "--block", "32"]),
+    ("tiny:llava", ["--k", "2", "--cache", "aircache"]),
 ]
 
 
