@@ -8,7 +8,8 @@ import pytest
 from plain_loop import Loop, session
 
 from vlmtrim.graphs import FastV, GraphError, load
-from vlmtrim.graphs.contract import CacheGroup, Contract, decoder_spec, kept_count
+from vlmtrim.graphs.boundary import decoder_spec
+from vlmtrim.graphs.contract import CacheGroup, Contract, kept_count
 from vlmtrim.graphs.foreign.own_form import own_form
 from vlmtrim.graphs.lint import lint
 from vlmtrim.graphs.passes.last_row import last_row
