@@ -1,5 +1,6 @@
-// Shows the tests of the C++ runtime what is inside it: C functions for ctypes. Results lie in one place a thread, read
-// by name with probe_result; a function that fails returns 0 and leaves its sentence under "error".
+// Shows the tests of the C++ runtime what is inside it.
+#include "probe.hpp"
+
 #include <cstring>
 #include <map>
 #include <memory>
@@ -11,39 +12,18 @@
 #include "picture/picture.hpp"
 #include "session.hpp"
 
-#define PROBE extern "C" __attribute__((visibility("default")))
-
 namespace {
 
 using namespace vlmtrim;
 
-thread_local std::map<std::string, std::string> results;
-
-template <class T>
-void keep(const std::string& name, const std::vector<T>& values) {
-  results[name].assign(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
-}
-
-void keep(const Pictures& pictures) {
+void keep_pictures(const Pictures& pictures) {
   keep("tokens", pictures.tokens);
   Json inputs = Json::object();
   for (const auto& [name, tensor] : pictures.inputs) {
-    results[name].assign(tensor.as<char>(), tensor.nbytes());
+    results()[name].assign(tensor.as<char>(), tensor.nbytes());
     inputs[name] = {{"shape", tensor.shape}, {"dtype", name_of(tensor.dtype)}};
   }
-  results["json"] = Json{{"inputs", inputs}, {"grids", pictures.grids}}.dump();
-}
-
-template <class Work>
-int guarded(const Work& work) {
-  results.clear();
-  try {
-    work();
-    return 1;
-  } catch (const std::exception& error) {
-    results["error"] = error.what();
-    return 0;
-  }
+  results()["json"] = Json{{"inputs", inputs}, {"grids", pictures.grids}}.dump();
 }
 
 struct Probed {
@@ -65,7 +45,7 @@ Pictures pictures_of(const char* description, const void* const* data) {
   return pictures;
 }
 
-void keep(const Prefill& done) {
+void keep_prefill(const Prefill& done) {
   keep("logits", done.logits);
   keep("visual_positions", done.visual_positions);
   if (done.kept_indices) keep("kept_indices", *done.kept_indices);
@@ -73,15 +53,20 @@ void keep(const Prefill& done) {
   if (done.kept_features) keep("kept_features", *done.kept_features);
   Json record{{"visual", done.visual}, {"kept", done.kept}};
   if (done.kept_by_layer) record["kept_by_layer"] = *done.kept_by_layer;
-  results["json"] = record.dump();
+  results()["json"] = record.dump();
 }
 
 }  // namespace
 
+std::map<std::string, std::string>& results() {
+  thread_local std::map<std::string, std::string> held;
+  return held;
+}
+
 PROBE const char* probe_result(const char* name, size_t* size) {
-  const auto found = results.find(name);
-  *size = found == results.end() ? 0 : found->second.size();
-  return found == results.end() ? nullptr : found->second.data();
+  const auto found = results().find(name);
+  *size = found == results().end() ? 0 : found->second.size();
+  return found == results().end() ? nullptr : found->second.data();
 }
 
 PROBE int probe_bundle(const char* folder, int verify) {
@@ -92,7 +77,7 @@ PROBE int probe_sha256(const char* data, size_t size) {
   return guarded([&] {
     Sha256 digest;
     for (size_t at = 0; at < size; at += 1000) digest.update(data + at, std::min<size_t>(1000, size - at));
-    results["digest"] = digest.finish();
+    results()["digest"] = digest.finish();
   });
 }
 
@@ -100,7 +85,7 @@ PROBE int probe_cast(const float* values, size_t count, const char* dtype) {
   return guarded([&] {
     const Tensor wide = Tensor::of(std::vector<float>(values, values + count), {static_cast<int64_t>(count)});
     const Tensor narrow = cast(wide, *dtype_named(dtype));
-    results["bits"].assign(narrow.as<char>(), narrow.nbytes());
+    results()["bits"].assign(narrow.as<char>(), narrow.nbytes());
     keep("back", floats_of(narrow));
   });
 }
@@ -130,8 +115,8 @@ PROBE int probe_prefill(void* opened, const int64_t* ids, size_t count, const ch
     Session& session = *static_cast<Probed*>(opened)->session;
     const Pictures given = pictures != nullptr ? pictures_of(pictures, data) : Pictures{};
     const std::vector<float> ranks(guide, guide + scores);
-    keep(session.prefill({ids, ids + count}, pictures != nullptr ? &given : nullptr,
-                         guide != nullptr ? &ranks : nullptr));
+    keep_prefill(session.prefill({ids, ids + count}, pictures != nullptr ? &given : nullptr,
+                                 guide != nullptr ? &ranks : nullptr));
     keep("entries", session.entries());
   });
 }
@@ -170,6 +155,6 @@ PROBE int probe_process(void* opened, const uint8_t* pixels, const int* sizes, i
       pictures.push_back(from_pixels(pixels, width, height, int64_t{3} * width, 3));
       pixels += pictures.back().rgb.size();
     }
-    keep(static_cast<Probed*>(opened)->model->processor().prepare(pictures));
+    keep_pictures(static_cast<Probed*>(opened)->model->processor().prepare(pictures));
   });
 }
