@@ -1,7 +1,7 @@
 """Write the C++ runtime's Unicode tables: letters, numbers, white space, and what NFC needs.
 
-They are read off the `tokenizers` library, code point by code point, so that they are of the versions of Unicode that it
-was built with: one for the properties in regular expressions, an older one for NFC. Both are named in the file.
+They are read off the `tokenizers` library, code point by code point, so that they are of the versions of Unicode that
+it was built with: one for the properties in regular expressions, an older one for NFC. Both are named in the file.
 """
 
 from __future__ import annotations

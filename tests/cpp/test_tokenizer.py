@@ -24,7 +24,10 @@ from vlmtrim.export.demo.evaluate import CHECKPOINT
 from vlmtrim.runtime.tokenizing import TextStream, control_tokens, renamed
 
 ROOT = Path(__file__).resolve().parents[2]
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2 = LLAMA3.replace("{1,3}", "")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPECIALS = ["<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<unk>"]
@@ -145,12 +148,30 @@ def pair(request):
 
 PIECES = [
     *(" ", "  ", "    ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", "▁", "."),
-    *("'s", "'LL", "'ſ", "don't", "12345", "½", "٣", "IV", "Ⅷ", "!!!", "?)", "…", "'", "’s", "the", "picture", "word"),
+    *(
+        "'s",
+        "'LL",
+        "'\u017f",
+        "don't",
+        "12345",
+        "½",
+        "٣",
+        "IV",
+        "Ⅷ",
+        "!!!",
+        "?)",
+        "…",
+        "'",
+        "\u2019s",
+        "the",
+        "picture",
+        "word",
+    ),
     *(
         "Äpfel",
         "A\u0308pfel",
         "ё",
-        "е\u0308",
+        "\u0435\u0308",
         "한국어",
         "\u1112\u1161\u11ab",
         "猫",

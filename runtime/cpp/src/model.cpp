@@ -19,6 +19,22 @@ std::shared_ptr<Model> Model::open(const std::string& folder, const ModelOptions
   return model;
 }
 
+std::shared_ptr<const Tokenizer> Model::tokenizer() {
+  const std::lock_guard<std::mutex> lock(text_mutex_);
+  if (!tokenizer_) {
+    const std::string where = (bundle_.folder / "tokenizer.json").string();
+    tokenizer_ = Tokenizer::from_json(bundle_.files().bytes("tokenizer.json"), where);
+  }
+  return tokenizer_;
+}
+
+const Prompter& Model::prompter() {
+  auto tokenizer = this->tokenizer();
+  const std::lock_guard<std::mutex> lock(text_mutex_);
+  if (!prompter_) prompter_ = std::make_unique<Prompter>(bundle_.files(), bundle_.contract, std::move(tokenizer));
+  return *prompter_;
+}
+
 std::unique_ptr<Graph> Model::graph(const std::string& name) {
   const std::lock_guard<std::mutex> lock(mutex_);
   auto& program = programs_[name];

@@ -9,6 +9,7 @@
 #include "backends/backend.hpp"
 #include "core/bundle.hpp"
 #include "processors/processor.hpp"
+#include "text/prompter.hpp"
 
 namespace vlmtrim {
 
@@ -28,6 +29,10 @@ class Model {
   const Contract& contract() const { return bundle_.contract; }
   Backend& backend() const { return *backend_; }
   const Processor& processor() const { return *processor_; }
+  // Throws BundleError or Refusal where this code cannot follow the bundle's tokenizer.json.
+  std::shared_ptr<const Tokenizer> tokenizer();
+  // Throws BundleError or Refusal where the bundle has no prompt.json, or one that this code cannot follow.
+  const Prompter& prompter();
   // A graph of its own; the vision graph's file is opened with the first: text-only use should not pay for it.
   std::unique_ptr<Graph> graph(const std::string& name);
 
@@ -37,7 +42,9 @@ class Model {
   Bundle bundle_;
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Processor> processor_;
-  std::mutex mutex_;
+  std::mutex mutex_, text_mutex_;
+  std::shared_ptr<const Tokenizer> tokenizer_;
+  std::unique_ptr<Prompter> prompter_;
   std::map<std::string, std::unique_ptr<Program>> programs_;
 };
 
