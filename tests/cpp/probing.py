@@ -56,7 +56,7 @@ def record() -> dict:
 def call(name: str, *args) -> None:
     """Raises ProbeError with the sentence of a function that failed."""
     if not getattr(library(), name)(*args):
-        raise ProbeError(result("error").decode())
+        raise ProbeError(result("error").decode(errors="replace"))
 
 
 def pointer(values: np.ndarray):
@@ -85,7 +85,7 @@ class Native:
     def __init__(self, folder: Path, exact: bool = False):
         self._opened = library().probe_open(str(folder).encode(), int(exact))
         if not self._opened:
-            raise ProbeError(result("error").decode())
+            raise ProbeError(result("error").decode(errors="replace"))
         self._handle = ctypes.c_void_p(self._opened)
 
     def close(self):

@@ -31,7 +31,7 @@ class Native:
         image, most = ctypes.c_int64(CONTRACT.image_token_id), ctypes.c_int64(CONTRACT.max_seq_len)
         place = made(str(folder).encode(), image, most, system.encode())
         if not place:
-            raise ProbeError(result("error").decode())
+            raise ProbeError(result("error").decode(errors="replace"))
         self._talk = ctypes.c_void_p(place)
 
     def ask(self, parts):

@@ -119,7 +119,7 @@ class Native:
         made.restype = ctypes.c_void_p
         place = made(source, ctypes.c_size_t(len(source)))
         if not place:
-            raise ProbeError(result("error").decode())
+            raise ProbeError(result("error").decode(errors="replace"))
         self._handle = ctypes.c_void_p(place)
 
     def encode(self, text, add=True, name="probe_encode"):

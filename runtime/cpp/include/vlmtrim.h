@@ -72,10 +72,10 @@ VLMTRIM_API void vlmtrim_cancel(vlmtrim_session* session);
 
 typedef enum {
   VLMTRIM_TEXT = 0,
-  VLMTRIM_FILE = 1,   /* a picture: `text` is its path */
-  VLMTRIM_BYTES = 2,  /* a picture: the contents of a file, `data` of `length` bytes */
-  VLMTRIM_PIXELS = 3  /* a picture: `data` of `width` x `height` pixels of `channels` bytes (1: grey, 3: RGB, 4: RGB and
-                         one that is ignored), `stride` bytes from row to row */
+  VLMTRIM_FILE = 1,  /* a picture: `text` is its path */
+  VLMTRIM_BYTES = 2, /* a picture: the contents of a file, `data` of `length` bytes */
+  VLMTRIM_PIXELS = 3 /* a picture: `data` of `width` x `height` pixels of `channels` bytes (1: grey, 3: RGB, 4: RGB and
+                        one that is ignored), `stride` bytes from row to row */
 } vlmtrim_kind;
 
 /* A piece of a question: words, or a picture. Pictures before all words stand where the template puts them, others
@@ -103,11 +103,14 @@ typedef struct {
   size_t guides;
 } vlmtrim_generate_options;
 
-/* One token of an answer; `text` may be empty, and holds until the callback returns. */
+/* One token of an answer; `text`, of `text_length` bytes and a zero, may be empty, and holds until the callback
+ * returns.
+ */
 typedef struct {
   size_t size;
   int64_t index, token;
   const char* text;
+  size_t text_length;
   vlmtrim_ended ended;
 } vlmtrim_step;
 
@@ -117,12 +120,13 @@ typedef int32_t (*vlmtrim_callback)(void* user, const vlmtrim_step* step);
 /* An answer. What it points to holds until the session's next call. */
 typedef struct {
   size_t size;
-  const char* text;
+  const char* text; /* of `text_length` bytes, zeros may be among them, and a zero */
+  size_t text_length;
   const int64_t* tokens;
   size_t token_count;
   vlmtrim_ended ended;
-  int64_t visual, kept;          /* visual tokens of the question, and how many the last layers keep */
-  const int64_t* kept_by_layer;  /* NULL unless layers choose by themselves */
+  int64_t visual, kept;         /* visual tokens of the question, and how many the last layers keep */
+  const int64_t* kept_by_layer; /* NULL unless layers choose by themselves */
   size_t layers;
   double vision_seconds, prefill_seconds, decode_seconds; /* since the session was opened or reset */
   int64_t decode_steps;

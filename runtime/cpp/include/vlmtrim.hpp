@@ -224,7 +224,7 @@ class Session {
     settings.guides = options.guide.size();
     const vlmtrim_callback callback = [](void* user, const vlmtrim_step* step) -> int32_t {
       const auto& heard = *static_cast<const Listener*>(user);
-      return heard({step->index, step->token, step->text, step->ended}) ? 0 : 1;
+      return heard({step->index, step->token, {step->text, step->text_length}, step->ended}) ? 0 : 1;
     };
     vlmtrim_answer found{};
     found.size = sizeof found;
@@ -232,7 +232,7 @@ class Session {
     const vlmtrim_status status = call(&settings, copy ? callback : nullptr, static_cast<void*>(&copy), &found);
     if (status != VLMTRIM_OK) return last_error(status);
     Answer answer;
-    answer.text = found.text;
+    answer.text.assign(found.text, found.text_length);
     answer.tokens.assign(found.tokens, found.tokens + found.token_count);
     answer.ended = found.ended;
     answer.visual = found.visual;

@@ -4,6 +4,7 @@
 
 #include "chat.hpp"
 #include "core/error.hpp"
+#include "text/unicode.hpp"
 #include "vlmtrim.h"
 
 #ifndef VLMTRIM_VERSION
@@ -35,15 +36,15 @@ vlmtrim_status guarded(const Work& work) noexcept {
     work();
     return VLMTRIM_OK;
   } catch (const BundleError& error) {
-    message = error.what();
+    message = lossy_utf8(error.what());
     return VLMTRIM_BAD_BUNDLE;
   } catch (const Refusal& error) {
-    message = error.what();
+    message = lossy_utf8(error.what());
     return VLMTRIM_REFUSED;
   } catch (const std::bad_alloc&) {
     message = "there is not enough memory";
   } catch (const std::exception& error) {
-    message = std::string("an error inside the library: ") + error.what();
+    message = "an error inside the library: " + lossy_utf8(error.what());
   } catch (...) {
     message = "an error inside the library";
   }
@@ -116,8 +117,8 @@ GenerateOptions options_of(const vlmtrim_generate_options* given) {
 Listener listener_of(vlmtrim_callback callback, void* user) {
   if (callback == nullptr) return nullptr;
   return [callback, user](const Step& step) {
-    const vlmtrim_step shown{sizeof shown, step.index, step.token, step.text.c_str(),
-                             static_cast<vlmtrim_ended>(step.ended)};
+    const vlmtrim_step shown{sizeof shown,      step.index,       step.token,
+                             step.text.c_str(), step.text.size(), static_cast<vlmtrim_ended>(step.ended)};
     return callback(user, &shown) == 0;
   };
 }
@@ -130,6 +131,7 @@ void fill(vlmtrim_session& session, Answer answer, vlmtrim_answer* target) {
   vlmtrim_answer made{};
   made.size = target->size;
   made.text = held.text.c_str();
+  made.text_length = held.text.size();
   made.tokens = held.tokens.data();
   made.token_count = held.tokens.size();
   made.ended = static_cast<vlmtrim_ended>(held.ended);

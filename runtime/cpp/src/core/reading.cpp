@@ -128,8 +128,10 @@ Json json_object(std::string_view text, const std::string& where) {
   Json found;
   try {
     found = Json::parse(text.begin(), text.end());
-  } catch (const Json::exception& error) {
-    throw BundleError(said(where, " is no valid JSON: ", error.what()));
+  } catch (const Json::parse_error& error) {  // its own words quote the bytes, which may be no text
+    throw BundleError(said(where, " is no valid JSON (byte ", error.byte, ")"));
+  } catch (const Json::exception&) {
+    throw BundleError(said(where, " is no valid JSON: a number is too large"));
   }
   if (!found.is_object()) throw BundleError(said(where, " holds ", kind(found), "; expected an object"));
   return found;
