@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -72,8 +73,9 @@ def main() -> None:
             f"{kind:5} {key:8} C++ {ours:8.3f} {units[key]:2}  Python {theirs:8.3f} {units[key]:2}  {ours / theirs:.2f}"
         )
     for name in ("libvlmtrim.so", "vlmtrim-run"):
-        stripped = subprocess.run(["strip", "-o", "/dev/stdout", f"{args.build}/{name}"], capture_output=True).stdout
-        print(f"{name}: {len(stripped) / 1e6:.2f} MB stripped")
+        with tempfile.NamedTemporaryFile() as target:
+            subprocess.run(["strip", "-o", target.name, f"{args.build}/{name}"], check=True)
+            print(f"{name}: {Path(target.name).stat().st_size / 1e6:.2f} MB stripped")
 
 
 if __name__ == "__main__":

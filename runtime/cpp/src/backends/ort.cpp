@@ -240,6 +240,9 @@ class OrtCpu final : public Backend {
     library_->check(api->SetIntraOpNumThreads(raw, threads_), spec.file);
     library_->check(api->SetSessionLogSeverityLevel(raw, ORT_LOGGING_LEVEL_FATAL), spec.file);
     library_->check(api->AddSessionConfigEntry(raw, kAccuracyLevel, level_), spec.file);
+    if (graph != "decoder") {  // what runs once a question need not keep threads busy until it runs again
+      library_->check(api->AddSessionConfigEntry(raw, "session.intra_op.allow_spinning", "0"), spec.file);
+    }
     const std::string path = (bundle.folder / spec.file).string();
     OrtSession* session = nullptr;
     library_->check(api->CreateSession(library_->env(), path.c_str(), raw, &session), "ONNX Runtime refuses " + path);
