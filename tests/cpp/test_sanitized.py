@@ -26,7 +26,7 @@ def test_no_mistake_is_found():
         for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")
     ]
     environment["LD_PRELOAD"] = " ".join(places)
-    files = ["bundle", "pictures", "tokenizer", "prompt", "session", "c_interface"]
+    files = ["bundle", "pictures", "tokenizer", "prompt", "session", "c_interface", "damage"]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider"]
     command += [f"tests/cpp/test_{name}.py" for name in files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
