@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import unicode_tables
 from probing import ProbeError, array, call, library, result
 from tokenizers import (
     AddedToken,
@@ -268,6 +269,14 @@ def test_nfc_is_the_librarys():
             data = form.encode()
             call("probe_nfc", data, ctypes.c_size_t(len(data)))
             assert result("text").decode() == library_nfc.normalize_str(form), ascii(form)
+
+
+@pytest.mark.slow
+def test_the_tables_are_those_of_the_library(tmp_path, monkeypatch):
+    written = unicode_tables.TARGET.read_text()
+    monkeypatch.setattr(unicode_tables, "TARGET", tmp_path / "tables.inc")
+    unicode_tables.main()
+    assert (tmp_path / "tables.inc").read_text() == written
 
 
 @pytest.mark.parametrize("pattern", [LLAMA3, QWEN2, GPT2, r"[?,.!\n]", r"a{2}|(?:bc)+d?|[a-c]*x(?=y)|\P{L}"])
