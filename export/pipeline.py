@@ -18,7 +18,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from vlmtrim.export import calibration, given_decoder, memory, packing, weights
+from vlmtrim.export import calibration, given_decoder, memory, packing, prompt_form, weights
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.job_contract import build_contract, plain_decoder
@@ -137,6 +137,8 @@ def export(
                 prepared.family.adapt_settings(folder, contract)
             for name, text in {"contract.json": contract.to_json(), **(files or {})}.items():
                 (folder / name).write_text(text)
+            if (problem := prompt_form.write_form(folder, contract)) is not None:
+                print(f"no prompt.json ({problem}): C++ applications give token ids", file=sys.stderr)
         if job.engine != "none":
             with _stage(report, f"engines ({job.engine})"):
                 build_engines(folder, contract, job.engine)

@@ -9,6 +9,7 @@ Standard library only: the runtime reads bundles with it.
     vision.onnx embed.onnx decoder.onnx
     *.safetensors             the weights, once; the graphs point into them
     config.json tokenizer.json tokenizer_config.json preprocessor_config.json chat_template.jinja ...
+    prompt.json               the chat template as segments, for the C++ runtime
     *.engine engines.json     TensorRT engines and their fingerprints, where built
     SHA256SUMS                checksums of all the above; ``sha256sum -c SHA256SUMS`` checks them too
 """

@@ -98,7 +98,7 @@ class Prompter:
                 "shorten the prompt, reset the conversation, or export with a larger --max-seq-len"
             )
         when = now or datetime.now()
-        return _with_spans(self._write(messages, when), self._pieces(messages, when), parts)
+        return _with_spans(self.write(messages, when), self.pieces(messages, when), parts)
 
     def placed(self, content: list[Message]) -> list[Message]:
         """A question's parts so that the template leaves its pictures where they are.
@@ -121,10 +121,11 @@ class Prompter:
     def _keeps_order(self) -> bool:
         """Whether the template writes a picture between two texts there."""
         words = {"type": "text", "text": "words"}
-        pieces = self._pieces([{"role": "user", "content": [words, {"type": "image"}, words]}], datetime.now())
+        pieces = self.pieces([{"role": "user", "content": [words, {"type": "image"}, words]}], datetime.now())
         return pieces[1::2] == [" 0 ", " 1 "] and self.image_token in pieces[2]
 
-    def _write(self, messages: list[Message], now: datetime) -> str:
+    def write(self, messages: list[Message], now: datetime) -> str:
+        """What the template makes of a conversation."""
         return self._template.render(
             messages=messages,
             add_generation_prompt=True,
@@ -134,13 +135,13 @@ class Prompter:
             strftime_now=now.strftime,
         )
 
-    def _pieces(self, messages: list[Message], now: datetime) -> list[str]:
+    def pieces(self, messages: list[Message], now: datetime) -> list[str]:
         """What the template writes around the texts, and between those pieces the number of the text that stands there:
         found by rendering the conversation with a mark that nobody can guess in place of every text."""
         nonce = secrets.token_hex(8)
         marks = (f"{nonce} {number} {nonce}" for number in count())
         marked = [{**message, "content": [_named(part, marks) for part in message["content"]]} for message in messages]
-        pieces = self._write(marked, now).split(nonce)
+        pieces = self.write(marked, now).split(nonce)
         if len(pieces) % 2 == 0 or not all(number.strip().isdigit() for number in pieces[1::2]):
             raise RuntimeRefusal("the bundle's chat template takes texts apart, so they cannot be kept from its marks")
         return pieces
@@ -176,12 +177,22 @@ class Prompter:
 
     def _renamed(self, template: str, names: Mapping[int, str]) -> str:
         """A piece of the template with its control tokens under their secret names."""
-        found, at, parts = encode(self.tokenizer, template, False), 0, []
+        return "".join(names[part] if isinstance(part, int) else part for part in self.split_control(template))
+
+    def split_control(self, template: str) -> list[str | int]:
+        """A piece of the template as texts and the ids of its control tokens, in order."""
+        found, at = encode(self.tokenizer, template, False), 0
+        parts: list[str | int] = []
         for token, (start, end) in zip(found.ids, found.offsets, strict=True):
-            if token in names and start < end:
-                parts += [template[at:start], names[token]]
+            if token in self._control and start < end:
+                parts += [template[at:start], token]
                 at = end
-        return "".join([*parts, template[at:]])
+        return [*parts, template[at:]]
+
+    @property
+    def control_texts(self) -> list[str]:
+        """Texts of the control tokens."""
+        return list(self._control.values())
 
     @cached_property
     def _secret(self) -> tuple[Tokenizer, dict[int, str]]:

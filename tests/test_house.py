@@ -15,6 +15,7 @@ DOCUMENTS = ("README.md", "BENCHMARKS.md", "SECURITY.md", "CHANGELOG.md")
 TOP = {*FOLDERS, "tests", "scripts", "pyproject.toml", "LICENSE", *DOCUMENTS}
 CONTRACT = ("contract", "boundary", "bundle", "checksums", "reading", "schema", "agreement", "external", "keeping")
 CONTRACT += ("macs", "packed")
+NATIVE = sorted(path for folder in ("runtime/cpp", "tests/cpp") for path in (ROOT / folder).rglob("*.[ch]*pp"))
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -51,6 +52,7 @@ def offences(folder: str, *banned: str) -> list[str]:
 
 def test_there_is_something_to_check():
     assert all(any(path.is_relative_to(ROOT / folder) for path in FILES) for folder in FOLDERS)
+    assert len(NATIVE) > 10
 
 
 def test_runtime_imports_neither_torch_nor_transformers_nor_export():
@@ -101,6 +103,12 @@ def test_files_and_functions_stay_short(path):
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {f.name: (f.end_lineno or 0) - f.lineno + 1 for f in functions}
     assert {name: lines for name, lines in long.items() if lines > 60} == {}
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_native_files_stay_short(path):
+    lines = path.read_text().splitlines()
+    assert 0 < len(lines) <= 400 and max(map(len, lines)) <= 120
 
 
 def test_the_top_level_holds_what_the_design_says():

@@ -1,0 +1,35 @@
+// LLaVA-1.5: every picture becomes one square and the same number of visual tokens.
+#include "picture/settings.hpp"
+#include "processors/families.hpp"
+
+namespace vlmtrim {
+namespace {
+
+class Llava final : public Processor {
+ public:
+  Llava(const Folder& files, const Contract& contract)
+      : Processor(contract), image_(ImageProcessor::from_folder(files)) {
+    expect_inputs(files, contract, {{"pixel_values", {-1, 3, image_.height, image_.width}}});
+  }
+
+  Pictures prepare(const std::vector<Picture>& pictures) const override {
+    const auto count = static_cast<int64_t>(pictures.size());
+    Tensor pixels = Tensor::empty(DType::kFloat32, {count, 3, image_.height, image_.width});
+    const int64_t each = int64_t{3} * image_.height * image_.width;
+    for (int64_t i = 0; i < count; ++i) {
+      image_.apply(pictures[static_cast<size_t>(i)], pixels.as<float>() + i * each);
+    }
+    return {{{"pixel_values", pixels}}, std::vector<int64_t>(pictures.size(), contract_.image_tokens), {}};
+  }
+
+ private:
+  ImageProcessor image_;
+};
+
+}  // namespace
+
+std::unique_ptr<Processor> make_llava(const Folder& files, const Contract& contract) {
+  return std::make_unique<Llava>(files, contract);
+}
+
+}  // namespace vlmtrim

@@ -1,0 +1,43 @@
+#include "processors/processor.hpp"
+
+#include "core/error.hpp"
+#include "processors/families.hpp"
+
+namespace vlmtrim {
+namespace {
+
+using Maker = std::unique_ptr<Processor> (*)(const Folder&, const Contract&);
+constexpr std::pair<const char*, Maker> kFamilies[] = {{"llava", make_llava},
+                                                       {"llava_next", make_llava_next},
+                                                       {"mllama", make_mllama},
+                                                       {"qwen2_5_vl", make_qwen2_5_vl},
+                                                       {"qwen2_vl", make_qwen2_vl}};
+
+}  // namespace
+
+Positions Processor::positions(const std::vector<int64_t>& ids, int64_t start, const Pictures* /*pictures*/) const {
+  const auto count = static_cast<int64_t>(ids.size());
+  Positions found{Tensor::empty(DType::kInt64, {1, count}), start + count};
+  for (int64_t i = 0; i < count; ++i) found.ids.as<int64_t>()[i] = start + i;
+  return found;
+}
+
+std::vector<int64_t> Processor::image_numbers(const Pictures& /*pictures*/, const View& /*view*/) const {
+  throw Refusal(said("pictures of family ", contract_.family, " do not reach the decoder through cross-attention"));
+}
+
+std::vector<int64_t> Processor::seen_images(const std::vector<int64_t>& /*ids*/, View& /*view*/,
+                                            bool /*brings*/) const {
+  throw Refusal(said("pictures of family ", contract_.family, " do not reach the decoder through cross-attention"));
+}
+
+std::unique_ptr<Processor> load_processor(const Bundle& bundle) {
+  std::string names;
+  for (const auto& [family, maker] : kFamilies) {
+    if (bundle.contract.family == family) return maker(bundle.files(), bundle.contract);
+    names += (names.empty() ? "" : ", ") + std::string(family);
+  }
+  throw Refusal(said("the bundle is of family ", shown(bundle.contract.family), "; this vlmtrim runs ", names));
+}
+
+}  // namespace vlmtrim

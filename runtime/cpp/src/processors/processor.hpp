@@ -1,0 +1,56 @@
+// What a processor is: pictures -> inputs of the vision graph, visual tokens a picture, positions of the tokens.
+// Mirrors runtime/processors/base.py and the families' files beside it.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "core/bundle.hpp"
+#include "core/tensor.hpp"
+#include "picture/picture.hpp"
+
+namespace vlmtrim {
+
+// What the pictures of one step become.
+struct Pictures {
+  Tensors inputs;               // of the vision graph: float32 (cast to the contract's dtype later) or int64
+  std::vector<int64_t> tokens;  // visual tokens that each picture brings
+  std::vector<std::vector<int64_t>> grids;  // what a family's positions depend on, per picture
+};
+
+struct Positions {
+  Tensor ids;         // as the contract states them
+  int64_t after = 0;  // first free position after the step
+};
+
+// Where a conversation with cross-attention is: pictures so far, the first and the first not that its last token sees,
+// and whether that token marks a picture.
+struct View {
+  int64_t pictures = 0, first = 0, end = 0;
+  bool at_mark = false;
+};
+
+// Holds no state: one serves all sessions of a model.
+class Processor {
+ public:
+  explicit Processor(const Contract& contract) : contract_(contract) {}
+  virtual ~Processor() = default;
+
+  virtual Pictures prepare(const std::vector<Picture>& pictures) const = 0;
+  // Positions of a step's tokens, from the first free one; `pictures` may be null.
+  virtual Positions positions(const std::vector<int64_t>& ids, int64_t start, const Pictures* pictures) const;
+
+  // Of families whose decoder has cross-attention. `image_numbers` of the contract for a step's pictures, [N].
+  virtual std::vector<int64_t> image_numbers(const Pictures& pictures, const View& view) const;
+  // `seen_images` of the contract, [S, 2]; moves `view` on. `brings`: whether image tokens stand for pictures.
+  virtual std::vector<int64_t> seen_images(const std::vector<int64_t>& ids, View& view, bool brings) const;
+
+ protected:
+  const Contract& contract_;
+};
+
+// Throws Refusal where there is none of the bundle's family, BundleError where its settings do not fit its graphs.
+// The bundle must outlive it.
+std::unique_ptr<Processor> load_processor(const Bundle& bundle);
+
+}  // namespace vlmtrim

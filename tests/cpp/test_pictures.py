@@ -1,0 +1,182 @@
+"""Pictures in C++ are Pillow's, and what processors make of them the Python runtime's: every value equal."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from probing import Native, ProbeError, decoded, resized
+
+from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import generated_picture, load_image
+from vlmtrim.runtime.processors.base import load_processor
+
+FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4}
+SIZES = [(240, 200), (1, 1), (3, 500), (500, 3), (336, 336), (31, 300), (1400, 1000), (84, 84), (9, 12)]
+
+
+def saved(image, form, **settings):
+    stream = io.BytesIO()
+    image.save(stream, form, **settings)
+    return stream.getvalue()
+
+
+def assert_as_python(data):
+    np.testing.assert_array_equal(decoded(data), np.asarray(load_image(data)))
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_resizing_is_pillows(name):
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        width, height, wide, high = random.integers(1, 200, 4).tolist()
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        expected = Image.fromarray(pixels).resize((wide, high), FILTERS[name])
+        np.testing.assert_array_equal(resized(pixels, (wide, high), FILTERS[name]), np.asarray(expected))
+
+
+def test_resizing_a_part_is_pillows():
+    random = np.random.default_rng(1)
+    for turn in range(100):
+        width, height, wide, high = random.integers(2, 300, 4).tolist()
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        left, right = np.sort(random.uniform(0, width, 2)).tolist()
+        top, bottom = np.sort(random.uniform(0, height, 2)).tolist()
+        box = (left, top, right + 1e-3, bottom + 1e-3)
+        box = (left, top, min(box[2], width), min(box[3], height))
+        resample = turn % 5
+        expected = Image.fromarray(pixels).resize((wide, high), resample, box=box)
+        np.testing.assert_array_equal(resized(pixels, (wide, high), resample, box), np.asarray(expected))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("sampling", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_is_pillows(mode, sampling, progressive):
+    for seed, quality in enumerate((20, 75, 98)):
+        image = generated_picture(seed).resize((97 + seed, 61)).convert(mode)
+        settings = {} if mode == "L" else {"subsampling": sampling}
+        assert_as_python(saved(image, "JPEG", quality=quality, progressive=progressive, **settings))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_pictures_are_turned_upright(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert_as_python(saved(generated_picture(1).resize((40, 23)), form, exif=exif))
+
+
+def pngs():
+    random = np.random.default_rng(3)
+    picture = generated_picture(5).resize((53, 37))
+    alpha = Image.fromarray(random.integers(0, 256, (37, 53), dtype=np.uint8))
+    wide = Image.fromarray(random.integers(0, 65536, (37, 53), dtype=np.uint16))
+    yield "RGB", saved(picture, "PNG")
+    yield "grey", saved(picture.convert("L"), "PNG")
+    yield "one bit", saved(picture.convert("1"), "PNG")
+    yield "16 bit", saved(wide, "PNG")
+    with_alpha = picture.copy()
+    with_alpha.putalpha(alpha)
+    yield "alpha", saved(with_alpha, "PNG")
+    yield "grey and alpha", saved(with_alpha.convert("LA"), "PNG")
+    for bits in (1, 2, 4, 8):
+        few = picture.quantize(2**bits)
+        yield f"palette {bits}", saved(few, "PNG", bits=bits)
+        yield f"palette {bits}, one transparent", saved(few, "PNG", bits=bits, transparency=1)
+        shares = bytes(random.integers(0, 256, 2**bits, dtype=np.uint8))
+        yield f"palette {bits}, shares", saved(few, "PNG", bits=bits, transparency=shares)
+    flat = Image.fromarray(np.asarray(picture) // 128 * 128)
+    yield "a transparent colour", saved(flat, "PNG", transparency=(128, 0, 128))
+    yield "a transparent grey", saved(flat.convert("L").point(lambda v: v // 64 * 64), "PNG", transparency=64)
+    yield "a transparent bit", saved(picture.convert("1"), "PNG", transparency=1)
+
+
+PNGS = dict(pngs())
+
+
+@pytest.mark.parametrize("name", PNGS)
+def test_png_is_pillows(name):
+    assert_as_python(PNGS[name])
+
+
+def test_every_share_of_every_grey_is_laid_on_white_as_python_does():
+    grey, share = np.meshgrid(np.arange(256), np.arange(256))
+    image = Image.fromarray(np.stack([grey, share], -1).astype(np.uint8), "LA")
+    assert_as_python(saved(image, "PNG"))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_damaged_files_are_refused_or_as_in_python(form):
+    """Whatever is cut or changed: a sentence or a picture; where both read it, the same one."""
+    data = saved(generated_picture(2).resize((64, 48)), form)
+    random = np.random.default_rng(4)
+    for _ in range(150):
+        damaged = bytearray(data)
+        if random.random() < 0.4:
+            damaged = damaged[: random.integers(0, len(data))]
+        for _ in range(random.integers(1, 4)):
+            if damaged:
+                damaged[random.integers(0, len(damaged))] = random.integers(0, 256)
+        try:
+            found = decoded(bytes(damaged))
+        except ProbeError as refusal:
+            assert "the picture" in str(refusal)
+            continue
+        try:
+            expected = np.asarray(load_image(bytes(damaged)))
+        except RuntimeRefusal:
+            continue
+        if found.shape == expected.shape and form == "PNG":
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is no picture that is read here"),
+        (b"GIF89a" + bytes(40), "is no picture that is read here"),
+        (b"\xff\xd8\xff", "is damaged"),
+        (b"\x89PNG\r\n\x1a\n", "is damaged"),
+        (saved(Image.new("1", (20000, 20000)), "PNG"), "has 20000 x 20000 pixels"),
+    ],
+    ids=["empty", "other", "jpeg", "png", "bomb"],
+)
+def test_what_is_no_picture_is_refused(data, said):
+    with pytest.raises(ProbeError, match=said):
+        decoded(data)
+
+
+def test_a_jpeg_of_many_scans_is_refused():
+    data = saved(generated_picture(0).resize((16, 16)), "JPEG", progressive=True)
+    start = data.index(b"\xff\xda")
+    scan = data[start : data.index(b"\xff", start + 20)]
+    with pytest.raises(ProbeError, match="more than 64 scans"):
+        decoded(data[:start] + scan * 70 + data[start:])
+
+
+FAMILIES = {
+    "llava": {},
+    "llava_next": {"max_seq_len": 1024},
+    "qwen2_vl": {},
+    "qwen2_5_vl": {},
+    "mllama": {"images": 3, "method": "none"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_processors_are_pythons(family, export_tiny):
+    bundle = open_bundle(export_tiny("cpp-pictures", family=family, **FAMILIES[family]))
+    ours, native = load_processor(bundle.files, bundle.contract), Native(bundle.folder)
+    groups = [[size] for size in SIZES] + [[(240, 200), (31, 300)]]
+    for sizes in groups:
+        images = [generated_picture(seed).resize(size) for seed, size in enumerate(sizes)]
+        expected, found = ours(images), native.process(images)
+        assert found["tokens"] == list(expected.tokens)
+        assert [tuple(grid) for grid in found["grids"]] == list(expected.grids)
+        assert found["inputs"].keys() == expected.inputs.keys()
+        for name, value in expected.inputs.items():
+            np.testing.assert_array_equal(found["inputs"][name], value, err_msg=f"{name} of {sizes}")
+            assert found["inputs"][name].dtype == value.dtype
+    native.close()

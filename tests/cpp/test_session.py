@@ -1,0 +1,131 @@
+"""The C++ session against the Python one on the same library: logits, kept tokens and caches' lengths to the bit."""
+
+import numpy as np
+import pytest
+from probing import Native, ProbeError
+
+from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.runtime.backends.ort import OrtBackend
+from vlmtrim.runtime.guided import drawn_scores
+from vlmtrim.runtime.image import generated_picture
+from vlmtrim.runtime.session import Session
+
+# name -> family and what it is exported with
+CASES = {
+    "dense": ("llava", {"method": "none"}),
+    "fastv": ("llava", {"k": 2, "r": 0.5}),
+    "half": ("llava", {"k": 2, "r": 0.5, "dtype": "float16"}),
+    "tower": ("llava", {"k": 0, "r": 0.5, "score": "fastervlm"}),
+    "zipvl": ("llava", {"method": "zipvl"}),
+    "pyramid": ("llava", {"method": "pyramid"}),
+    "guided": ("llava", {"method": "guided"}),
+    "emitting": ("llava", {"method": "none", "emit_guide": True}),
+    "packed": ("llava", {"k": 1, "r": 0.5, "weights": "int4", "block": 32, "vision_weights": "int8"}),
+    "next": ("llava_next", {"k": 2, "r": 0.5}),
+    "qwen2": ("qwen2_vl", {"k": 1, "r": 0.5}),
+    "qwen2_5": ("qwen2_5_vl", {"k": 1, "r": 0.5}),
+    "cross": ("mllama", {"method": "none", "images": 3}),
+    "trimmed": ("mllama", {"method": "trimmed-llama", "ratio": 0.25, "images": 3}),
+}
+
+
+def ids_of(contract, tokens, length, seed):
+    """A prompt that holds so many image tokens by picture, apart from each other."""
+    words = np.random.default_rng(seed).integers(3, 90, size=length)
+    words[words == contract.image_token_id] = 2
+    at = 2
+    for count in tokens:
+        words = np.concatenate([words[:at], np.full(count, contract.image_token_id), words[at:]])
+        at += count + 3
+    return words.astype(np.int64)
+
+
+def compare(ours, native, ids, pictures, guide=None):
+    """One prefill in both; returns the next token."""
+    expected = ours.prefill([ids.tolist()], pictures, guide)
+    found = native.prefill(ids, pictures, guide)
+    np.testing.assert_array_equal(found["logits"], expected.logits[0].astype(np.float32))
+    assert (found["visual"], found["kept"]) == (expected.visual, expected.kept)
+    assert found["entries"].tolist() == [entries[0] for entries in ours.lengths.entries]
+    if expected.kept_indices is not None:
+        np.testing.assert_array_equal(found["kept_indices"], expected.kept_indices[0])
+        np.testing.assert_array_equal(found["visual_scores"], expected.visual_scores[0])
+    if expected.kept_features is not None:
+        np.testing.assert_array_equal(found["kept_features"], expected.kept_features[0])
+    if expected.kept_by_layer is not None:
+        assert found["kept_by_layer"] == [rows[0].tolist() for rows in expected.kept_by_layer]
+    return int(expected.logits.argmax())
+
+
+def decode(ours, native, token, steps):
+    for _ in range(steps):
+        expected, (found, entries) = ours.decode(np.array([token])), native.decode(token)
+        np.testing.assert_array_equal(found, expected[0].astype(np.float32))
+        assert entries.tolist() == [entries[0] for entries in ours.lengths.entries]
+        token = int(expected.argmax())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_three_turns_to_the_bit(name, export_tiny):
+    family, fields = CASES[name]
+    bundle = open_bundle(export_tiny(f"cpp-{name}", family=family, **fields))
+    contract = bundle.contract
+    with Session(bundle, OrtBackend("ort-cpu")) as ours:
+        native = Native(bundle.folder)
+        for turn, sizes in enumerate([[(240, 200)], [], [(70, 90)]]):
+            images = [generated_picture(turn).resize(size) for size in sizes]
+            pictures = ours.processor(images) if images else None
+            ids = ids_of(contract, pictures.tokens if pictures else [], 12, turn)
+            token = compare(ours, native, ids, pictures, drawn_scores(contract, [ids.tolist()]))
+            decode(ours, native, token, 8)
+        ours.reset()
+        native.reset()
+        ids = ids_of(contract, [], 9, 5)
+        compare(ours, native, ids, None, drawn_scores(contract, [ids.tolist()]))
+        native.close()
+
+
+def test_demo_to_the_bit(demo_bundle):
+    bundle = open_bundle(demo_bundle)
+    with Session(bundle, OrtBackend("ort-cpu")) as ours:
+        native = Native(bundle.folder)
+        pictures = ours.processor([generated_picture(3)])
+        decode(ours, native, compare(ours, native, ids_of(bundle.contract, pictures.tokens, 20, 1), pictures), 64)
+        native.close()
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([], "the prompt is empty"),
+        ([3, 5000], "the prompt holds token 5000, the model has"),
+        ([3, -1], "the prompt holds token -1"),
+        ([5] * 600, "their capacity is"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused(ids, said, fastv_bundle):
+    native = Native(fastv_bundle)
+    with pytest.raises(ProbeError, match=said):
+        native.prefill(np.array(ids))
+    assert native.prefill(np.array([3, 4]))["entries"].tolist() == [2, 2]
+    native.close()
+
+
+def test_an_image_token_without_a_picture_is_refused(fastv_bundle):
+    image_token = open_bundle(fastv_bundle).contract.image_token_id
+    native = Native(fastv_bundle)
+    with pytest.raises(ProbeError, match=r"the prompt holds 2 image tokens, 0 image\(s\) bring 0"):
+        native.prefill(np.array([3, image_token, image_token]))
+    native.close()
+
+
+def test_inputs_that_the_contract_does_not_promise_are_refused(fastv_bundle):
+    bundle = open_bundle(fastv_bundle)
+    with Session(bundle, OrtBackend("ort-cpu")) as ours:
+        pictures = ours.processor([generated_picture(0)])
+    ids = ids_of(bundle.contract, pictures.tokens, 4, 0)
+    pictures.inputs["pixel_values"] = pictures.inputs["pixel_values"][:, :, 1:]
+    native = Native(fastv_bundle)
+    with pytest.raises(ProbeError, match=r"vision.onnx: pixel_values is float32 .* the contract promises"):
+        native.prefill(ids, pictures)
+    native.close()

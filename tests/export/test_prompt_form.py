@@ -1,0 +1,65 @@
+"""prompt_form.py: templates of models become segments that say what the templates say; others are no such form."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import templates
+
+from vlmtrim.export import prompt_form
+from vlmtrim.export.weights.tiny import SPECIAL_IDS, write_tokenizer
+from vlmtrim.graphs.reading import Folder
+from vlmtrim.runtime.prompt import Prompter
+
+CONTRACT: Any = SimpleNamespace(image_token_id=SPECIAL_IDS["<image>"], video_token_id=None, max_seq_len=512)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def of(template):
+        write_tokenizer(tmp_path, SPECIAL_IDS)
+        (tmp_path / "chat_template.jinja").write_text(template)
+        problem = prompt_form.write_form(tmp_path, CONTRACT)
+        path = tmp_path / "prompt.json"
+        return problem, json.loads(path.read_text()) if path.exists() else None
+
+    return of
+
+
+@pytest.mark.parametrize("name", templates.FORMS)
+def test_templates_of_models_are_forms(name, write):
+    problem, form = write(templates.FORMS[name])
+    assert problem is None and form["schema"] == 1
+    assert form["keeps_order"] == (name in ("qwen", "mllama")) and SPECIAL_IDS["<image>"] in form["image"]
+    kinds = [(opening["pictures"], opening["system"]) for opening in form["openings"]]
+    expected = {"mistral": 2, "mllama": 3}.get(name, 4)
+    assert len(set(kinds)) == len(kinds) == expected
+    assert form["late_pictures"] == (name != "mllama")
+
+
+def test_control_tokens_are_ids_and_dates_are_slots(write):
+    _, form = write(templates.MLLAMA)
+    plain = next(opening for opening in form["openings"] if not opening["pictures"] and not opening["system"])
+    assert plain["before"][:2] == [SPECIAL_IDS["<s>"], SPECIAL_IDS["<pad>"]]
+    assert {"date": "%d %b %Y"} in plain["before"]
+    assert form["trims"] == dict.fromkeys(("question", "answer", "system"), "both")
+
+
+@pytest.mark.parametrize("name", templates.NO_FORMS)
+def test_other_templates_are_none(name, write, tmp_path):
+    template, said = templates.NO_FORMS[name]
+    (tmp_path / "prompt.json").write_text("of an earlier export")
+    problem, form = write(template)
+    assert form is None and said in problem
+
+
+def test_a_form_that_says_something_else_is_found_out(write, tmp_path):
+    _, form = write(templates.QWEN)
+    prompter = Prompter(Folder(tmp_path), CONTRACT)
+    prompt_form.prove(prompter, form)
+    for name in ("asked", "again", "image", "text"):
+        with pytest.raises(prompt_form.NoForm):
+            prompt_form.prove(prompter, {**form, name: [*form[name], " "]})
+    with pytest.raises(prompt_form.NoForm):
+        prompt_form.prove(prompter, {**form, "trims": dict.fromkeys(form["trims"], "both")})
