@@ -32,7 +32,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     _check_limits(job, shape, config, family)
     name, capacity = str(dtype).removeprefix("torch."), job.max_seq_len
     groups = _groups(job, shape)
-    crosses = bool(shape.cross_layers)
+    crosses, guide = bool(shape.cross_layers), getattr(method, "guide", None)
     most_images = job.images if crosses else max(1, capacity // shape.image_tokens)
     dims = {
         "B": (1, job.max_batch),
@@ -45,7 +45,6 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     dims |= family.vision_dims(shape, most_images * job.max_batch)
     dims |= {f"W{index}": (1, group.capacity) for index, group in enumerate(groups)}
     cache, heads = _cache_policy(job, groups), config.text_config.num_attention_heads
-    guide = getattr(method, "guide", None)
     decoder = decoder_spec(
         dtype=name,
         hidden=shape.hidden,
@@ -56,6 +55,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         guided=guide is not None,
         emits=job.emit_guide,
         query_heads=0 if cache is None else heads,
+        rings=cache is not None and cache.ring > 0,
     )
     contract = Contract(
         family=family.__name__.rpartition(".")[2],
@@ -100,6 +100,7 @@ def _cache_policy(job: Job, groups: tuple[CacheGroup, ...]) -> CachePolicy | Non
         candidates=policy.candidates,
         every=policy.interval,
         accumulates=policy.accumulates,
+        ring=policy.ring,
         seed=policy.noise,
         temperatures=policy.temperatures,
     )

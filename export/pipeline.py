@@ -32,6 +32,7 @@ from vlmtrim.graphs.formats import Packing
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
 from vlmtrim.graphs.passes.key_scores import key_scores
 from vlmtrim.graphs.passes.last_row import last_row
+from vlmtrim.graphs.passes.query_limits import query_limits
 from vlmtrim.graphs.passes.score_queries import score_queries
 from vlmtrim.graphs.passes.split_groups import split_groups
 from vlmtrim.graphs.passes.vision_scores import vision_scores
@@ -217,6 +218,8 @@ def graphs(
         if name == "decoder" and job.cache is not None and job.cache.by_layer:
             with _stage(report, "groups of one layer"):
                 split_groups(graph)
+        if name == "decoder" and job.cache is not None and job.cache.ring:
+            query_limits(graph)
         if name == "decoder" and job.emit_guide:
             with _stage(report, "emit attention"):
                 key_scores(graph)

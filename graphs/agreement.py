@@ -130,6 +130,7 @@ def _decoder(contract: Contract) -> Iterator[str]:
         guided=contract.guide is not None,
         emits="key_scores" in outputs,
         query_heads=_query_heads(contract),
+        rings=contract.cache is not None and contract.cache.ring > 0,
     )
     for kind, found, wanted in (
         ("inputs", spec.inputs, expected.inputs),

@@ -24,12 +24,14 @@ def decoder_spec(
     guided: bool = False,
     emits: bool = False,
     query_heads: int = 0,
+    rings: bool = False,
 ) -> GraphSpec:
     """The decoder's boundary as the table above states it; the exporter's lint holds the graph to it.
 
     ``position_axes``: numbers that a token's position consists of; more than 1 gives [position_axes, B, S].
     ``guided``: whether it selects by scores that it is given. ``emits``: whether it returns attention as such scores.
     ``query_heads``: heads of the queries that it returns (:mod:`vlmtrim.graphs.keeping`); 0 where it returns none.
+    ``rings``: whether what tokens see is told apart from where they are written.
     """
     inputs = [
         TensorSpec("inputs_embeds", dtype, ("B", "S", hidden)),
@@ -64,12 +66,12 @@ def decoder_spec(
         inputs.append(TensorSpec("score_rows", "int64", ("B", "R")))
         for layer in range(sum(len(group.layers) for group in groups)):
             outputs.append(TensorSpec(f"score_queries.{layer}", dtype, ("B", query_heads, "R", groups[0].head_size)))
-    _add_caches(inputs, outputs, groups, dtype)
+    _add_caches(inputs, outputs, groups, dtype, rings)
     return GraphSpec("decoder.onnx", tuple(inputs), tuple(outputs))
 
 
 def _add_caches(
-    inputs: list[TensorSpec], outputs: list[TensorSpec], groups: tuple[CacheGroup, ...], dtype: str
+    inputs: list[TensorSpec], outputs: list[TensorSpec], groups: tuple[CacheGroup, ...], dtype: str, rings: bool
 ) -> None:
     for index, group in enumerate(groups):
         inputs.append(TensorSpec(f"write_indices.{index}", "int64", ("B",)))
@@ -77,6 +79,8 @@ def _add_caches(
             inputs.append(TensorSpec(f"key_images.{index}", "int64", ("B", f"W{index}")))
         else:
             inputs.append(TensorSpec(f"key_positions.{index}", "int64", (f"W{index}",)))
+        if rings:
+            inputs.append(TensorSpec(f"query_limits.{index}", "int64", ("B",)))
         shape = ("B", group.kv_heads, group.capacity, group.head_size)
         for layer in group.layers:
             for past, present in cache_names(layer):

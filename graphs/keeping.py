@@ -9,6 +9,9 @@ keeps its own), Z maps of scores (X, or more where a policy ranks by several).
     ===========  ==============================  ======================  =======  ======================================
     decoder      in  score_rows                  [B, R]                  int64    tokens of S whose queries are returned
                  out score_queries.L             [B, H, R, Dh]           model    they, scaled; R = 0 costs nothing
+                 in  query_limits.g              [B]                     int64    last slot that the step's first token
+                                                                                  sees, where answers go round; else it
+                                                                                  is write_indices.g
     score        in  score_queries               [B, H, R, Dh]           model    of one layer
                  in  row_slots                   [B, R]                  int64    where their tokens are in its caches;
                                                                                   -1: it did not take them
@@ -61,6 +64,8 @@ class CachePolicy:
         candidates: VISUAL, SAID or ALL.
         every: decode steps between two rounds while an answer grows; 0: none, only the step with pictures counts.
         accumulates: whether the scores of all steps are summed; else those of the round's own step count.
+        ring: entries at the end of a question in which the answer goes round, a word taking the place of the oldest of
+            them; 0: it grows.
         seed: of the noise that scores take; None where they take none.
         temperatures: the noise's temperature at the first step, and what every later one adds to it.
         compacts: of every cache group, the name of the graph that compacts its layers.
@@ -75,6 +80,7 @@ class CachePolicy:
     candidates: Annotated[str, Among((VISUAL, SAID, ALL))] = VISUAL
     every: Annotated[int, Range(0, 2**31 - 1)] = 0
     accumulates: bool = False
+    ring: Annotated[int, Range(0, 2**31 - 1)] = 0
     seed: Annotated[int, Range(0, 2**31 - 1)] | None = None
     temperatures: tuple[Annotated[float, Range(0, 1e6)], Annotated[float, Range(0, 1e6)]] = (1.0, 0.0)
 

@@ -114,6 +114,28 @@ class Caching:
         """Inputs of the decoder for a step with these ``rows``."""
         return {} if self._record is None else {"score_rows": np.maximum(rows, 0)}
 
+    def places(self, entries: Sequence[np.ndarray], live: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of every group where a step's first token is written, and the last slot that it sees, int64 [B] each.
+
+        Args:
+            entries: of every group before the step, int64 [B] each.
+            live: rows of a decode step, bool [B]; None for a question.
+        """
+        record = self._record
+        if record is None or not record.ring or live is None or not self._settled:
+            return [(filled, filled) for filled in entries]
+        found = []
+        for settled, filled in zip(self._settled, entries, strict=True):
+            length = np.minimum(record.ring, settled)
+            slot = settled - length + self._steps % np.maximum(length, 1)
+            found.append((np.where(live, slot, filled), np.where(live, filled - 1, filled)))  # others write behind
+        return found
+
+    @property
+    def rings(self) -> bool:
+        """Whether answers go round in the caches, which then do not grow."""
+        return self._record is not None and self._record.ring > 0
+
     def taken(
         self, counts: np.ndarray, kept: list[np.ndarray] | None, by_layer: list[list[np.ndarray]] | None
     ) -> list[list[np.ndarray]]:
@@ -189,9 +211,11 @@ class Caching:
             rows: of :meth:`decode_rows`.
             before, entries: of every group before and after the step, int64 [B] each.
         """
+        self._steps += 1
+        if self.rings:
+            return list(before)
         if not self._every:
             return entries
-        self._steps += 1
         due = self._steps % self._every == 0
         if not rows.shape[1]:
             return entries

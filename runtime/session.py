@@ -243,7 +243,7 @@ class Session:
         positions = self.processor.positions(ids, counts, self.lengths.positions, None)
         rows, before = self.caching.decode_rows(live), list(self.lengths.entries)
         given = self._guide_scores(None, nothing.shape) | self.caching.feeds(rows)
-        outputs, _ = self._step(ids, counts, nothing, self._no_features(), positions, None, given)
+        outputs, _ = self._step(ids, counts, nothing, self._no_features(), positions, None, given, live)
         logits = self.backend.to_host(outputs["logits"])
         self.lengths.entries = self.caching.grown(self._graph, outputs, rows, before, self.lengths.entries)
         self.times.decode += time.perf_counter() - start
@@ -353,9 +353,10 @@ class Session:
         positions: tuple[np.ndarray, np.ndarray],
         pictures: Pictures | None,
         given: dict[str, Tensor],
+        live: np.ndarray | None = None,
     ) -> tuple[dict[str, Tensor], list[np.ndarray] | None]:
         """Embed and decode; ``positions`` are of the tokens, and each row's first free one after them; ``given`` are
-        inputs of the decoder that come from outside.
+        inputs of the decoder that come from outside; ``live`` are rows of a decode step.
 
         Returns the decoder's outputs, and the image features that each row kept where there is cross-attention.
         """
@@ -375,8 +376,11 @@ class Session:
             self.backend.window(max(1, int(entries.max()) + n), group.capacity)
             for group, entries, n in zip(self.contract.groups, self.lengths.entries, grown, strict=True)
         ]
+        places = self.caching.places(self.lengths.entries, live)
         for index, group in enumerate(self.contract.groups):
-            feeds[f"write_indices.{index}"] = self.lengths.entries[index]
+            feeds[f"write_indices.{index}"], limit = places[index]
+            if self.caching.rings:
+                feeds[f"query_limits.{index}"] = limit
             if group.source == TOKENS:
                 feeds[f"key_positions.{index}"] = np.arange(windows[index])
         if self._crossing:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What a cut cache is worth in a decode step, and what cutting it costs, on ONNX Runtime's CPU.
 
-A random decoder of 0.5 B widths, everything interleaved in one run, medians. Decode steps behind so many entries are
-those of any policy that leaves so many; rows are what a prefill returns for policies; score, policy and compact are a
-policy's graphs for all layers.
+A random decoder of 0.5 B widths, everything interleaved in one run, medians; prefill and decode by processor time.
+Decode steps behind so many entries are those of any policy that leaves so many; rows are what a prefill returns for
+policies; score, policy and compact are a policy's graphs for all layers.
 
     scripts/bench_caches.py --sizes 2880x12 8000x6
 """
@@ -107,12 +107,14 @@ def measure(folder: Path, visual: int, layers: int, args: argparse.Namespace) ->
     jobs: dict[str, Any] = {"no policy": lambda: plain.run(token, nothing, past=tokens, entries=[tokens])}
     jobs |= {f"share {s:g}": (lambda n=n: scored.step(token, n, 0)) for s, n in held.items()}
     jobs["share 1, its row scores"] = lambda: scored.step(token, tokens, 1)
-    decode = base.interleave(jobs, args.decode_rounds)
+    _, decode = base.interleave(jobs, args.decode_rounds)
     prompts: dict[str, Any] = {"no policy": lambda: plain.run(embeds, nothing)}
     prompts |= {f"{rows} rows": (lambda rows=rows: scored.step(embeds, 0, rows)) for rows in ROWS}
-    prefill = base.interleave(prompts, args.rounds)
+    _, prefill = base.interleave(prompts, args.rounds)
     graphs = {name: cut_jobs(folder, name, scored, heads, tokens, visual, random) for name in POLICIES}
-    cuts = base.interleave({f"{n} {g}": job for n, of in graphs.items() for g, job in of.items()}, args.decode_rounds)
+    cuts, _ = base.interleave(
+        {f"{n} {g}": job for n, of in graphs.items() for g, job in of.items()}, args.decode_rounds
+    )
     print(f"{visual} visual of {tokens} tokens, {layers} layers, {shape.kv_heads} key heads of {heads}")
     for title, numbers in (("prefill", prefill), ("decode step", decode)):
         first = numbers["no policy"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,14 +77,25 @@ class Cutting:
             by_token = torch.full((len(choice.ranking), tokens), torch.nan)
             by_token[:, own] = choice.ranking[:, start:].float()
             ranking.append(by_token)
+        self._settled = self.lengths(cache)
         return Held(held, ranking)
+
+    def make_room(self, cache: Any) -> None:
+        """Before a decode step, where answers go round: forget the entry whose place its word takes."""
+        if self._record["ring"]:
+            for layer, slot in self._places(cache, self._steps):
+                stays = torch.arange(layer.keys.shape[2]) != slot
+                layer.keys, layer.values = layer.keys[:, :, stays], layer.values[:, :, stays]
 
     def grown(self, cache: Any) -> None:
         """Cut the caches behind a decode step where a round is due."""
         record = self._record
+        self._steps += 1
+        if record["ring"]:
+            for layer, slot in self._places(cache, self._steps - 1):
+                layer.keys, layer.values = (_moved(states, slot) for states in (layer.keys, layer.values))
         if not record["every"]:
             return
-        self._steps += 1
         due = self._steps % record["every"] == 0
         if record["candidates"] == "all":
             every = [torch.ones(length, dtype=torch.bool) for length in self.lengths(cache)]
@@ -95,6 +106,12 @@ class Cutting:
             views = [self._newest(index, of) for index, of in enumerate(said)]
             for index, choice in enumerate(self._oracle.choose(views, self._share)):
                 self._keep(cache.layers[index], choice)
+
+    def _places(self, cache: Any, step: int) -> Iterator[tuple[Any, int]]:
+        """(cache of a layer, slot of the word of a step)."""
+        for layer, settled in zip(cache.layers, self._settled, strict=True):
+            length = min(self._record["ring"], settled)
+            yield layer, settled - length + step % length
 
     def _newest(self, index: int, candidates: Tensor) -> View:
         """A layer behind a decode step."""
@@ -151,3 +168,8 @@ def _merged(states: Tensor, slots: Tensor) -> Tensor:
     distance = (torch.arange(states.shape[2])[:, None] - slots).abs()
     nearest = distance.argmin(1)  # the first of equals
     return torch.stack([states[:, :, nearest == i].mean(2) for i in range(len(slots))], 2)
+
+
+def _moved(states: Tensor, slot: int) -> Tensor:
+    """The last entry of [B, KV, W, Dh] moved to ``slot``."""
+    return torch.cat([states[:, :, :slot], states[:, :, -1:], states[:, :, slot:-1]], 2)

@@ -78,6 +78,8 @@ class Reference:
         all_logits, tokens, nearest = [logits], [], [kept.nearest]
         for _ in range(steps):
             tokens.append(int(all_logits[-1].argmax()))
+            if self._cutting is not None:
+                self._cutting.make_room(self._cache)
             logits, chosen = self._forward(torch.tensor([[tokens[-1]]]), {})
             all_logits.append(logits)
             nearest.append(chosen.nearest)

@@ -147,6 +147,11 @@ class Policy:
         return 0
 
     @property
+    def ring(self) -> int:
+        """Entries at the end of a question in which the answer goes round; 0 where it grows."""
+        return 0
+
+    @property
     def noise(self) -> int | None:
         """Seed of the noise that scores take; None where they take none."""
         return None

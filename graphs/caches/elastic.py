@@ -18,6 +18,9 @@ class Elastic(Policy):
 
     Attributes:
         probe: rows in place of all rows.
+        evict: the papers' eviction while an answer grows: every word takes the place of the entry so many before the
+            end, so that the caches hold as many as after the question. 0: none. It gives up the question's own words
+            and all but the last of the answer's, whatever they score.
         merge: average what goes into its nearest entry that stays, as the paper does. It averages rotated keys, and
             loses much on the demo's questions.
     """
@@ -25,12 +28,19 @@ class Elastic(Policy):
     probe: int = flag(32, "rows of the prompt, at a uniform stride, whose attention counts (32)")
     merge: bool = flag(False, "average what goes into its nearest entry that stays (the paper's way, and worse here)")
 
+    evict: int = flag(0, "entries at the end in which an answer goes round, the papers' 25 (0: caches grow with it)")
+
     name: ClassVar[str] = "elastic"
     rows: ClassVar[str] = PROBE
 
     def __post_init__(self) -> None:
-        if self.probe < 1:
-            raise ValueError(f"probe is {self.probe}: give the number of rows, 1 or more")
+        if self.probe < 1 or self.evict < 0:
+            raise ValueError(f"probe is {self.probe}, evict {self.evict}: give 1 or more, and 0 or more")
+
+    @property
+    def ring(self) -> int:
+        """Entries at the end of a question in which the answer goes round; 0 where it grows."""
+        return self.evict
 
     @property
     def count(self) -> int:

@@ -76,6 +76,9 @@ class PrefixKV(Policy):
 
     Attributes:
         probe: rows in place of all rows.
+        evict: the papers' eviction while an answer grows: every word takes the place of the entry so many before the
+            end, so that the caches hold as many as after the question. 0: none. It gives up the question's own words
+            and all but the last of the answer's, whatever they score.
         table: shares of the layers, a row for every tenth; None: all layers keep the same until they are calibrated.
     """
 
@@ -84,16 +87,23 @@ class PrefixKV(Policy):
         None, "shares of the layers, a file that --calibrate wrote (default: all the same)", type=_table, metavar="FILE"
     )
 
+    evict: int = flag(0, "entries at the end in which an answer goes round, the papers' 25 (0: caches grow with it)")
+
     name: ClassVar[str] = "prefixkv"
     rows: ClassVar[str] = PROBE
     by_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.probe < 1:
-            raise ValueError(f"probe is {self.probe}: give the number of rows, 1 or more")
+        if self.probe < 1 or self.evict < 0:
+            raise ValueError(f"probe is {self.probe}, evict {self.evict}: give 1 or more, and 0 or more")
         for row in self.table or ():
             if not all(0 <= share <= 1 for share in row):
                 raise ValueError("table holds shares below 0 or above 1")
+
+    @property
+    def ring(self) -> int:
+        """Entries at the end of a question in which the answer goes round; 0 where it grows."""
+        return self.evict
 
     @property
     def count(self) -> int:

@@ -20,7 +20,7 @@ from vlmtrim.runtime.measure.check import Parity, Recording, Turn, compare
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 
-FIELDS = {"snapkv": {"pool": 3}, "elastic": {"merge": True}, "csp": {"recent": 0.7}}
+FIELDS = {"snapkv": {"pool": 3}, "elastic": {"merge": True, "evict": 5}, "csp": {"recent": 0.7}}
 FIELDS |= {"scope": {"window": 4, "recent": 2, "every": 3}, "keyformer": {"every": 3, "rise": 0.1}}
 TABLE = tuple(tuple(min(1.0, s / 10 * factor) for factor in (0.4, 1.6, 1.2, 0.8)) for s in range(11))
 
