@@ -272,14 +272,15 @@ def _record(chat: Chat | Guided, steps: list[Step], opened: float) -> dict[str, 
     }
 
 
-def _caches(session: Any, prefill: Any) -> dict[str, Any]:
-    """What the caches hold after the answer: entries by layer, their bytes, and what a policy left of the pictures."""
+def _caches(session: Any, prefill: Any) -> dict[str, Any] | None:
+    """What a cache policy left after the answer: of the pictures, entries by layer, their bytes; None without one."""
+    if not session.caching:
+        return None
     contract, entries = session.contract, [int(length[0]) for length in session.lengths.entries]
     by_layer = {layer: n for group, n in zip(contract.groups, entries, strict=True) for layer in group.layers}
-    policy = None if contract.cache is None else dict(contract.cache.policy)
     return {
-        "policy": policy,
-        "share": None if policy is None else session.caching.share,
+        "policy": dict(contract.cache.policy),
+        "share": session.caching.share,
         "visual_by_layer": None if prefill.held is None else prefill.layers_that_hold(0).sum(axis=1).tolist(),
         "entries_by_layer": [by_layer[layer] for layer in sorted(by_layer)],
         "bytes": contract.entry_bytes(entries),

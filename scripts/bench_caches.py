@@ -71,6 +71,7 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["2880x12", "8000x6"], help="visual tokens x layers")
+    parser.add_argument("--key-heads", type=int, default=14, help="of 14 query heads")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--decode-rounds", type=int, default=15)
     parser.add_argument("--json", default=None, help="also write the numbers to this file")
@@ -87,6 +88,7 @@ def main() -> None:
 def measure(folder: Path, visual: int, layers: int, args: argparse.Namespace) -> dict[str, Any]:
     """One length: print its tables, return its numbers."""
     base.TEXT.num_hidden_layers, tokens = layers, visual + TEXT_TOKENS
+    base.TEXT.num_key_value_heads = args.key_heads
     base.TEXT.layer_types = ["full_attention"] * layers
     base.TEXT.max_position_embeddings = 16384
     base.make_checkpoint(folder)

@@ -11,6 +11,7 @@ import pytest
 from probing import ProbeError, array, call, result
 
 from vlmtrim.graphs.bundle import BundleError, open_bundle, seal
+from vlmtrim.graphs.caches import load_policy
 from vlmtrim.graphs.external import external_files
 from vlmtrim.runtime import dtypes
 
@@ -175,3 +176,9 @@ def test_cut_graphs_are_refused_as_in_python(bundle):
                 opened(bundle)
         else:
             opened(bundle)
+
+
+def test_a_bundle_with_a_cache_policy_is_refused_by_name(export_tiny):
+    folder = export_tiny("cut", cache=load_policy("snapkv")())
+    with pytest.raises(ProbeError, match="has a cache policy, which this runtime does not run"):
+        opened(folder)

@@ -121,6 +121,7 @@ Json record(const vlmtrim::Answer& answer, const Json& model, double opened) {
           {"kept", answer.kept},
           {"removed", answer.visual - answer.kept},
           {"kept_by_layer", answer.kept_by_layer ? Json(*answer.kept_by_layer) : Json()},
+          {"caches", Json()},  // of bundles with a cache policy, which are refused here
           {"backend", model.at("backend")},
           {"selection", model.at("selection")},
           {"guide", nullptr},
@@ -128,7 +129,8 @@ Json record(const vlmtrim::Answer& answer, const Json& model, double opened) {
            {{"open", rounded(opened)},
             {"vision", rounded(answer.vision_seconds)},
             {"prefill", rounded(answer.prefill_seconds)},
-            {"decode", rounded(answer.decode_seconds)}}}};
+            {"decode", rounded(answer.decode_seconds)},
+            {"caches", 0.0}}}};
 }
 
 void finish(const vlmtrim::Answer& answer, const Json& model) {
