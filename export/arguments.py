@@ -154,8 +154,9 @@ def check_method(job: Job, family: str) -> None:
         return
     tokens, features = "visual tokens of the sequence", "image features that cross-attention layers attend to"
     takes, has = (features, tokens) if job.method.prunes == IMAGES else (tokens, features)
+    verb = "is for" if job.method.prunes is None else "removes"
     raise Refusal(
-        f"method {job.method.name} is for {takes}, the pictures of the family {family} are {has} (export-vlm "
+        f"method {job.method.name} {verb} {takes}, the pictures of the family {family} are {has} (export-vlm "
         f"--list); give --method {' or '.join((*methods_of(family), 'none'))}"
     )
 

@@ -60,7 +60,10 @@ def test_bounds_are_what_the_exact_form_keeps(folder, export_tiny, tmp_path):
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        (FastV(), "measures bounds of --method zipvl, .*; the method is fastv, the weights are float"),
+        (
+            FastV(),
+            "measures bounds of --method zipvl or shares of --cache prefixkv, .*; the method is fastv, the weights are float",
+        ),
         (None, "the method is none"),
         (ZipVL(budgets=(0.5,)), "leave one of them out"),
         (ZipVL(bound=(0.5, 0.5)), "leave one of them out"),
