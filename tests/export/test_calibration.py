@@ -62,7 +62,7 @@ def test_bounds_are_what_the_exact_form_keeps(folder, export_tiny, tmp_path):
     [
         (
             FastV(),
-            "measures bounds of --method zipvl or shares of --cache prefixkv, .*; the method is fastv, the weights are float",
+            "measures bounds of --method zipvl or shares .*; the method is fastv, the weights are float",
         ),
         (None, "the method is none"),
         (ZipVL(budgets=(0.5,)), "leave one of them out"),
