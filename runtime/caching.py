@@ -231,8 +231,7 @@ class Caching:
         scores = self._scores(graph, queries, slots, np.stack(kinds))
         if not due:
             return entries
-        share = self._share if record.candidates == VISUAL else 1.0
-        _, stay = self._cut(graph, scores, np.stack(kinds)[self._groups()], entries, share)
+        _, stay = self._cut(graph, scores, np.stack(kinds)[self._groups()], entries, share=1.0)
         left = [stay[group.layers[0]] for group in self._contract.groups]
         if record.candidates == ALL:
             self._settled = left

@@ -13,6 +13,7 @@ from parity import COMBINATIONS, FIELDS
 from vlmtrim import runtime
 from vlmtrim.export import check_cli
 from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.graphs.caches import load_policy
 from vlmtrim.graphs.formats import format_names
 from vlmtrim.runtime.engines import build as engines
 from vlmtrim.runtime.engines import profiles
@@ -118,6 +119,16 @@ def test_engines_load_with_both_profiles(bundle, library):
 
 def test_float16_equals_pytorch(bundle, library):
     assert check_cli.main([str(bundle.folder), "--backend", library]) == 0
+
+
+@pytest.mark.parametrize(("policy", "method"), [("aircache", "fastv"), ("snapkv", "zipvl"), ("elastic", "none")])
+@pytest.mark.parametrize("backend", ["ort-cuda", "tensorrt", "tensorrt-rtx"])
+def test_caches_that_are_cut_equal_pytorch(backend, policy, method, export_tiny):
+    started(backend)
+    engine = "none" if backend == "ort-cuda" else backend
+    fields = {"dtype": "float16", "engine": engine, "cache": load_policy(policy)(), "cache_share": 0.4}
+    folder = export_tiny(f"gpu-cut-{backend}", method=method, **fields)
+    assert check_cli.main([str(folder), "--backend", backend]) == 0
 
 
 @pytest.mark.parametrize(("family", "method"), COMBINATIONS)
