@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from vlmtrim.graphs.caches import Budgeting, Policy, flag, float_const
+from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.keeping import PROBE
 from vlmtrim.graphs.later import ir
 
@@ -86,7 +87,6 @@ class PrefixKV(Policy):
     table: tuple[tuple[float, ...], ...] | None = flag(
         None, "shares of the layers, a file that --calibrate wrote (default: all the same)", type=_table, metavar="FILE"
     )
-
     evict: int = flag(0, "entries at the end in which an answer goes round, the papers' 25 (0: caches grow with it)")
 
     name: ClassVar[str] = "prefixkv"
@@ -115,12 +115,12 @@ class PrefixKV(Policy):
         return dataclasses.replace(self, table=find_shares(samples))
 
     def counts(self, budget: Budgeting) -> ir.Value:
-        """int64 [L, B]. Raises ValueError where the table is of another number of layers."""
+        """int64 [L, B]. Raises GraphError where the table is of another number of layers."""
         ops, layers = budget.ops, int((budget.scores.shape or ())[0])  # type: ignore[arg-type]
         if self.table is None:
             return super().counts(budget)
         if len(self.table[0]) != layers:
-            raise ValueError(f"the table is of {len(self.table[0])} layers, the decoder has {layers}: calibrate it")
+            raise GraphError(f"the table is of {len(self.table[0])} layers, the decoder has {layers}: calibrate it")
         place = ops("Mul", budget.share, float_const(ops, GRID))
         below = ops("Min", ops("Floor", place), float_const(ops, GRID - 1))
         index = ops("Cast", below, to=ir.DataType.INT64)

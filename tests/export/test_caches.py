@@ -217,3 +217,11 @@ def test_prefixkv_finds_the_shares_that_one_threshold_gives(tmp_path, export_tin
     assert cli.main([*argv, *again, "--output", str(tmp_path / "two")]) == 0
     one, two = (open_bundle(tmp_path / name) for name in ("one", "two"))
     assert one.sums["policy.onnx"] == two.sums["policy.onnx"] and len(one.contract.cache.policy["table"]) == 11
+
+
+def test_a_table_of_another_model_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "table.json").write_text(json.dumps({"shares": [[0.1 * row] * 3 for row in range(11)]}))
+    argv = ["--model", "tiny:llava", "--method", "none", "--cache", "prefixkv", "--output", str(tmp_path / "bundle")]
+    assert cli.main([*argv, "--cache-table", str(tmp_path / "table.json")]) == 1
+    assert "the table is of 3 layers, the decoder has 4: calibrate it" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
