@@ -227,11 +227,12 @@ class Caching:
             old = slot < settled[:, None]
             judged = (STAYS, CANDIDATE) if record.candidates == SAID else (CANDIDATE, FRESH)
             kinds.append(np.where(slot < filled[:, None], np.where(old, *judged), NO_ENTRY))
+        of_group = np.stack(kinds)
         slots = [np.where(rows < 0, -1, start[:, None]) for start in before]
-        scores = self._scores(graph, queries, slots, np.stack(kinds))
+        scores = self._scores(graph, queries, slots, of_group)
         if not due:
             return entries
-        _, stay = self._cut(graph, scores, np.stack(kinds)[self._groups()], entries, share=1.0)
+        _, stay = self._cut(graph, scores, of_group[self._groups()], entries, share=1.0)
         left = [stay[group.layers[0]] for group in self._contract.groups]
         if record.candidates == ALL:
             self._settled = left

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accuracy_zipvl import another
 
 from vlmtrim.export import calibration, pipeline
 from vlmtrim.export.checkpoint import DEMO
@@ -100,14 +101,6 @@ def export(args: argparse.Namespace, policy: Any, method: Any, traces: dict[str,
     output = str(args.output / "bundle")
     job = Job("demo", output, method, dtype="float32", max_seq_len=256, max_batch=batch or args.batch, force=True)
     return pipeline.export(Job(**{**vars(job), "cache": policy}), DEMO, traces)
-
-
-def another(example: task.Example, index: int) -> task.Question:
-    """A question of another kind about the example's picture; which one goes round."""
-    scene = task.scene_of(example.seed, example.split)
-    others = task.questions(scene, task.generator(example.seed, example.split, 1))
-    others = [question for question in others if question.kind != example.question.kind]
-    return others[index % len(others)]
 
 
 def ask(

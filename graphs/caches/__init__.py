@@ -89,6 +89,10 @@ class Budgeting:
     sets: int
     longest: int
 
+    def both(self) -> tuple[ir.Value, ir.Value]:
+        """The two halves of ``scores``, of a policy with two maps a set: [L, B, X, W] each."""
+        return self.ops("Split", self.scores, outputs=2, axis=2, num_outputs=2)
+
     def of_share(self, share: ir.Value) -> ir.Value:
         """int64 [L, B]: ``round(share * candidates)`` in float32, halves to even."""
         ops = self.ops

@@ -72,7 +72,7 @@ class CSP(Policy):
     def ranking(self, budget: Budgeting, counts: ir.Value) -> ir.Value:
         """float32 [L, B, KV, W]."""
         ops, judged = budget.ops, budget.is_candidate()
-        cross, itself = ops("Split", budget.scores, outputs=2, axis=2, num_outputs=2)
+        cross, itself = budget.both()
         quota = ops("Mul", ops("Cast", counts, to=ir.DataType.FLOAT), float_const(ops, 1 - self.cross))
         quota = ops("Unsqueeze", ops("Round", quota), ops.const([2, 3]))  # [L, B, 1, 1]
         asked = ops("ReduceSum", ops("Mul", cross, judged), ops.const([3]), keepdims=1)

@@ -27,7 +27,6 @@ class Elastic(Policy):
 
     probe: int = flag(32, "rows of the prompt, at a uniform stride, whose attention counts (32)")
     merge: bool = flag(False, "average what goes into its nearest entry that stays (the paper's way, and worse here)")
-
     evict: int = flag(0, "entries at the end in which an answer goes round, the papers' 25 (0: caches grow with it)")
 
     name: ClassVar[str] = "elastic"

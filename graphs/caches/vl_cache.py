@@ -58,18 +58,14 @@ class VLCache(Policy):
     def counts(self, budget: Budgeting) -> ir.Value:
         """int64 [L, B]."""
         ops = budget.ops
-        density = ops("ReduceSum", self._map(budget, 1), ops.const([2, 3]), keepdims=0)  # [L, B]
+        density = ops("ReduceSum", budget.both()[1], ops.const([2, 3]), keepdims=0)  # [L, B]
         mean = ops("ReduceMean", density, ops.const([0]), keepdims=1)
         share = ops("Mul", ops("Div", density, ops("Max", mean, float_const(ops, 1e-30))), budget.share)
         return budget.of_share(ops("Min", ops("Max", share, float_const(ops, 0.01)), float_const(ops, 1.0)))
 
     def ranking(self, budget: Budgeting, counts: ir.Value) -> ir.Value:
         """float32 [L, B, 1, W]."""
-        return self._map(budget, 0)
-
-    @staticmethod
-    def _map(budget: Budgeting, number: int) -> ir.Value:
-        return budget.ops("Split", budget.scores, outputs=2, axis=2, num_outputs=2)[number]
+        return budget.both()[0]
 
 
 POLICY = VLCache

@@ -54,7 +54,7 @@ class ZipVLDrop(Policy):
     def counts(self, budget: Budgeting) -> ir.Value:
         """int64 [L, B]."""
         ops = budget.ops
-        paid = self._map(budget, 0)
+        paid = budget.both()[0]
         every = ops("ReduceSum", paid, ops.const([3]), keepdims=0)  # [L, B, 1]: rows
         spare = ops("Mul", ops("Squeeze", every, ops.const([2])), ops("Sub", float_const(ops, 1.0), budget.share))
         judged = ops("Greater", budget.is_candidate(), float_const(ops, 0.0))
@@ -69,11 +69,7 @@ class ZipVLDrop(Policy):
 
     def ranking(self, budget: Budgeting, counts: ir.Value) -> ir.Value:
         """float32 [L, B, 1, W]."""
-        return self._map(budget, 1)
-
-    @staticmethod
-    def _map(budget: Budgeting, number: int) -> ir.Value:
-        return budget.ops("Split", budget.scores, outputs=2, axis=2, num_outputs=2)[number]
+        return budget.both()[1]
 
 
 POLICY = ZipVLDrop
