@@ -49,7 +49,8 @@ def key(plan: Any) -> str:
     own = {name: value for name, value in vars(plan.module).items() if not name.startswith("_")}
     parameters = [(name, value.dtype, tuple(value.shape)) for name, value in full.named_parameters()]
     inputs = [(tuple(v.shape), v.dtype, v.tolist() if v.numel() < 65 else None) for v in flat(plan)]
-    told = (type(plan.module), own, type(full), full.config.to_dict(), parameters, inputs)
+    config = {name: value for name, value in full.config.to_dict().items() if name != "_name_or_path"}
+    told = (type(plan.module), own, type(full), config, parameters, inputs)
     return repr((*told, plan.dynamic_shapes, plan.spec, dict(plan.fusions)))
 
 
