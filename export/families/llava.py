@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans, tiny_text_config
+from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans
 from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
-from vlmtrim.export.tracing.text_decoder import sliding_window as sliding_window
+from vlmtrim.export.tracing.text_models import tiny_text
 from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.export.tracing.vision_tower import tile_features, tile_tokens, tiny_vision_config
 from vlmtrim.graphs.contract import TOKENS, GraphSpec, TensorSpec
@@ -85,7 +85,7 @@ def tiny_config(
     settings: dict[str, Any] = {"image_token_id": 259}
     return LlavaConfig(
         vision_config=tiny_vision_config(vision),
-        text_config=tiny_text_config(text, heads, kv_heads, layers),
+        text_config=tiny_text(text, heads, kv_heads, layers),
         **settings,
         vision_feature_select_strategy="default" if is_clip else "full",
         vision_feature_layer=-2 if is_clip else -1,

@@ -27,9 +27,9 @@ from torch.export import Dim
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from vlmtrim.export.job import Refusal
-from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans, tiny_text_config
+from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans
 from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
-from vlmtrim.export.tracing.text_decoder import sliding_window as sliding_window
+from vlmtrim.export.tracing.text_models import tiny_text
 from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.export.tracing.vision_tower import tile_features, tile_tokens, tiny_vision_config
 from vlmtrim.graphs.contract import TOKENS, GraphSpec, TensorSpec
@@ -135,7 +135,7 @@ def tiny_config(
     settings: dict[str, Any] = {"image_token_index": 259}
     return LlavaNextConfig(
         vision_config=tower,
-        text_config=tiny_text_config(text, heads, kv_heads, layers),
+        text_config=tiny_text(text, heads, kv_heads, layers),
         **settings,
         image_grid_pinpoints=[[one, two], [two, one], [two, two], [three, one], [one, three]],
         vision_feature_select_strategy="default" if is_clip else "full",

@@ -75,11 +75,6 @@ def read_shape(config: MllamaConfig) -> Shape:
     )
 
 
-def sliding_window(config: MllamaConfig) -> int | None:
-    """Llama attends to everything before a token."""
-    return None
-
-
 class Vision(nn.Module):
     """Vision encoder and projector."""
 

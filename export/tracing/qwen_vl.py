@@ -32,6 +32,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 from vlmtrim.export.job import Refusal
 from vlmtrim.export.tracing.attention import onnx_attention
 from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans
+from vlmtrim.export.tracing.text_models import tiny_text
 from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.export.weights import tiny
 from vlmtrim.graphs.contract import Contract, GraphSpec, TensorSpec
@@ -217,23 +218,10 @@ def _lower(settings: dict[str, Any], tokens: int) -> None:
     settings["size"] = {"shortest_edge": min(least, pixels), "longest_edge": min(most, pixels)}
 
 
-def tiny_settings(heads: int, kv_heads: int, layers: int, tied: bool) -> dict[str, Any]:
+def tiny_settings(text: str, heads: int, kv_heads: int, layers: int, tied: bool) -> dict[str, Any]:
     """Settings, all but the tower's, of a random checkpoint small enough for tests: head size 64."""
-    text = {
-        "hidden_size": 64 * heads,
-        "intermediate_size": 384,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": 272,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-        "pad_token_id": 258,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
-    }
     return {
-        "text_config": text,
+        "text_config": tiny_text(text, heads, kv_heads, layers),
         "tie_word_embeddings": tied,
         "vision_start_token_id": VISION_TOKENS["<|vision_start|>"],
         "vision_end_token_id": VISION_TOKENS["<|vision_end|>"],
