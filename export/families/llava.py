@@ -22,11 +22,18 @@ from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans
 from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
 from vlmtrim.export.tracing.text_models import tiny_text
 from vlmtrim.export.tracing.trace import Plan
-from vlmtrim.export.tracing.vision_tower import tile_features, tile_tokens, tiny_vision_config
+from vlmtrim.export.tracing.vision_tower import CLIP_LARGE, tile_features, tile_tokens, tiny_vision_config
+from vlmtrim.export.tracing.vision_tower import OLD_NAMES as OLD_NAMES
 from vlmtrim.graphs.contract import TOKENS, GraphSpec, TensorSpec
 
 MODEL_CLASS = LlavaForConditionalGeneration
 PRUNES = TOKENS  # what methods remove of its pictures
+PRESETS = {"llava-7b": "llava-hf/llava-1.5-7b-hf", "llava-13b": "llava-hf/llava-1.5-13b-hf"}
+SIZES: dict[str, dict[str, Any]] = {  # Liu et al. 2023: Vicuna v1.5 with 64 rows more in the embedding
+    "llava-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llava-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+SPECIALS = {"<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}  # of the published tokenizer
 
 
 def read_shape(config: LlavaConfig) -> Shape:
@@ -75,6 +82,33 @@ def plans(full: LlavaForConditionalGeneration, shape: Shape, dtype: torch.dtype,
         Plan(Vision(full), (pixels,), ({0: Dim("I", max=1024)},), spec),
         *text_plans(full, shape, dtype, decoder),
     ]
+
+
+def published(like: str) -> dict[str, Any]:
+    """``config.json`` of one of SIZES, as the hub's is written."""
+    heads = SIZES[like]["num_attention_heads"]
+    text = {
+        "model_type": "llama",
+        **SIZES[like],
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "vocab_size": 32064,
+        "bos_token_id": SPECIALS["<s>"],
+        "eos_token_id": SPECIALS["</s>"],
+    }
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": SPECIALS["<image>"],
+        "pad_token_id": SPECIALS["<pad>"],
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": CLIP_LARGE,
+    }
 
 
 def tiny_config(

@@ -31,11 +31,54 @@ from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans
 from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
 from vlmtrim.export.tracing.text_models import tiny_text
 from vlmtrim.export.tracing.trace import Plan
-from vlmtrim.export.tracing.vision_tower import tile_features, tile_tokens, tiny_vision_config
+from vlmtrim.export.tracing.vision_tower import CLIP_LARGE, tile_features, tile_tokens, tiny_vision_config
+from vlmtrim.export.tracing.vision_tower import OLD_NAMES as OLD_NAMES
 from vlmtrim.graphs.contract import TOKENS, GraphSpec, TensorSpec
 
 MODEL_CLASS = LlavaNextForConditionalGeneration
 PRUNES = TOKENS  # what methods remove of its pictures
+PRESETS = {
+    "llava-next-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+    "llava-next-34b": "llava-hf/llava-v1.6-34b-hf",
+    "llava-next-72b": "llava-hf/llava-next-72b-hf",
+    "llava-next-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava-next-llama3-8b": "llava-hf/llama3-llava-next-8b-hf",
+}
+SIZES: dict[str, dict[str, Any]] = {  # Liu et al. 2024: Mistral 7B, Nous Hermes 2 Yi 34B and Qwen 1.5 72B
+    "llava-next-mistral-7b": {
+        "model_type": "mistral",
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "vocab_size": 32064,
+    },
+    "llava-next-34b": {
+        "model_type": "llama",
+        "hidden_size": 7168,
+        "intermediate_size": 20480,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 56,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "rope_theta": 5e6,
+        "vocab_size": 64064,
+    },
+    "llava-next-72b": {
+        "model_type": "qwen2",
+        "hidden_size": 8192,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "vocab_size": 152064,
+    },
+}
+SPECIALS = {"<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}  # of the tokenizer of the smallest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +166,24 @@ def plans(
         Plan(Vision(full), (pixels, index), ({0: Dim("T", max=4096)}, {0: Dim("M", max=2**20)}), spec),
         *text_plans(full, shape, dtype, decoder),
     ]
+
+
+def published(like: str) -> dict[str, Any]:
+    """``config.json`` of one of SIZES, as the hub's is written."""
+    text = {"rms_norm_eps": 1e-05, "bos_token_id": SPECIALS["<s>"], "eos_token_id": SPECIALS["</s>"], **SIZES[like]}
+    return {
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "model_type": "llava_next",
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        "image_token_index": SPECIALS["<image>"],
+        "projector_hidden_act": "gelu",
+        "use_image_newline_parameter": True,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": CLIP_LARGE,
+    }
 
 
 def tiny_config(

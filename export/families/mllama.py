@@ -32,6 +32,28 @@ from vlmtrim.graphs.contract import IMAGES, GraphSpec, TensorSpec
 
 MODEL_CLASS = MllamaForConditionalGeneration
 PRUNES = IMAGES  # what methods remove of its pictures
+PRESETS = {
+    "llama-3.2-11b-vision": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "llama-3.2-90b-vision": "meta-llama/Llama-3.2-90B-Vision-Instruct",
+}
+SIZES: dict[str, dict[str, Any]] = {  # Llama Team 2024, arXiv 2407.21783, section 7: Llama 3.1 and cross-attention
+    "llama-3.2-11b-vision": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+    },
+}
+SPECIALS = {"<s>": 128000, "</s>": 128001, "<pad>": 128004, "<image>": 128256}  # the last behind the vocabulary
+# A checkpoint's files have the names that transformers used when the models came out.
+OLD_NAMES = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.vision_model.", "vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
 # As the published models' template: the start token, headers, pictures where they stand, no space around a turn.
 TINY_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + ']\\n\\n' }}"
@@ -266,6 +288,49 @@ def _decoder_plan(full: Any, shape: Shape, dtype: torch.dtype, spec: GraphSpec) 
 
 def _zeros(*sizes: int) -> Tensor:
     return torch.zeros(sizes, dtype=torch.int64)
+
+
+def published(like: str) -> dict[str, Any]:
+    """``config.json`` of one of SIZES, as the hub's is written."""
+    text = {
+        "model_type": "mllama_text_model",
+        **SIZES[like],
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "vocab_size": 128256,
+        "bos_token_id": SPECIALS["<s>"],
+        "eos_token_id": SPECIALS["</s>"],
+        "pad_token_id": SPECIALS["<pad>"],
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "model_type": "mllama_vision_model",
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_global_layers": 8,
+        "attention_heads": 16,
+        "image_size": 560,
+        "patch_size": 14,
+        "max_num_tiles": 4,
+        "intermediate_layers_indices": [3, 7, 15, 23, 30],
+        "vision_output_dim": 7680,
+    }
+    return {
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "image_token_index": SPECIALS["<image>"],
+        "text_config": text,
+        "vision_config": vision,
+    }
 
 
 def tiny_config(heads: int = 4, kv_heads: int = 2, layers: int = 5, cross: tuple[int, ...] = (1, 3, 4)) -> MllamaConfig:
