@@ -9,7 +9,6 @@ Graphs (D hidden width, P visual tokens per image; dims as in :mod:`vlmtrim.grap
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from vlmtrim.export.tracing.text_models import tiny_text
 from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.export.tracing.vision_tower import CLIP_LARGE, tile_features, tile_tokens, tiny_vision_config
 from vlmtrim.export.tracing.vision_tower import OLD_NAMES as OLD_NAMES
+from vlmtrim.export.weights import tiny
 from vlmtrim.graphs.contract import TOKENS, GraphSpec, TensorSpec
 
 MODEL_CLASS = LlavaForConditionalGeneration
@@ -131,14 +131,7 @@ def write_tiny_processor(folder: Path, config: LlavaConfig) -> None:
     """Image-processor and processor settings that suit a config."""
     tower: Any = config.vision_config
     size, is_clip = tower.image_size, tower.model_type == "clip_vision_model"
-    common = {
-        "do_resize": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "resample": 3,
-        "do_convert_rgb": True,
-    }
+    common = {"do_resize": True, "resample": 3, "do_convert_rgb": True}
     if is_clip:
         settings = {
             **common,
@@ -146,18 +139,15 @@ def write_tiny_processor(folder: Path, config: LlavaConfig) -> None:
             "size": {"shortest_edge": size},
             "do_center_crop": True,
             "crop_size": {"height": size, "width": size},
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            **tiny.CLIP_COLOURS,
         }
     else:
         settings = {
             **common,
             "image_processor_type": "SiglipImageProcessor",
             "size": {"height": size, "width": size},
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
+            **tiny.HALF_COLOURS,
         }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": "<image>",
@@ -165,4 +155,4 @@ def write_tiny_processor(folder: Path, config: LlavaConfig) -> None:
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_additional_image_tokens": 1 if is_clip else 0,
     }
-    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
+    tiny.write_settings(folder, settings, processor)

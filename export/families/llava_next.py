@@ -3,37 +3,30 @@
 A picture is scaled into the pinpoint resolution that wastes least and cut into square tiles; the whole picture,
 squeezed into one more tile, comes first. What the padding beside the picture became is dropped, and every row of
 patches ends with one learned newline token. Which feature goes where depends on the sizes of the pictures alone, so the
-host says it (:mod:`vlmtrim.runtime.processors.llava_next`) and the graph gathers.
-
-Graphs (T tiles and M visual tokens of all pictures of a step, P patches of a tile, D hidden width)
-
-    vision   pixel_values [T, 3, H, W], feature_index [M]                    -> image_features [M, D]
-    embed    input_ids [B, S], image_features [B, N, D], visual_positions [B, N] -> inputs_embeds [B, S, D]
-    decoder  see the contract
-
-``feature_index`` (int64) counts the patches of all tiles in order; T P is the newline token.
+host says it (:mod:`vlmtrim.runtime.processors.llava_next`) and the graph gathers (:mod:`vlmtrim.export.tracing.tiles`).
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.export import Dim
+from torch import Tensor
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from vlmtrim.export.job import Refusal
-from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans
 from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
+from vlmtrim.export.tracing.text_decoder import text_numbers, text_plans
 from vlmtrim.export.tracing.text_models import tiny_text
+from vlmtrim.export.tracing.tiles import TiledShape, TiledVision, vision_plan
+from vlmtrim.export.tracing.tiles import vision_dims as vision_dims
+from vlmtrim.export.tracing.tiles import vision_spec as vision_spec
 from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.export.tracing.vision_tower import CLIP_LARGE, tile_features, tile_tokens, tiny_vision_config
 from vlmtrim.export.tracing.vision_tower import OLD_NAMES as OLD_NAMES
-from vlmtrim.graphs.contract import TOKENS, GraphSpec, TensorSpec
+from vlmtrim.export.weights import tiny
+from vlmtrim.graphs.contract import TOKENS, GraphSpec
 
 MODEL_CLASS = LlavaNextForConditionalGeneration
 PRUNES = TOKENS  # what methods remove of its pictures
@@ -81,14 +74,6 @@ SIZES: dict[str, dict[str, Any]] = {  # Liu et al. 2024: Mistral 7B, Nous Hermes
 SPECIALS = {"<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}  # of the tokenizer of the smallest
 
 
-@dataclass(frozen=True, kw_only=True)
-class TiledShape(Shape):
-    """Shape and what tiles add: patches of a tile, and tiles of one picture at most, the squeezed one included."""
-
-    tile_tokens: int
-    most_tiles: int
-
-
 def read_shape(config: LlavaNextConfig) -> TiledShape:
     """Check the config against what this family exports, and read its numbers. Raises Refusal."""
     vision: Any = config.vision_config
@@ -121,51 +106,20 @@ def _tiles(resolution: Any, size: int) -> tuple[int, int]:
     return height // size, width // size
 
 
-class Vision(nn.Module):
-    """Vision tower, projector, newline token and the order of all three."""
+class Vision(TiledVision):
+    """One learned feature: the newline token."""
 
-    def __init__(self, full: LlavaNextForConditionalGeneration):
-        super().__init__()
-        self.full = full
-
-    def forward(self, pixel_values: Tensor, feature_index: Tensor) -> Tensor:
-        """pixel_values [T, 3, H, W], feature_index [M] into [T P + 1] -> image features [M, D]."""
+    def table(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [T, 3, H, W] -> [T P + 1, D]."""
         features = tile_features(self.full, pixel_values).flatten(0, 1)
-        newline = self.full.model.image_newline[None]
-        return torch.cat((features, newline)).index_select(0, feature_index)
-
-
-def vision_spec(shape: TiledShape, dtype: str) -> GraphSpec:
-    """Boundary of ``vision.onnx``."""
-    return GraphSpec(
-        "vision.onnx",
-        (
-            TensorSpec("pixel_values", dtype, ("T", 3, shape.image_size, shape.image_size)),
-            TensorSpec("feature_index", "int64", ("M",)),
-        ),
-        (TensorSpec("image_features", dtype, ("M", shape.hidden)),),
-    )
-
-
-def vision_dims(shape: TiledShape, images: int) -> dict[str, tuple[int, int]]:
-    """Sizes of the vision graph's symbolic dimensions when a step brings 1 to ``images`` pictures of full size.
-
-    Twice as many fit where none fills its tiles: without padding about half of the tokens remain.
-    """
-    return {"T": (2, 2 * images * shape.most_tiles), "M": (shape.tile_tokens, 2 * images * shape.image_tokens)}
+        return torch.cat((features, self.full.model.image_newline[None]))
 
 
 def plans(
     full: LlavaNextForConditionalGeneration, shape: TiledShape, dtype: torch.dtype, decoder: GraphSpec
 ) -> list[Plan]:
     """What to trace. ``decoder`` is the boundary before any selection."""
-    pixels = torch.zeros(3, 3, shape.image_size, shape.image_size, dtype=dtype)
-    index = torch.zeros(7, dtype=torch.int64)
-    spec = vision_spec(shape, str(dtype).removeprefix("torch."))
-    return [
-        Plan(Vision(full), (pixels, index), ({0: Dim("T", max=4096)}, {0: Dim("M", max=2**20)}), spec),
-        *text_plans(full, shape, dtype, decoder),
-    ]
+    return [vision_plan(Vision(full), shape, dtype), *text_plans(full, shape, dtype, decoder)]
 
 
 def published(like: str) -> dict[str, Any]:
@@ -218,14 +172,9 @@ def write_tiny_processor(folder: Path, config: LlavaNextConfig) -> None:
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        **tiny.CLIP_COLOURS,
         "do_pad": True,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
     processor = {
         "processor_class": "LlavaNextProcessor",
         "image_token": "<image>",
@@ -233,4 +182,4 @@ def write_tiny_processor(folder: Path, config: LlavaNextConfig) -> None:
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_additional_image_tokens": 1 if is_clip else 0,
     }
-    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
+    tiny.write_settings(folder, settings, processor)

@@ -14,7 +14,6 @@ later in the prompt, it attends to all of them, filling included, and only the l
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from vlmtrim.export.job import Refusal
 from vlmtrim.export.tracing import text_decoder
 from vlmtrim.export.tracing.attention import StaticCache
 from vlmtrim.export.tracing.trace import Plan
+from vlmtrim.export.weights import tiny
 from vlmtrim.graphs.contract import IMAGES, GraphSpec, TensorSpec
 
 MODEL_CLASS = MllamaForConditionalGeneration
@@ -381,15 +381,10 @@ def write_tiny_processor(folder: Path, config: MllamaConfig) -> None:
         "do_convert_rgb": True,
         "do_resize": True,
         "do_pad": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        **tiny.CLIP_COLOURS,
         "resample": 2,
         "size": {"height": vision.image_size, "width": vision.image_size},
         "max_image_tiles": vision.max_num_tiles,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
-    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "MllamaProcessor"}, indent=2))
+    tiny.write_settings(folder, settings, {"processor_class": "MllamaProcessor"})
     (folder / "chat_template.jinja").write_text(TINY_TEMPLATE)
