@@ -13,20 +13,6 @@ from typing import Any
 from vlmtrim.export.job import Refusal
 from vlmtrim.graphs.contract import IMAGES, TOKENS
 
-PRESETS = {
-    "llava-7b": "llava-hf/llava-1.5-7b-hf",
-    "llava-13b": "llava-hf/llava-1.5-13b-hf",
-    "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct",
-    "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
-    "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
-    "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
-    "llava-next-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
-    "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
-    "llava-next-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
-    "llava-next-llama3-8b": "llava-hf/llama3-llava-next-8b-hf",
-    "llama-3.2-11b-vision": "meta-llama/Llama-3.2-11B-Vision-Instruct",
-    "llama-3.2-90b-vision": "meta-llama/Llama-3.2-90B-Vision-Instruct",
-}
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 SHIPPED = {"demo": DEMO, "demo-small": DEMO.parent / "small"}  # trained, small, in the package: work offline
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -37,6 +23,24 @@ def family_names() -> list[str]:
     """Names of the families, from the files there are."""
     folder = Path(__file__).parent / "families"
     return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+
+
+def presets() -> dict[str, str]:
+    """Preset -> hub id, as the families' files say (their PRESETS), without importing them."""
+    named = {}
+    for family in family_names():
+        named |= ast.literal_eval(_assigned(family, "PRESETS"))
+    return named
+
+
+def published_sizes() -> dict[str, str]:
+    """Size that a family can write a random checkpoint of (a key of its SIZES) -> the family, without importing any."""
+    found = {}
+    for family in family_names():
+        sizes = _assigned(family, "SIZES")
+        assert isinstance(sizes, ast.Dict)
+        found |= {ast.literal_eval(key): family for key in sizes.keys if key is not None}
+    return found
 
 
 def load_family(name: str) -> ModuleType:
@@ -52,10 +56,7 @@ def _check_family(name: str) -> None:
 
 def prunes(family: str) -> str:
     """What methods remove of a family's pictures (its PRUNES), without importing it. Raises Refusal."""
-    for node in _read_family(family).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRUNES":
-            return {"TOKENS": TOKENS, "IMAGES": IMAGES}[ast.unparse(node.value)]
-    raise AssertionError(f"{family} says no PRUNES")
+    return {"TOKENS": TOKENS, "IMAGES": IMAGES}[ast.unparse(_assigned(family, "PRUNES"))]
 
 
 def tiny_layers(family: str) -> int:
@@ -65,6 +66,16 @@ def tiny_layers(family: str) -> int:
             names = [argument.arg for argument in node.args.args][::-1]
             return ast.literal_eval(node.args.defaults[::-1][names.index("layers")])
     raise AssertionError(f"{family} has no tiny_config")
+
+
+def _assigned(family: str, name: str) -> ast.expr:
+    """What a family's file sets a constant to."""
+    for node in _read_family(family).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) == name:
+                return node.value
+    raise AssertionError(f"{family} says no {name}")
 
 
 def _read_family(name: str) -> ast.Module:
@@ -96,16 +107,16 @@ def resolve(model: str, scratch: Path, weights: bool = True) -> Path:
     if Path(model).is_dir():
         return Path(model)
     check_name(model)
-    return _download(PRESETS.get(model, model), weights)
+    return _download(presets().get(model, model), weights)
 
 
 def check_name(model: str) -> None:
     """Raises Refusal for a name that is nothing that a model may be; whether the hub has it is not asked."""
     if model.startswith("tiny:"):
         _check_family(model.removeprefix("tiny:"))
-    elif not (model in SHIPPED or model in PRESETS or Path(model).is_dir() or _HUB_ID.fullmatch(model)):
+    elif not (model in SHIPPED or model in presets() or Path(model).is_dir() or _HUB_ID.fullmatch(model)):
         raise Refusal(
-            f"model {model!r} is no preset ({', '.join((*SHIPPED, *PRESETS))}), "
+            f"model {model!r} is no preset ({', '.join((*SHIPPED, *presets()))}), "
             f"no tiny:<family> ({', '.join(family_names())}), no folder and no hub id (organisation/name)"
         )
 

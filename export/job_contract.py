@@ -13,6 +13,7 @@ from vlmtrim.export.arguments import check_method
 from vlmtrim.export.checkpoint import read_json
 from vlmtrim.export.flops import decoder_macs
 from vlmtrim.export.job import Job, Refusal, check_numbers
+from vlmtrim.export.tracing.text_models import text_model
 from vlmtrim.graphs.boundary import cache_dims, cache_specs, compacts, decoder_spec
 from vlmtrim.graphs.contract import IMAGES, VISION, CacheGroup, Contract, GraphSpec, TensorSpec
 from vlmtrim.graphs.keeping import CachePolicy
@@ -29,7 +30,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     method = job.method
     check_method(job, family.__name__.rpartition(".")[2])
     check_numbers(job)
-    _check_limits(job, shape, config, family)
+    _check_limits(job, shape, config)
     name, capacity = str(dtype).removeprefix("torch."), job.max_seq_len
     groups = _groups(job, shape)
     crosses, guide = bool(shape.cross_layers), getattr(method, "guide", None)
@@ -182,7 +183,7 @@ def dense_groups(shape: Any, capacity: int, images: int) -> tuple[CacheGroup, ..
     return tokens, CacheGroup(cross, features, shape.kv_heads, shape.head_size, source=IMAGES)
 
 
-def _check_limits(job: Job, shape: Any, config: Any, family: Any) -> None:
+def _check_limits(job: Job, shape: Any, config: Any) -> None:
     if not 1 < job.max_seq_len <= shape.max_positions:
         raise Refusal(f"--max-seq-len is {job.max_seq_len}; the model takes 2 to {shape.max_positions} tokens")
     if not shape.cross_layers and job.images * shape.image_tokens >= job.max_seq_len:
@@ -190,7 +191,7 @@ def _check_limits(job: Job, shape: Any, config: Any, family: Any) -> None:
             f"--max-seq-len {job.max_seq_len} does not hold {job.images} image(s) of {shape.image_tokens} tokens; "
             "give a larger --max-seq-len or fewer --images"
         )
-    window = family.sliding_window(config)
+    window = text_model(config).window(config.text_config)
     if window is not None and window < job.max_seq_len:
         raise Refusal(
             f"the model attends to a sliding window of {window} tokens, which selection does not support beyond the "

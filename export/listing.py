@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from vlmtrim.export.arguments import methods_of
-from vlmtrim.export.checkpoint import PRESETS, SHIPPED, family_names
+from vlmtrim.export.checkpoint import SHIPPED, family_names, presets
 from vlmtrim.graphs.caches import fields_of, load_policy, policy_names
 from vlmtrim.graphs.methods import method_names, parameters
 from vlmtrim.graphs.rules import described
@@ -21,7 +21,7 @@ def text() -> str:
     """All of it for people."""
     lines = ["presets"]
     lines += [
-        f"    {name:22} {where}" for name, where in {**dict.fromkeys(SHIPPED, "in the package"), **PRESETS}.items()
+        f"    {name:22} {where}" for name, where in {**dict.fromkeys(SHIPPED, "in the package"), **presets()}.items()
     ]
     lines += ["methods"]
     for name in method_names():

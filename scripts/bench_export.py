@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from vlmtrim.export.weights.large import LLAVA, config_of, write_config, write_weights
+from vlmtrim.export.families import llava
+from vlmtrim.export.weights.large import config_of, write_config, write_weights
 from vlmtrim.runtime.progress import running
 
 SHARD_BYTES = 5_000_000_000
@@ -118,7 +119,7 @@ def ordinary(checkpoint: Path, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--like", default="llava-7b", choices=LLAVA)
+    parser.add_argument("--like", default="llava-7b", choices=llava.SIZES)
     parser.add_argument("--work", type=Path, default=Path("build/export"), help="where checkpoints and bundles go")
     parser.add_argument("--k", type=int, default=2)
     parser.add_argument("--r", type=float, default=0.5)

@@ -24,6 +24,7 @@ import torch
 
 from vlmtrim.export import pipeline
 from vlmtrim.export.checkpoint import load_family
+from vlmtrim.export.families import llava
 from vlmtrim.export.job import Job
 from vlmtrim.export.weights import large, tiny
 from vlmtrim.graphs import FastV
@@ -320,7 +321,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--work", type=Path, default=Path("build/gpu"), help="where everything is kept")
-    parser.add_argument("--like", choices=("tiny", *large.LLAVA), default="llava-7b")
+    parser.add_argument("--like", choices=("tiny", *llava.SIZES), default="llava-7b")
     parser.add_argument(
         "--backend", action="append", help="repeat; default tensorrt-rtx, then ort-cuda; ort-cpu for tiny"
     )

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from vlmtrim.export.weights.large import TEXT, config_of, write_config, write_weights
+from vlmtrim.export.checkpoint import published_sizes
+from vlmtrim.export.weights.large import config_of, write_config, write_weights
 from vlmtrim.runtime.progress import running
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to write")
-    parser.add_argument("--like", required=True, choices=TEXT, help="whose shapes, names and shards")
+    parser.add_argument("--like", required=True, choices=published_sizes(), help="whose shapes, names and shards")
     parser.add_argument("--layers", type=int, help="fewer decoder layers than the model has")
     parser.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file")

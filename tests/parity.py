@@ -2,14 +2,35 @@
 
 import json
 
+import pytest
+
 from vlmtrim.export import check_cli
 from vlmtrim.export.arguments import methods_of
-from vlmtrim.export.checkpoint import family_names
+from vlmtrim.export.checkpoint import family_names, prunes
 from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.graphs.contract import IMAGES
 
+# Of these every method runs by default. Methods know no family: of the others fastv and none do, the rest is slow.
+THOROUGH = ("llava", "llava_next", "mllama", "qwen2_5_vl", "qwen2_vl")
 # Of methods that do nothing by default in what tests are made of: 9 of some 60 cache entries.
 FIELDS = {"tidal": {"entries": 9, "selecting": (0, 2)}}
-COMBINATIONS = [(family, method) for family in family_names() for method in (*methods_of(family), "none")]
+
+
+def is_slow(family, method):
+    """Whether only a run of slow tests proves this combination."""
+    return family not in THOROUGH and method not in ("fastv", "none")
+
+
+COMBINATIONS = [
+    pytest.param(family, method, marks=[pytest.mark.slow] * is_slow(family, method))
+    for family in family_names()
+    for method in (*methods_of(family), "none")
+]
+
+
+def images_of(family):
+    """Fields of a job whose caches hold all pictures of a conversation."""
+    return {"images": 3} if prunes(family) == IMAGES else {}
 
 
 def assert_parity(folder, capsys, *arguments):

@@ -1,6 +1,6 @@
 """README's table of what is proven, from the tests that passed: pytest --proven write, or --proven check.
 
-With a GPU, ``-m gpu --proven write`` writes its columns.
+With a GPU, ``-m gpu --proven write`` writes its columns; ``-m slow --proven write`` the rows that are slow to prove.
 """
 
 from __future__ import annotations
@@ -51,6 +51,13 @@ def pytest_addoption(parser):
     parser.addoption("--proven", choices=("check", "write"), help="README's table of what is proven, from this run")
 
 
+def _left_out(marks: str, family: str, method: str) -> bool:
+    """Whether a run of tests with these marks is not to prove a combination: a slow one, or another in a slow run."""
+    from parity import is_slow  # what it imports waits until the environment is set
+
+    return marks == "slow" if not is_slow(family, method) else "not slow" in marks
+
+
 def _whole(config) -> bool:
     return config.args_source is config.ArgsSource.TESTPATHS
 
@@ -65,7 +72,8 @@ def pytest_sessionfinish(session):
     proven = {tuple(value) for report in passed for name, value in report.user_properties if name == PROPERTY}
     text = README.read_text()
     ran = {backend for _, _, backend in proven}  # the columns of others (those of GPUs, mostly) stay what they were
-    proven |= {row for row in listed(text) if row[2] not in ran}
+    marks = session.config.option.markexpr  # and so do rows that a run of these marks leaves out
+    proven |= {row for row in listed(text) if row[2] not in ran or _left_out(marks, *row[:2])}
     if how == "write" and (session.exitstatus or session.config.option.keyword or not _whole(session.config)):
         reporter.write_line("README's table is written from a whole run that passes", red=True)
         session.exitstatus = 1

@@ -9,7 +9,6 @@ Graphs (D hidden width, P visual tokens per image; dims as in :mod:`vlmtrim.grap
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,23 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans, tiny_text_config
+from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans
 from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
-from vlmtrim.export.tracing.text_decoder import sliding_window as sliding_window
+from vlmtrim.export.tracing.text_models import tiny_text
 from vlmtrim.export.tracing.trace import Plan
-from vlmtrim.export.tracing.vision_tower import tile_features, tile_tokens, tiny_vision_config
+from vlmtrim.export.tracing.vision_tower import CLIP_LARGE, tile_features, tile_tokens, tiny_vision_config
+from vlmtrim.export.tracing.vision_tower import OLD_NAMES as OLD_NAMES
+from vlmtrim.export.weights import tiny
 from vlmtrim.graphs.contract import TOKENS, GraphSpec, TensorSpec
 
 MODEL_CLASS = LlavaForConditionalGeneration
 PRUNES = TOKENS  # what methods remove of its pictures
+PRESETS = {"llava-7b": "llava-hf/llava-1.5-7b-hf", "llava-13b": "llava-hf/llava-1.5-13b-hf"}
+SIZES: dict[str, dict[str, Any]] = {  # Liu et al. 2023: Vicuna v1.5 with 64 rows more in the embedding
+    "llava-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llava-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+SPECIALS = {"<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}  # of the published tokenizer
 
 
 def read_shape(config: LlavaConfig) -> Shape:
@@ -77,6 +84,33 @@ def plans(full: LlavaForConditionalGeneration, shape: Shape, dtype: torch.dtype,
     ]
 
 
+def published(like: str) -> dict[str, Any]:
+    """``config.json`` of one of SIZES, as the hub's is written."""
+    heads = SIZES[like]["num_attention_heads"]
+    text = {
+        "model_type": "llama",
+        **SIZES[like],
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "vocab_size": 32064,
+        "bos_token_id": SPECIALS["<s>"],
+        "eos_token_id": SPECIALS["</s>"],
+    }
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": SPECIALS["<image>"],
+        "pad_token_id": SPECIALS["<pad>"],
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": CLIP_LARGE,
+    }
+
+
 def tiny_config(
     text: str = "llama", vision: str = "clip_vision_model", heads: int = 4, kv_heads: int = 2, layers: int = 4
 ) -> LlavaConfig:
@@ -85,7 +119,7 @@ def tiny_config(
     settings: dict[str, Any] = {"image_token_id": 259}
     return LlavaConfig(
         vision_config=tiny_vision_config(vision),
-        text_config=tiny_text_config(text, heads, kv_heads, layers),
+        text_config=tiny_text(text, heads, kv_heads, layers),
         **settings,
         vision_feature_select_strategy="default" if is_clip else "full",
         vision_feature_layer=-2 if is_clip else -1,
@@ -97,14 +131,7 @@ def write_tiny_processor(folder: Path, config: LlavaConfig) -> None:
     """Image-processor and processor settings that suit a config."""
     tower: Any = config.vision_config
     size, is_clip = tower.image_size, tower.model_type == "clip_vision_model"
-    common = {
-        "do_resize": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "resample": 3,
-        "do_convert_rgb": True,
-    }
+    common = {"do_resize": True, "resample": 3, "do_convert_rgb": True}
     if is_clip:
         settings = {
             **common,
@@ -112,18 +139,15 @@ def write_tiny_processor(folder: Path, config: LlavaConfig) -> None:
             "size": {"shortest_edge": size},
             "do_center_crop": True,
             "crop_size": {"height": size, "width": size},
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            **tiny.CLIP_COLOURS,
         }
     else:
         settings = {
             **common,
             "image_processor_type": "SiglipImageProcessor",
             "size": {"height": size, "width": size},
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
+            **tiny.HALF_COLOURS,
         }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": "<image>",
@@ -131,4 +155,4 @@ def write_tiny_processor(folder: Path, config: LlavaConfig) -> None:
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_additional_image_tokens": 1 if is_clip else 0,
     }
-    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
+    tiny.write_settings(folder, settings, processor)

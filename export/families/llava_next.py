@@ -3,47 +3,75 @@
 A picture is scaled into the pinpoint resolution that wastes least and cut into square tiles; the whole picture,
 squeezed into one more tile, comes first. What the padding beside the picture became is dropped, and every row of
 patches ends with one learned newline token. Which feature goes where depends on the sizes of the pictures alone, so the
-host says it (:mod:`vlmtrim.runtime.processors.llava_next`) and the graph gathers.
-
-Graphs (T tiles and M visual tokens of all pictures of a step, P patches of a tile, D hidden width)
-
-    vision   pixel_values [T, 3, H, W], feature_index [M]                    -> image_features [M, D]
-    embed    input_ids [B, S], image_features [B, N, D], visual_positions [B, N] -> inputs_embeds [B, S, D]
-    decoder  see the contract
-
-``feature_index`` (int64) counts the patches of all tiles in order; T P is the newline token.
+host says it (:mod:`vlmtrim.runtime.processors.llava_next`) and the graph gathers (:mod:`vlmtrim.export.tracing.tiles`).
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.export import Dim
+from torch import Tensor
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from vlmtrim.export.job import Refusal
-from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans, tiny_text_config
 from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
-from vlmtrim.export.tracing.text_decoder import sliding_window as sliding_window
+from vlmtrim.export.tracing.text_decoder import text_numbers, text_plans
+from vlmtrim.export.tracing.text_models import tiny_text
+from vlmtrim.export.tracing.tiles import TiledShape, TiledVision, vision_plan
+from vlmtrim.export.tracing.tiles import vision_dims as vision_dims
+from vlmtrim.export.tracing.tiles import vision_spec as vision_spec
 from vlmtrim.export.tracing.trace import Plan
-from vlmtrim.export.tracing.vision_tower import tile_features, tile_tokens, tiny_vision_config
-from vlmtrim.graphs.contract import TOKENS, GraphSpec, TensorSpec
+from vlmtrim.export.tracing.vision_tower import CLIP_LARGE, tile_features, tile_tokens, tiny_vision_config
+from vlmtrim.export.tracing.vision_tower import OLD_NAMES as OLD_NAMES
+from vlmtrim.export.weights import tiny
+from vlmtrim.graphs.contract import TOKENS, GraphSpec
 
 MODEL_CLASS = LlavaNextForConditionalGeneration
 PRUNES = TOKENS  # what methods remove of its pictures
-
-
-@dataclass(frozen=True, kw_only=True)
-class TiledShape(Shape):
-    """Shape and what tiles add: patches of a tile, and tiles of one picture at most, the squeezed one included."""
-
-    tile_tokens: int
-    most_tiles: int
+PRESETS = {
+    "llava-next-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+    "llava-next-34b": "llava-hf/llava-v1.6-34b-hf",
+    "llava-next-72b": "llava-hf/llava-next-72b-hf",
+    "llava-next-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava-next-llama3-8b": "llava-hf/llama3-llava-next-8b-hf",
+}
+SIZES: dict[str, dict[str, Any]] = {  # Liu et al. 2024: Mistral 7B, Nous Hermes 2 Yi 34B and Qwen 1.5 72B
+    "llava-next-mistral-7b": {
+        "model_type": "mistral",
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "vocab_size": 32064,
+    },
+    "llava-next-34b": {
+        "model_type": "llama",
+        "hidden_size": 7168,
+        "intermediate_size": 20480,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 56,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "rope_theta": 5e6,
+        "vocab_size": 64064,
+    },
+    "llava-next-72b": {
+        "model_type": "qwen2",
+        "hidden_size": 8192,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "vocab_size": 152064,
+    },
+}
+SPECIALS = {"<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}  # of the tokenizer of the smallest
 
 
 def read_shape(config: LlavaNextConfig) -> TiledShape:
@@ -78,51 +106,38 @@ def _tiles(resolution: Any, size: int) -> tuple[int, int]:
     return height // size, width // size
 
 
-class Vision(nn.Module):
-    """Vision tower, projector, newline token and the order of all three."""
+class Vision(TiledVision):
+    """One learned feature: the newline token."""
 
-    def __init__(self, full: LlavaNextForConditionalGeneration):
-        super().__init__()
-        self.full = full
-
-    def forward(self, pixel_values: Tensor, feature_index: Tensor) -> Tensor:
-        """pixel_values [T, 3, H, W], feature_index [M] into [T P + 1] -> image features [M, D]."""
+    def table(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [T, 3, H, W] -> [T P + 1, D]."""
         features = tile_features(self.full, pixel_values).flatten(0, 1)
-        newline = self.full.model.image_newline[None]
-        return torch.cat((features, newline)).index_select(0, feature_index)
-
-
-def vision_spec(shape: TiledShape, dtype: str) -> GraphSpec:
-    """Boundary of ``vision.onnx``."""
-    return GraphSpec(
-        "vision.onnx",
-        (
-            TensorSpec("pixel_values", dtype, ("T", 3, shape.image_size, shape.image_size)),
-            TensorSpec("feature_index", "int64", ("M",)),
-        ),
-        (TensorSpec("image_features", dtype, ("M", shape.hidden)),),
-    )
-
-
-def vision_dims(shape: TiledShape, images: int) -> dict[str, tuple[int, int]]:
-    """Sizes of the vision graph's symbolic dimensions when a step brings 1 to ``images`` pictures of full size.
-
-    Twice as many fit where none fills its tiles: without padding about half of the tokens remain.
-    """
-    return {"T": (2, 2 * images * shape.most_tiles), "M": (shape.tile_tokens, 2 * images * shape.image_tokens)}
+        return torch.cat((features, self.full.model.image_newline[None]))
 
 
 def plans(
     full: LlavaNextForConditionalGeneration, shape: TiledShape, dtype: torch.dtype, decoder: GraphSpec
 ) -> list[Plan]:
     """What to trace. ``decoder`` is the boundary before any selection."""
-    pixels = torch.zeros(3, 3, shape.image_size, shape.image_size, dtype=dtype)
-    index = torch.zeros(7, dtype=torch.int64)
-    spec = vision_spec(shape, str(dtype).removeprefix("torch."))
-    return [
-        Plan(Vision(full), (pixels, index), ({0: Dim("T", max=4096)}, {0: Dim("M", max=2**20)}), spec),
-        *text_plans(full, shape, dtype, decoder),
-    ]
+    return [vision_plan(Vision(full), shape, dtype), *text_plans(full, shape, dtype, decoder)]
+
+
+def published(like: str) -> dict[str, Any]:
+    """``config.json`` of one of SIZES, as the hub's is written."""
+    text = {"rms_norm_eps": 1e-05, "bos_token_id": SPECIALS["<s>"], "eos_token_id": SPECIALS["</s>"], **SIZES[like]}
+    return {
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "model_type": "llava_next",
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        "image_token_index": SPECIALS["<image>"],
+        "projector_hidden_act": "gelu",
+        "use_image_newline_parameter": True,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": CLIP_LARGE,
+    }
 
 
 def tiny_config(
@@ -135,7 +150,7 @@ def tiny_config(
     settings: dict[str, Any] = {"image_token_index": 259}
     return LlavaNextConfig(
         vision_config=tower,
-        text_config=tiny_text_config(text, heads, kv_heads, layers),
+        text_config=tiny_text(text, heads, kv_heads, layers),
         **settings,
         image_grid_pinpoints=[[one, two], [two, one], [two, two], [three, one], [one, three]],
         vision_feature_select_strategy="default" if is_clip else "full",
@@ -157,14 +172,9 @@ def write_tiny_processor(folder: Path, config: LlavaNextConfig) -> None:
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        **tiny.CLIP_COLOURS,
         "do_pad": True,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
     processor = {
         "processor_class": "LlavaNextProcessor",
         "image_token": "<image>",
@@ -172,4 +182,4 @@ def write_tiny_processor(folder: Path, config: LlavaNextConfig) -> None:
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_additional_image_tokens": 1 if is_clip else 0,
     }
-    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
+    tiny.write_settings(folder, settings, processor)

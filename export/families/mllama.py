@@ -14,7 +14,6 @@ later in the prompt, it attends to all of them, filling included, and only the l
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,33 @@ from vlmtrim.export.job import Refusal
 from vlmtrim.export.tracing import text_decoder
 from vlmtrim.export.tracing.attention import StaticCache
 from vlmtrim.export.tracing.trace import Plan
+from vlmtrim.export.weights import tiny
 from vlmtrim.graphs.contract import IMAGES, GraphSpec, TensorSpec
 
 MODEL_CLASS = MllamaForConditionalGeneration
 PRUNES = IMAGES  # what methods remove of its pictures
+PRESETS = {
+    "llama-3.2-11b-vision": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "llama-3.2-90b-vision": "meta-llama/Llama-3.2-90B-Vision-Instruct",
+}
+SIZES: dict[str, dict[str, Any]] = {  # Llama Team 2024, arXiv 2407.21783, section 7: Llama 3.1 and cross-attention
+    "llama-3.2-11b-vision": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+    },
+}
+SPECIALS = {"<s>": 128000, "</s>": 128001, "<pad>": 128004, "<image>": 128256}  # the last behind the vocabulary
+# A checkpoint's files have the names that transformers used when the models came out.
+OLD_NAMES = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.vision_model.", "vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
 # As the published models' template: the start token, headers, pictures where they stand, no space around a turn.
 TINY_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + ']\\n\\n' }}"
@@ -73,11 +95,6 @@ def read_shape(config: MllamaConfig) -> Shape:
         image_token_id=config.image_token_index,
         image_grid=None,
     )
-
-
-def sliding_window(config: MllamaConfig) -> int | None:
-    """Llama attends to everything before a token."""
-    return None
 
 
 class Vision(nn.Module):
@@ -273,6 +290,49 @@ def _zeros(*sizes: int) -> Tensor:
     return torch.zeros(sizes, dtype=torch.int64)
 
 
+def published(like: str) -> dict[str, Any]:
+    """``config.json`` of one of SIZES, as the hub's is written."""
+    text = {
+        "model_type": "mllama_text_model",
+        **SIZES[like],
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "vocab_size": 128256,
+        "bos_token_id": SPECIALS["<s>"],
+        "eos_token_id": SPECIALS["</s>"],
+        "pad_token_id": SPECIALS["<pad>"],
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "model_type": "mllama_vision_model",
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_global_layers": 8,
+        "attention_heads": 16,
+        "image_size": 560,
+        "patch_size": 14,
+        "max_num_tiles": 4,
+        "intermediate_layers_indices": [3, 7, 15, 23, 30],
+        "vision_output_dim": 7680,
+    }
+    return {
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "image_token_index": SPECIALS["<image>"],
+        "text_config": text,
+        "vision_config": vision,
+    }
+
+
 def tiny_config(heads: int = 4, kv_heads: int = 2, layers: int = 5, cross: tuple[int, ...] = (1, 3, 4)) -> MllamaConfig:
     """Config of a random checkpoint small enough for tests: head size 64, 4 tiles of 17 features per picture.
 
@@ -321,15 +381,10 @@ def write_tiny_processor(folder: Path, config: MllamaConfig) -> None:
         "do_convert_rgb": True,
         "do_resize": True,
         "do_pad": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        **tiny.CLIP_COLOURS,
         "resample": 2,
         "size": {"height": vision.image_size, "width": vision.image_size},
         "max_image_tiles": vision.max_num_tiles,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
-    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "MllamaProcessor"}, indent=2))
+    tiny.write_settings(folder, settings, {"processor_class": "MllamaProcessor"})
     (folder / "chat_template.jinja").write_text(TINY_TEMPLATE)

@@ -27,11 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from vlmtrim.export.job import Refusal
 from vlmtrim.export.tracing.attention import onnx_attention
 from vlmtrim.export.tracing.text_decoder import Shape, text_numbers, text_plans
+from vlmtrim.export.tracing.text_models import tiny_text
 from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.export.weights import tiny
 from vlmtrim.graphs.contract import Contract, GraphSpec, TensorSpec
@@ -40,7 +42,15 @@ from vlmtrim.graphs.contract import Contract, GraphSpec, TensorSpec
 MOST_TOKENS = 16384
 # The least tokens of a picture in transformers' default settings (56 x 56 pixels); a strip of five takes two windows.
 _LEAST_TOKENS_PER_WINDOW = 2.5
-VISION_TOKENS = {"<|vision_start|>": 260, "<|image_pad|>": 261, "<|video_pad|>": 262, "<|vision_end|>": 263}
+SPECIALS = {"<s>": 151644, "</s>": 151645, "<pad>": 151643}  # of the published tokenizer, whose names differ
+VISION_TOKENS = {  # name -> (field of configs, id in tiny ones, id in published ones)
+    "<|vision_start|>": ("vision_start_token_id", 260, 151652),
+    "<|image_pad|>": ("image_token_id", 261, 151655),
+    "<|video_pad|>": ("video_token_id", 262, 151656),
+    "<|vision_end|>": ("vision_end_token_id", 263, 151653),
+}
+PUBLISHED_ROPE = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+OLD_NAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))  # of transformers of their day
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for content in message['content'] %}"
@@ -217,39 +227,45 @@ def _lower(settings: dict[str, Any], tokens: int) -> None:
     settings["size"] = {"shortest_edge": min(least, pixels), "longest_edge": min(most, pixels)}
 
 
-def tiny_settings(heads: int, kv_heads: int, layers: int, tied: bool) -> dict[str, Any]:
+def tiny_settings(text: str, heads: int, kv_heads: int, layers: int, tied: bool) -> dict[str, Any]:
     """Settings, all but the tower's, of a random checkpoint small enough for tests: head size 64."""
-    text = {
-        "hidden_size": 64 * heads,
-        "intermediate_size": 384,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": 272,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-        "pad_token_id": 258,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+    return {
+        "text_config": tiny_text(text, heads, kv_heads, layers),
+        "tie_word_embeddings": tied,
+        **{field: token for field, token, _ in VISION_TOKENS.values()},
+    }
+
+
+def published(name: str, text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` of a ``model_type`` with the numbers of one size, as the hub's is written."""
+    own = {
+        "model_type": f"{name}_text",
+        **text,
+        "bos_token_id": SPECIALS["<s>"],
+        "eos_token_id": SPECIALS["</s>"],
+        "pad_token_id": SPECIALS["<pad>"],
+        "rms_norm_eps": 1e-06,
     }
     return {
-        "text_config": text,
-        "tie_word_embeddings": tied,
-        "vision_start_token_id": VISION_TOKENS["<|vision_start|>"],
-        "vision_end_token_id": VISION_TOKENS["<|vision_end|>"],
-        "image_token_id": VISION_TOKENS["<|image_pad|>"],
-        "video_token_id": VISION_TOKENS["<|video_pad|>"],
+        "model_type": name,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "text_config": own,
+        "vision_config": vision,
+        **{field: token for field, _, token in VISION_TOKENS.values()},
     }
 
 
 def write_tiny_processor(folder: Path, config: Any) -> None:
     """Tokenizer with the vision tokens, chat template and processor settings that suit a config."""
-    tiny.write_tokenizer(folder, {**tiny.SPECIAL_IDS, **VISION_TOKENS}, image_token="<|image_pad|>")
+    text = config.text_config
+    marks = {"<s>": text.bos_token_id, "</s>": text.eos_token_id, "<pad>": text.pad_token_id}
+    marks |= {name: getattr(config, field) for name, (field, _, _) in VISION_TOKENS.items()}
+    tiny.write_tokenizer(folder, marks, image_token="<|image_pad|>")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    name = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}[config.model_type]
+    processor: Any = PROCESSOR_MAPPING[type(config)]
     settings = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": name,
+        "processor_class": processor.__name__,
         "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * MOST_TOKENS},
         "patch_size": config.vision_config.patch_size,
         "temporal_patch_size": config.vision_config.temporal_patch_size,

@@ -1,6 +1,7 @@
 """The language model's half of a family: token embedding and decoder as traced modules, their boundaries and plans.
 
-Any transformers model with ``model.language_model`` and ``lm_head`` whose text model is one of TEXT_MODELS fits.
+Any transformers model with ``model.language_model`` and ``lm_head`` fits whose text model is one of
+:mod:`vlmtrim.export.tracing.text_models`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from torch.export import Dim
 
 from vlmtrim.export.job import Refusal
 from vlmtrim.export.tracing.attention import StaticCache
+from vlmtrim.export.tracing.text_models import PLAIN, text_model
 from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.graphs.contract import GraphSpec, TensorSpec
-
-TEXT_MODELS = ("llama", "mistral", "qwen2")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Shape:
     cross_layers: tuple[int, ...] = ()
 
 
-def text_numbers(config: Any, models: Sequence[str] = TEXT_MODELS) -> dict[str, Any]:
+def text_numbers(config: Any, models: Sequence[str] = PLAIN) -> dict[str, Any]:
     """The fields of Shape that the language model, one of ``models``, decides, checked. Raises Refusal."""
     text: Any = config.text_config
     if text.model_type not in models:
@@ -63,14 +63,6 @@ def text_numbers(config: Any, models: Sequence[str] = TEXT_MODELS) -> dict[str, 
         "max_positions": text.max_position_embeddings,
         "image_token_id": config.image_token_id,
     }
-
-
-def sliding_window(config: Any) -> int | None:
-    """Width of sliding-window attention where the text model uses it."""
-    text: Any = config.text_config
-    if text.model_type == "qwen2" and not text.use_sliding_window:
-        return None
-    return getattr(text, "sliding_window", None)
 
 
 class Embed(nn.Module):
@@ -180,29 +172,6 @@ def text_plans(full: Any, shape: Shape, dtype: torch.dtype, decoder: GraphSpec) 
                 [({0: batch}, {0: batch}) for _ in layers],
             ),
             decoder,
-            fusions={"RMSNormalization": 2 * shape.layers + 1, "RotaryEmbedding": 2 * shape.layers},
+            fusions=text_model(full.config).fusions(shape.layers),
         ),
     ]
-
-
-def tiny_text_config(text: str = "llama", heads: int = 4, kv_heads: int = 2, layers: int = 4) -> Any:
-    """Config of a random language model small enough for tests: head size 64, ids of ``weights.tiny``."""
-    from transformers import AutoConfig
-
-    settings: dict[str, Any] = {
-        "hidden_size": 64 * heads,
-        "intermediate_size": 384,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 64,
-        "vocab_size": 272,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-        "pad_token_id": 258,
-        "tie_word_embeddings": False,
-    }
-    if text == "mistral":
-        settings["sliding_window"] = None
-    return AutoConfig.for_model(text, **settings)

@@ -10,6 +10,24 @@ from torch import Tensor
 from vlmtrim.export.job import Refusal
 
 VISION_MODELS = ("clip_vision_model", "siglip_vision_model")
+CLIP_LARGE = {  # the tower of LLaVA-1.5 and LLaVA-1.6: CLIP-L/14 at 336 (Radford et al. 2021)
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "vocab_size": 32000,
+}
+# A checkpoint's files have the names that transformers used when the models came out.
+OLD_NAMES = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
 
 
 def tile_tokens(config: Any) -> int:

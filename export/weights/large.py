@@ -11,124 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmtrim.export.checkpoint import read_config
+from vlmtrim.export.checkpoint import load_family, published_sizes, read_config
 from vlmtrim.export.weights import make_header
 from vlmtrim.export.weights.tiny import write_processor
 
-# Language models of LLaVA-1.5 (Liu et al. 2023): Vicuna v1.5 with 64 rows more in the embedding; tower CLIP-L/14-336.
-# Llama-3.2-Vision (Llama Team 2024, arXiv 2407.21783, section 7): Llama 3.1 with a cross-attention layer every fifth.
-TEXT: dict[str, dict[str, Any]] = {
-    "llava-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llava-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "llama-3.2-11b-vision": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
-    },
-}
-LLAVA = tuple(name for name, text in TEXT.items() if "cross_attention_layers" not in text)
-VISION = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-    "vocab_size": 32000,
-}
-TILED_VISION = {
-    "model_type": "mllama_vision_model",
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_global_layers": 8,
-    "attention_heads": 16,
-    "image_size": 560,
-    "patch_size": 14,
-    "max_num_tiles": 4,
-    "intermediate_layers_indices": [3, 7, 15, 23, 30],
-    "vision_output_dim": 7680,
-}
-SPECIALS = {"<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}
-LLAMA_SPECIALS = {"<s>": 128000, "</s>": 128001, "<pad>": 128004, "<image>": 128256}  # the last behind the vocabulary
-# The hub's files have the names that transformers used when the models came out.
-OLD_NAMES = (
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-    ("model.vision_tower.", "vision_tower.vision_model."),
-    ("model.vision_model.", "vision_model."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-)
 _POOL = 2**24 + 43  # random values that tensors are cut from; a prime-like length, so that rows do not repeat
 
 
 def config_of(like: str, dtype: str = "float16", layers: int | None = None, tied: bool = False) -> dict[str, Any]:
-    """``config.json`` of a size in TEXT, as the hub's is written; ``layers`` shortens the language model."""
-    if "cross_attention_layers" in TEXT[like]:
-        return _tiled_config(like, dtype, layers, tied)
-    text = {
-        "model_type": "llama",
-        **TEXT[like],
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-05,
-        "vocab_size": 32064,
-        "bos_token_id": SPECIALS["<s>"],
-        "eos_token_id": SPECIALS["</s>"],
-    }
-    text["num_key_value_heads"] = text["num_attention_heads"]
+    """``config.json`` of a size that a family publishes (:func:`vlmtrim.export.checkpoint.published_sizes`).
+
+    Args:
+        layers: of the language model, where it is to have fewer.
+        tied: one matrix for token embedding and output, where the published model has two.
+    """
+    config = load_family(published_sizes()[like]).published(like)
+    text = dict(config["text_config"])
     if layers is not None:
         text["num_hidden_layers"] = layers
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "torch_dtype": dtype,
-        "image_token_index": SPECIALS["<image>"],
-        "pad_token_id": SPECIALS["<pad>"],
-        "projector_hidden_act": "gelu",
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": tied,
-        "text_config": {**text, "tie_word_embeddings": tied},
-        "vision_config": VISION,
-    }
-
-
-def _tiled_config(like: str, dtype: str, layers: int | None, tied: bool) -> dict[str, Any]:
-    text = {
-        "model_type": "mllama_text_model",
-        **TEXT[like],
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "vocab_size": 128256,
-        "bos_token_id": LLAMA_SPECIALS["<s>"],
-        "eos_token_id": LLAMA_SPECIALS["</s>"],
-        "pad_token_id": LLAMA_SPECIALS["<pad>"],
-        "tie_word_embeddings": tied,
-    }
-    if layers is not None:
-        text["num_hidden_layers"] = layers
-        text["cross_attention_layers"] = [layer for layer in text["cross_attention_layers"] if layer < layers]
-    return {
-        "architectures": ["MllamaForConditionalGeneration"],
-        "model_type": "mllama",
-        "torch_dtype": dtype,
-        "image_token_index": LLAMA_SPECIALS["<image>"],
-        "text_config": text,
-        "vision_config": TILED_VISION,
-    }
+        for name in ("cross_attention_layers", "layer_types"):
+            if name in text:  # numbers of layers, or an entry a layer
+                text[name] = [x for x in text[name][:layers] if isinstance(x, str) or x < layers]
+    if tied:
+        config["tie_word_embeddings"] = text["tie_word_embeddings"] = True
+    return {**config, "torch_dtype": dtype, "text_config": text}
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -136,7 +42,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     family, full = read_config(folder)
-    write_processor(family, folder, full, LLAMA_SPECIALS if config["model_type"] == "mllama" else SPECIALS)
+    write_processor(family, folder, full, family.SPECIALS)
 
 
 def write_weights(
@@ -180,7 +86,7 @@ def _parameters(folder: Path, old_names: bool) -> list[tuple[str, tuple[int, ...
         model = family.MODEL_CLASS(config)
     found = []
     for name, parameter in model.named_parameters():  # a tied weight is named once
-        for new, old in OLD_NAMES if old_names else ():
+        for new, old in family.OLD_NAMES if old_names else ():
             if name.startswith(new):
                 name = old + name.removeprefix(new)
                 break

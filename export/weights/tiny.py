@@ -12,6 +12,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 SPECIALS = ("<s>", "</s>", "<pad>", "<image>")
 SPECIAL_IDS = {token: 256 + index for index, token in enumerate(SPECIALS)}  # behind the bytes
+CLIP_COLOURS = {
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+HALF_COLOURS = {**CLIP_COLOURS, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}  # SigLIP's
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -45,6 +53,12 @@ def write_processor(family: Any, folder: Path, config: Any, specials: dict[str, 
     write_tokenizer(folder, specials)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     family.write_tiny_processor(folder, config)  # may replace them
+
+
+def write_settings(folder: Path, image_processor: dict[str, Any], processor: dict[str, Any]) -> None:
+    """The two files of settings that a family's processor consists of."""
+    (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
 
 
 def write_tokenizer(folder: Path, specials: dict[str, int], image_token: str = "<image>") -> None:

@@ -3,19 +3,17 @@
 import json
 
 import pytest
-from parity import COMBINATIONS, FIELDS, assert_parity
+from parity import COMBINATIONS, FIELDS, assert_parity, images_of
 
 from vlmtrim.export import check_cli
 from vlmtrim.runtime.engines import fingerprint
-
-IMAGES = {"mllama": {"images": 3}}  # that caches of cross-attention hold
 
 
 @pytest.mark.parametrize(("family", "method"), COMBINATIONS)
 def test_prefill_decode_and_second_turn_equal_pytorch(family, method, export_tiny, capsys, proves):
     """Float32 against the unpatched model and the family's oracle, within 1e-4."""
     folder = export_tiny(
-        "parity", family=family, method=method, max_batch=2, **IMAGES.get(family, {}), **FIELDS.get(method, {})
+        "parity", family=family, method=method, max_batch=2, **images_of(family), **FIELDS.get(method, {})
     )
     assert_parity(folder, capsys)
     proves(family, method, "ONNX Runtime CPU")

@@ -8,13 +8,14 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from vlmtrim.export import check_cli, pipeline
+from vlmtrim.export.families import llava
 from vlmtrim.export.job import Job
 from vlmtrim.export.weights import large
 from vlmtrim.graphs import FastV
 
 SMALL = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 2}
 SMALL_VISION = {
-    **large.VISION,
+    **llava.CLIP_LARGE,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -36,8 +37,8 @@ def write(folder, tied, dtype, shard_bytes, layers=None, **fields):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setitem(large.TEXT, "llava-7b", SMALL)
-    monkeypatch.setattr(large, "VISION", SMALL_VISION)
+    monkeypatch.setitem(llava.SIZES, "llava-7b", SMALL)
+    monkeypatch.setattr(llava, "CLIP_LARGE", SMALL_VISION)
 
 
 @pytest.mark.parametrize("old_names", [True, False])

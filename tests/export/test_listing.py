@@ -7,7 +7,7 @@ import pytest
 
 from vlmtrim.export import cli, listing, oracles
 from vlmtrim.export.arguments import methods_of
-from vlmtrim.export.checkpoint import PRESETS, family_names
+from vlmtrim.export.checkpoint import family_names, presets
 from vlmtrim.graphs.methods import method_names
 from vlmtrim.graphs.rules import rule_names
 
@@ -29,7 +29,7 @@ def test_the_list_names_all_there_is(capsys):
         cli.main(["--list"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for name in (*family_names(), *method_names(), *PRESETS, "--ratio", "--score"):
+    for name in (*family_names(), *method_names(), *presets(), "--ratio", "--score"):
         assert name in printed
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
     order = rows["families"]

@@ -10,6 +10,7 @@ from vlmtrim.export import cli
 from vlmtrim.export.check_cli import generated_picture
 from vlmtrim.export.families import llava_next
 from vlmtrim.export.oracles.reference import Reference
+from vlmtrim.export.weights import large
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.contract import kept_count
 from vlmtrim.runtime import cli as run_cli
@@ -108,38 +109,8 @@ def test_the_vision_profile_counts_tiles(export_tiny):
 
 def test_a_real_config_is_planned(tmp_path, capsys):
     """LLaVA-1.6-Mistral-7B from its config, cut to 3 layers: 2928 visual tokens a picture, caches for two of them."""
-    config = {
-        "model_type": "llava_next",
-        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-        "image_token_index": 32000,
-        "projector_hidden_act": "gelu",
-        "torch_dtype": "float16",
-        "use_image_newline_parameter": True,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "text_config": {
-            "model_type": "mistral",
-            "intermediate_size": 14336,
-            "num_hidden_layers": 3,
-            "max_position_embeddings": 32768,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-05,
-            "rope_theta": 1000000.0,
-            "sliding_window": None,
-            "vocab_size": 32064,
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": 1024,
-            "image_size": 336,
-            "intermediate_size": 4096,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 3,
-            "patch_size": 14,
-            "projection_dim": 768,
-            "vocab_size": 32000,
-        },
-    }
+    config = large.config_of("llava-next-mistral-7b", layers=3)
+    config["vision_config"] = {**config["vision_config"], "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
     argv = ["--model", str(tmp_path), "--dry-run", "--operators"]
     argv += ["--max-seq-len", "16384", "--images", "2", "--r", "0.75"]

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from parity import assert_parity
+from parity import THOROUGH, assert_parity
 from safetensors.torch import save_file
 
 from vlmtrim import runtime
@@ -46,7 +46,9 @@ def fused(path, tmp_path, **entries) -> Counter:
 
 slow = pytest.mark.slow
 PACKED = [
-    pytest.param(f, w, marks=[slow] * (w == "int8" and f != "llava")) for f in family_names() for w in ("int4", "int8")
+    pytest.param(f, w, marks=[slow] * (f not in THOROUGH or (w == "int8" and f != "llava")))
+    for f in family_names()
+    for w in ("int4", "int8")
 ]
 
 
@@ -91,7 +93,9 @@ def test_activations_in_eight_bits_are_near_and_are_the_default(export_tiny, cap
 
 # All formats of one family, one of all families; the rest is slow. README's table is of all.
 ENGINES = [
-    pytest.param(f, w, marks=[slow] * (f != "llava" and w != "int4")) for f in family_names() for w in format_names()
+    pytest.param(f, w, marks=[slow] * (f not in THOROUGH or (w != "int4" and f != "llava")))
+    for f in family_names()
+    for w in format_names()
 ]
 
 

@@ -22,6 +22,7 @@ VARIANTS = {
     "qwen2-gqa-coverage": ({"text": "qwen2"}, {"k": 1, "r": 0.5, "score": "coverage"}),
     "llama-gqa-stride": ({}, {"k": 2, "r": 0.25, "score": "stride", "seed": 3}),
     "llama-gqa-random": ({}, {"k": 3, "r": 0.75, "score": "random", "seed": 7}),
+    "qwen3-gqa-no-rope": ({"text": "qwen3"}, {"k": 1, "r": 0.5, "score": "no-rope"}),
     "qwen2-gqa-clip-dense": ({"text": "qwen2"}, {"method": "none"}),
 }
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from fake_machine import Machine
-from parity import COMBINATIONS, FIELDS
+from parity import COMBINATIONS, FIELDS, images_of
 
 from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle, seal
@@ -107,7 +107,7 @@ def test_a_conversation_of_every_family_equals_ort_cpu_to_the_bit(
     export_tiny, machine, tmp_path, picture, family, method, proves
 ):
     """Two rows; tiles and patches of any number, three position axes, features that only cross-attention takes."""
-    sizes = {} if family == "mllama" else {"max_seq_len": 1024, "image_tokens": 0}
+    sizes = {} if images_of(family) else {"max_seq_len": 1024, "image_tokens": 0}
     sizes |= FIELDS.get(method, {})
     bundle = export_tiny("chat", family=family, method=method, max_batch=2, images=2, **sizes)
     folder = machine.with_engines(bundle, tmp_path / "bundle")
