@@ -10,7 +10,7 @@ from typing import Any
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export.job import FLOAT, Job, Refusal, check_numbers
 from vlmtrim.graphs.caches import fields_of, load_policy
-from vlmtrim.graphs.contract import IMAGES, TOKENS, CacheGroup
+from vlmtrim.graphs.contract import IMAGES, PATCHES, TOKENS, CacheGroup
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.formats import check_block, load_format
 from vlmtrim.graphs.methods import load_method, make_method, method_names, parameters
@@ -144,7 +144,7 @@ def check_method(job: Job, family: str) -> None:
             f"--emit-guide returns attention to all visual tokens, and method {job.method.name} removes some; give "
             "--method none, and let this bundle guide a larger one (--method guided)"
         )
-    if job.emit_guide and checkpoints.prunes(family) == IMAGES:
+    if job.emit_guide and IMAGES in checkpoints.prunes(family):
         raise Refusal(
             f"--emit-guide returns attention to visual tokens of the sequence; the pictures of the family {family} are "
             "features of cross-attention, and no guided method takes them"
@@ -152,12 +152,16 @@ def check_method(job: Job, family: str) -> None:
     _check_cache(job, family)
     if job.method is None or job.method.name in methods_of(family):
         return
-    tokens, features = "visual tokens of the sequence", "image features that cross-attention layers attend to"
-    takes, has = (features, tokens) if job.method.prunes == IMAGES else (tokens, features)
+    names = {
+        TOKENS: "visual tokens of the sequence",
+        PATCHES: "patches that leave the vision tower one for one as visual tokens",
+        IMAGES: "image features that cross-attention layers attend to",
+    }
+    has = names[checkpoints.prunes(family)[0]]
     verb = "is for" if job.method.prunes is None else "removes"
     raise Refusal(
-        f"method {job.method.name} {verb} {takes}, the pictures of the family {family} are {has} (export-vlm "
-        f"--list); give --method {' or '.join((*methods_of(family), 'none'))}"
+        f"method {job.method.name} {verb} {names[job.method.prunes or TOKENS]}, the pictures of the family {family} "
+        f"are {has} (export-vlm --list); give --method {' or '.join((*methods_of(family), 'none'))}"
     )
 
 
@@ -165,7 +169,7 @@ def _check_cache(job: Job, family: str) -> None:
     """Raises Refusal where a cache policy does not go with the family or the method."""
     if job.cache is None:
         return
-    if checkpoints.prunes(family) == IMAGES:
+    if IMAGES in checkpoints.prunes(family):
         raise Refusal(
             f"--cache {job.cache.name} judges visual tokens of the sequence; the pictures of the family {family} are "
             "features of cross-attention, which --method trimmed-llama cuts before they are cached: leave --cache out"
@@ -180,9 +184,9 @@ def _check_cache(job: Job, family: str) -> None:
 
 
 def methods_of(family: str) -> tuple[str, ...]:
-    """Methods that prune what a family has: visual tokens of the sequence, or features of cross-attention."""
+    """Methods that prune what a family has: visual tokens of the sequence, patches, features of cross-attention."""
     prunes = checkpoints.prunes(family)
-    return tuple(name for name in method_names() if (load_method(name).prunes or TOKENS) == prunes)
+    return tuple(name for name in method_names() if (load_method(name).prunes or TOKENS) in prunes)
 
 
 def _family_and_text(model: str) -> tuple[str | None, dict[str, Any]]:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from vlmtrim.export.job import Refusal
-from vlmtrim.graphs.contract import IMAGES, TOKENS
+from vlmtrim.graphs.contract import IMAGES, PATCHES, TOKENS
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 SHIPPED = {"demo": DEMO, "demo-small": DEMO.parent / "small"}  # trained, small, in the package: work offline
@@ -54,9 +54,10 @@ def _check_family(name: str) -> None:
         raise Refusal(f"model family {name!r} is not supported; supported: {', '.join(family_names())}")
 
 
-def prunes(family: str) -> str:
+def prunes(family: str) -> tuple[str, ...]:
     """What methods remove of a family's pictures (its PRUNES), without importing it. Raises Refusal."""
-    return {"TOKENS": TOKENS, "IMAGES": IMAGES}[ast.unparse(_assigned(family, "PRUNES"))]
+    kinds = {"TOKENS": TOKENS, "PATCHES": PATCHES, "IMAGES": IMAGES}
+    return tuple(kinds[name.id] for name in ast.walk(_assigned(family, "PRUNES")) if isinstance(name, ast.Name))
 
 
 def tiny_layers(family: str) -> int:

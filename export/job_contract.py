@@ -15,7 +15,7 @@ from vlmtrim.export.flops import decoder_macs
 from vlmtrim.export.job import Job, Refusal, check_numbers
 from vlmtrim.export.tracing.text_models import text_model
 from vlmtrim.graphs.boundary import cache_dims, cache_specs, compacts, decoder_spec
-from vlmtrim.graphs.contract import IMAGES, VISION, CacheGroup, Contract, GraphSpec, TensorSpec
+from vlmtrim.graphs.contract import IMAGES, PATCHES, TOKENS, VISION, CacheGroup, Contract, GraphSpec, TensorSpec
 from vlmtrim.graphs.keeping import CachePolicy
 from vlmtrim.graphs.rules import GRID, PLACES, load_rule, rule_names
 
@@ -26,9 +26,8 @@ SCORED_ROWS = 256
 
 def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, source: Path) -> Contract:
     """The contract of a job's bundle, from the config alone. Raises Refusal where the job does not fit the model."""
-    shape = _bounded(job, family.read_shape(config))
-    method = job.method
     check_method(job, family.__name__.rpartition(".")[2])
+    shape, method = _shape(job, family.read_shape(config)), job.method
     check_numbers(job)
     _check_limits(job, shape, config)
     name, capacity = str(dtype).removeprefix("torch."), job.max_seq_len
@@ -51,7 +50,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
         groups=groups,
-        selects=method is not None and method.prunes is not None,
+        selects=method is not None and method.prunes in (TOKENS, IMAGES),
         position_axes=shape.position_axes,
         guided=guide is not None,
         emits=job.emit_guide,
@@ -141,6 +140,17 @@ def _check_needs(method: Any, contract: Contract, position_axes: int) -> None:
             f"--score {method.score} needs to know where tokens lie on the picture; pictures of the family "
             f"{contract.family} differ in their rows and columns: give one of {', '.join(others)}"
         )
+
+
+def _shape(job: Job, shape: Any) -> Any:
+    """A model's shape with the visual tokens that a picture is in the job's bundle. Raises Refusal."""
+    shape = _bounded(job, shape)
+    if job.method is None or job.method.prunes != PATCHES:
+        return shape
+    try:  # what is left of the patches lies on no grid
+        return dataclasses.replace(shape, image_tokens=job.method.image_tokens(shape.image_tokens), image_grid=None)
+    except ValueError as error:
+        raise Refusal(str(error)) from error
 
 
 def _bounded(job: Job, shape: Any) -> Any:

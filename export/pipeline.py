@@ -27,7 +27,7 @@ from vlmtrim.export.tracing.attention import IMPLEMENTATION
 from vlmtrim.export.weights import layerwise, quantised
 from vlmtrim.graphs.bundle import seal
 from vlmtrim.graphs.caching import cache_graphs
-from vlmtrim.graphs.contract import IMAGES, VISION, Contract, TensorSpec
+from vlmtrim.graphs.contract import IMAGES, PATCHES, VISION, Contract, TensorSpec
 from vlmtrim.graphs.formats import Packing
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
 from vlmtrim.graphs.passes.key_scores import key_scores
@@ -209,10 +209,13 @@ def graphs(
             lint(graph, plan.spec)
             if name == "vision" and contract.guide == VISION:
                 lint(vision_scores(graph, contract.image_tokens), contract.graphs[name])
+        if name == "vision" and method is not None and method.prunes == PATCHES:
+            with _stage(report, f"select ({method.label})"):
+                lint(method(graph, patches=shape.image_tokens), contract.graphs[name])
         if name == "decoder" and job.cache is not None:
             with _stage(report, "return queries"):
                 score_queries(graph)
-        if name == "decoder" and method is not None:
+        if name == "decoder" and method is not None and method.prunes != PATCHES:
             with _stage(report, f"select ({method.label})"):
                 method(graph, visual_tokens=job.images * contract.image_tokens, grid=contract.whole_grid)
         if name == "decoder" and job.cache is not None and job.cache.by_layer:

@@ -89,6 +89,8 @@ _PLAIN = re.compile(r"--[a-z]{1,16} [a-z0-9.-]{1,32}").fullmatch
 
 # What fills the caches of a group, one entry each.
 TOKENS, IMAGES = "tokens", "images"
+# What a method may remove before there are visual tokens: patches of the vision tower.
+PATCHES = "patches"
 # Who provides guide_scores: the bundle's own vision graph, or another bundle.
 VISION, BUNDLE = "vision", "bundle"
 

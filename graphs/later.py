@@ -11,8 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from vlmtrim.graphs import ops
     from vlmtrim.graphs.foreign import boundary, trim
-    from vlmtrim.graphs.surgery import anatomy, attention, greedy, layerwise, parts, region, select, split, states
+    from vlmtrim.graphs.surgery import (
+        anatomy,
+        attention,
+        greedy,
+        layerwise,
+        parts,
+        region,
+        select,
+        split,
+        states,
+        tower,
+    )
 else:
 
     class _Later:
@@ -22,12 +34,23 @@ else:
         def __getattr__(self, attribute: str) -> Any:
             return getattr(importlib.import_module(self._name), attribute)
 
-    ir = _Later("onnx_ir")
+    ir, ops = _Later("onnx_ir"), _Later("vlmtrim.graphs.ops")
     boundary, trim = (_Later(f"vlmtrim.graphs.foreign.{name}") for name in ("boundary", "trim"))
-    anatomy, attention, greedy, layerwise, parts, region, select, split, states = (
+    anatomy, attention, greedy, layerwise, parts, region, select, split, states, tower = (
         _Later(f"vlmtrim.graphs.surgery.{name}")
-        for name in ("anatomy", "attention", "greedy", "layerwise", "parts", "region", "select", "split", "states")
+        for name in (
+            "anatomy",
+            "attention",
+            "greedy",
+            "layerwise",
+            "parts",
+            "region",
+            "select",
+            "split",
+            "states",
+            "tower",
+        )
     )
 
-__all__ = ["anatomy", "attention", "boundary", "greedy", "ir", "layerwise", "parts", "region", "select", "split"]
-__all__ += ["states", "trim"]
+__all__ = ["anatomy", "attention", "boundary", "greedy", "ir", "layerwise", "ops", "parts", "region", "select"]
+__all__ += ["split", "states", "tower", "trim"]

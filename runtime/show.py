@@ -40,9 +40,10 @@ def check_target(path: str | Path, contract: Contract, pictures: int) -> None:
     """Raise RuntimeRefusal now if a drawing could not be made or written later; a file is written, and removed."""
     target = Path(path)
     if contract.image_grid is None:
+        method = "" if contract.selection is None else f", method {contract.selection.get('method')}"
         raise RuntimeRefusal(
-            f"--show-kept draws pictures of a fixed grid of tokens (llava, llava_next), not those of {contract.family} "
-            "bundles; leave it out, --json tells how many were kept"
+            "--show-kept draws pictures whose tokens lie on a fixed grid; those of this bundle (family "
+            f"{contract.family}{method}) do not: leave it out, --json tells how many were kept"
         )
     if not pictures:
         raise RuntimeRefusal("--show-kept draws the prompt's pictures; give at least one --image")

@@ -24,10 +24,10 @@ from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.export.tracing.vision_tower import CLIP_LARGE, tile_features, tile_tokens, tiny_vision_config
 from vlmtrim.export.tracing.vision_tower import OLD_NAMES as OLD_NAMES
 from vlmtrim.export.weights import tiny
-from vlmtrim.graphs.contract import TOKENS, GraphSpec, TensorSpec
+from vlmtrim.graphs.contract import PATCHES, TOKENS, GraphSpec, TensorSpec
 
 MODEL_CLASS = LlavaForConditionalGeneration
-PRUNES = TOKENS  # what methods remove of its pictures
+PRUNES = (TOKENS, PATCHES)  # what methods remove of its pictures
 PRESETS = {"llava-7b": "llava-hf/llava-1.5-7b-hf", "llava-13b": "llava-hf/llava-1.5-13b-hf"}
 SIZES: dict[str, dict[str, Any]] = {  # Liu et al. 2023: Vicuna v1.5 with 64 rows more in the embedding
     "llava-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

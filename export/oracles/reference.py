@@ -130,7 +130,8 @@ class Reference:
         visual = torch.zeros(0, dtype=torch.int64)
         if pictures:
             visual = torch.nonzero(ids[0] == self._visual_token)[:, 0]
-            hidden[0, visual] = self._features(pictures)
+            features = getattr(self._oracle, "features", None)  # of a method that works in the vision tower
+            hidden[0, visual] = self._features(pictures) if features is None else features(self.model, **pictures)
             if self._oracle is not None and getattr(self._oracle, "looks", False):
                 self._oracle.vision = self._looked_at(pictures["pixel_values"])
         if self._oracle is None:

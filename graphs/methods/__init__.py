@@ -4,7 +4,9 @@ A method is a frozen dataclass whose fields are its flags (:func:`flag`), with `
 ``describe()``, ``groups(dense, visual_tokens)`` and ``__call__(model, visual_tokens, grid)``; its module names it
 METHOD.
 ``prunes`` says what it removes, and so which families it is for: TOKENS, visual tokens of the sequence, or IMAGES,
-features that cross-attention layers attend to; None, nothing, for families whose pictures are tokens. A method that
+features that cross-attention layers attend to; None, nothing, for families whose pictures are tokens. PATCHES are
+removed in the vision graph, which is what such a method is called with (``__call__(model, patches)``); it says by
+``image_tokens(patches)`` how many visual tokens a picture then is. A method that
 ranks by ``guide_scores`` has ``guide``, who provides them (:mod:`vlmtrim.graphs.contract`). Its oracle is the file of
 the same name in ``vlmtrim.export.oracles``.
 """

@@ -20,6 +20,7 @@ GOLDENS = {
     "pyramid": ("pyramid",),
     "tidal": ("tidal",),
     "trimmed-llama": ("trimmed-llama",),
+    "visionzip": ("visionzip",),
     "zipvl": ("zipvl",),
 }
 
