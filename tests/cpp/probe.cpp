@@ -90,10 +90,12 @@ PROBE int probe_cast(const float* values, size_t count, const char* dtype) {
   });
 }
 
-PROBE void* probe_open(const char* folder, int exact) {
+PROBE void* probe_open(const char* folder, const char* backend, const char* cuda_graphs, int exact) {
   Probed* opened = nullptr;
   guarded([&] {
     ModelOptions options;
+    options.backend = backend;
+    options.library.cuda_graphs = cuda_graphs;
     options.library.exact_activations = exact != 0;
     auto made = std::make_unique<Probed>();
     made->model = Model::open(folder, options);

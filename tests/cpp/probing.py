@@ -82,8 +82,8 @@ def resized(pixels: np.ndarray, size: tuple[int, int], resample: int, box=None) 
 class Native:
     """A bundle opened in C++, one conversation."""
 
-    def __init__(self, folder: Path, exact: bool = False):
-        self._opened = library().probe_open(str(folder).encode(), int(exact))
+    def __init__(self, folder: Path, exact: bool = False, backend: str = "ort-cpu", cuda_graphs: str = "auto"):
+        self._opened = library().probe_open(str(folder).encode(), backend.encode(), cuda_graphs.encode(), int(exact))
         if not self._opened:
             raise ProbeError(result("error").decode(errors="replace"))
         self._handle = ctypes.c_void_p(self._opened)

@@ -28,6 +28,8 @@ class ModelOptions(ctypes.Structure):
         ("threads", c_int32),
         ("exact", c_int32),
         ("verify", c_int32),
+        ("tensorrt", c_char_p),
+        ("cuda_graphs", c_char_p),
     ]
 
 

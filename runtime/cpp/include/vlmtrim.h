@@ -49,11 +49,14 @@ VLMTRIM_API const char* vlmtrim_error(void);
 
 typedef struct {
   size_t size;
-  const char* backend;     /* "auto" or "ort-cpu"; NULL for auto */
+  const char* backend; /* "auto", "ort-cpu", and "tensorrt", "tensorrt-rtx" where they are built in; NULL for auto */
   const char* onnxruntime; /* path of ONNX Runtime's library; NULL: $VLMTRIM_ONNXRUNTIME, else where it was found */
   int32_t threads;         /* of the CPU; 0 for one per core */
   int32_t exact;           /* not 0: multiply packed weights by float32 activations, exactly and slowly */
   int32_t verify;          /* not 0: hash every byte, also of large files that were hashed before */
+  const char* tensorrt;    /* path of TensorRT's, or TensorRT-RTX's library; NULL: $VLMTRIM_TENSORRT or
+                              $VLMTRIM_TENSORRT_RTX, else where it was found */
+  const char* cuda_graphs; /* how TensorRT's decode steps are replayed: "auto", "capture" or "off"; NULL for auto */
 } vlmtrim_model_options;
 
 /* Opens a bundle's folder; `options` may be NULL. */

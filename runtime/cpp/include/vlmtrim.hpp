@@ -53,10 +53,12 @@ inline Error last_error(vlmtrim_status status) { return {status, vlmtrim_error()
 
 struct ModelOptions {
   std::string backend = "auto";
-  std::string onnxruntime;  // path of the library; empty: where it was found
-  int threads = 0;          // 0: one per core
-  bool exact = false;       // multiply packed weights exactly, and slowly
-  bool verify = false;      // hash every byte
+  std::string onnxruntime;           // path of the library; empty: where it was found
+  int threads = 0;                   // 0: one per core
+  bool exact = false;                // multiply packed weights exactly, and slowly
+  bool verify = false;               // hash every byte
+  std::string tensorrt;              // path of the library; empty: where it was found
+  std::string cuda_graphs = "auto";  // of TensorRT's decode steps: "auto", "capture" or "off"
 };
 
 class Model {
@@ -69,6 +71,8 @@ class Model {
     given.threads = options.threads;
     given.exact = options.exact ? 1 : 0;
     given.verify = options.verify ? 1 : 0;
+    given.tensorrt = options.tensorrt.empty() ? nullptr : options.tensorrt.c_str();
+    given.cuda_graphs = options.cuda_graphs.c_str();
     vlmtrim_model* opened = nullptr;
     const vlmtrim_status status = vlmtrim_model_open(folder.c_str(), &given, &opened);
     if (status != VLMTRIM_OK) return last_error(status);

@@ -216,7 +216,8 @@ Session::Step Session::step(const std::vector<int64_t>& ids, const std::vector<i
   std::vector<int64_t> windows;
   for (size_t i = 0; i < entries_.size(); ++i) {
     const CacheGroup& group = contract().groups[i];
-    windows.push_back(std::max<int64_t>(1, entries_[i] + group.length(tokens, visual)));
+    const int64_t length = std::max<int64_t>(1, entries_[i] + group.length(tokens, visual));
+    windows.push_back(model_->backend().window(length, group.capacity));
     feeds[said("write_indices.", i)] = Tensor::of(std::vector<int64_t>{entries_[i]}, {1});
     if (!group.of_images) feeds[said("key_positions.", i)] = Tensor::of(counted(windows[i]), {windows[i]});
   }

@@ -26,7 +26,8 @@ Ask a bundle about a picture; the answer is streamed to stdout.
   --image FILE           PNG or JPEG file; repeat for several
   --system TEXT          what stands before the first question
   --ids "I J ..."        token ids in place of --prompt, the image token once for each picture
-  --backend NAME         auto (default) or ort-cpu
+  --backend NAME         auto (default), ort-cpu; tensorrt, tensorrt-rtx where they are built in
+  --cuda-graphs HOW      how TensorRT's decode steps are replayed: auto (default), capture or off
   --threads N            CPU threads of ONNX Runtime (default: one per core)
   --activations KIND     what packed weights are multiplied by: int8 (default) or float32 (exact and slow)
   --max-new-tokens N     at most so many tokens (default 128)
@@ -87,6 +88,7 @@ vlmtrim::GenerateOptions options_of(const Arguments& arguments) {
 vlmtrim::ModelOptions model_of(const Arguments& arguments) {
   vlmtrim::ModelOptions options;
   options.backend = arguments.last("--backend").value_or("auto");
+  options.cuda_graphs = arguments.last("--cuda-graphs").value_or("auto");
   options.threads = arguments.number("--threads", 0, 0);
   const std::string activations = arguments.last("--activations").value_or("int8");
   if (activations != "int8" && activations != "float32") {
@@ -185,10 +187,11 @@ int run(const Arguments& arguments) {
 
 int main(int count, char** values) {
   try {
-    const Arguments arguments(count, values,
-                              {"--prompt", "--image", "--system", "--ids", "--backend", "--threads", "--activations",
-                               "--max-new-tokens", "--stop", "--temperature", "--top-k", "--top-p", "--seed"},
-                              {"--verify", "--json", "--version", "--help"});
+    const Arguments arguments(
+        count, values,
+        {"--prompt", "--image", "--system", "--ids", "--backend", "--cuda-graphs", "--threads", "--activations",
+         "--max-new-tokens", "--stop", "--temperature", "--top-k", "--top-p", "--seed"},
+        {"--verify", "--json", "--version", "--help"});
     if (arguments.flag("--help")) return std::fputs(kHelp, stdout) < 0 ? 1 : 0;
     if (arguments.flag("--version")) return std::printf("vlmtrim %s\n", vlmtrim_version()) < 0 ? 1 : 0;
     return run(arguments);

@@ -177,6 +177,8 @@ vlmtrim_status vlmtrim_model_open(const char* folder, const vlmtrim_model_option
     options.library.threads = raw.threads;
     options.library.exact_activations = raw.exact != 0;
     options.verify = raw.verify != 0;
+    options.library.tensorrt = text_of(raw.tensorrt);
+    if (raw.cuda_graphs != nullptr && *raw.cuda_graphs != 0) options.library.cuda_graphs = raw.cuda_graphs;
     auto made = std::make_unique<vlmtrim_model>();
     made->model = Model::open(folder, options);
     made->description = described(*made->model);

@@ -94,6 +94,10 @@ struct Contract {
   std::vector<Packed> packed;
 
   const GraphSpec& graph(const std::string& name) const { return graphs.at(name); }
+  // Names of the graphs that do a whole one's work one after the other; itself where it has no pieces.
+  std::vector<std::string> chain(const std::string& whole) const;
+  // Graphs that are no piece of another one.
+  std::vector<std::string> wholes() const;
   bool removes() const;
   // Whether pictures reach the decoder through cross-attention instead of as tokens of the sequence.
   bool crosses() const;
