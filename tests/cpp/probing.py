@@ -94,6 +94,10 @@ class Native:
     def reset(self):
         call("probe_reset", self._handle)
 
+    def cut(self, share: float = -1.0, every: int = 0):
+        """How a cache policy cuts from now on."""
+        call("probe_caches", self._handle, ctypes.c_double(share), ctypes.c_int64(every))
+
     def process(self, images) -> dict:
         """What the processor makes of Pillow pictures: inputs by name, tokens and grids."""
         pixels = np.concatenate([np.asarray(image).reshape(-1) for image in images])

@@ -66,6 +66,9 @@ def compare(ours, native, ids, pictures, guide=None):
         np.testing.assert_array_equal(found["kept_features"], expected.kept_features[0])
     if expected.kept_by_layer is not None:
         assert found["kept_by_layer"] == [rows[0].tolist() for rows in expected.kept_by_layer]
+    if expected.held is not None:
+        assert found["held"] == [[one.tolist() for one in rows[0]] for rows in expected.held]
+    assert ("held" in found) == (expected.held is not None)
     return int(expected.logits.argmax())
 
 

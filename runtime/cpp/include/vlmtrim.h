@@ -70,6 +70,9 @@ VLMTRIM_API vlmtrim_status vlmtrim_session_open(vlmtrim_model* model, vlmtrim_se
 VLMTRIM_API void vlmtrim_session_close(vlmtrim_session* session);
 /* A new conversation; `system` stands before the first question, NULL for nothing. */
 VLMTRIM_API vlmtrim_status vlmtrim_session_reset(vlmtrim_session* session, const char* system);
+/* Of a bundle with a cache policy: the share of the candidates that stays (below 0: as it is), and the decode steps
+ * between two rounds while an answer grows (0: as they are). */
+VLMTRIM_API vlmtrim_status vlmtrim_session_caches(vlmtrim_session* session, double share, int64_t every);
 /* Ends the answer that is being generated behind its next token. From any thread. */
 VLMTRIM_API void vlmtrim_cancel(vlmtrim_session* session);
 
@@ -133,6 +136,9 @@ typedef struct {
   size_t layers;
   double vision_seconds, prefill_seconds, decode_seconds; /* since the session was opened or reset */
   int64_t decode_steps;
+  const char* caches; /* JSON of what a cache policy left: policy, share, visual_by_layer, entries_by_layer, bytes,
+                         allocated; NULL without one */
+  double caches_seconds;
 } vlmtrim_answer;
 
 /* Asks. `options`, `callback` and `answer` may be NULL. */

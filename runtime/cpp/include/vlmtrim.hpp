@@ -161,6 +161,8 @@ struct Answer {
   std::optional<std::vector<int64_t>> kept_by_layer;
   double vision_seconds = 0, prefill_seconds = 0, decode_seconds = 0;  // since the session was opened or reset
   int64_t decode_steps = 0;
+  std::string caches;  // JSON of what a cache policy left; empty without one
+  double caches_seconds = 0;
 };
 
 // Called with every token; false ends the answer. It must not throw.
@@ -177,6 +179,13 @@ class Session {
 
   std::optional<Error> reset(const std::string& system = "") {
     const vlmtrim_status status = vlmtrim_session_reset(session_.get(), system.c_str());
+    if (status != VLMTRIM_OK) return last_error(status);
+    return std::nullopt;
+  }
+
+  // See vlmtrim_session_caches.
+  std::optional<Error> caches(double share, int64_t every = 0) {
+    const vlmtrim_status status = vlmtrim_session_caches(session_.get(), share, every);
     if (status != VLMTRIM_OK) return last_error(status);
     return std::nullopt;
   }
@@ -248,6 +257,8 @@ class Session {
     answer.prefill_seconds = found.prefill_seconds;
     answer.decode_seconds = found.decode_seconds;
     answer.decode_steps = found.decode_steps;
+    if (found.caches != nullptr) answer.caches = found.caches;
+    answer.caches_seconds = found.caches_seconds;
     return answer;
   }
 

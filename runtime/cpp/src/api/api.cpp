@@ -143,6 +143,8 @@ void fill(vlmtrim_session& session, Answer answer, vlmtrim_answer* target) {
   made.prefill_seconds = times.prefill;
   made.decode_seconds = times.decode;
   made.decode_steps = times.steps;
+  made.caches = held.caches.empty() ? nullptr : held.caches.c_str();
+  made.caches_seconds = times.caches;
   std::memcpy(target, &made, std::min(target->size, sizeof made));
 }
 
@@ -196,6 +198,15 @@ vlmtrim_status vlmtrim_session_open(vlmtrim_model* model, vlmtrim_session** sess
   return guarded([&] {
     there(session, "session") = nullptr;
     *session = new vlmtrim_session(there(model, "model").model);
+  });
+}
+
+vlmtrim_status vlmtrim_session_caches(vlmtrim_session* session, double share, int64_t every) {
+  return guarded([&] {
+    const Alone alone(there(session, "session"));
+    Caching& caching = session->chat.session().caching();
+    if (every != 0) caching.set_every(every);
+    if (share >= 0) caching.set_share(share);
   });
 }
 

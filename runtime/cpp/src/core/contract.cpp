@@ -129,11 +129,7 @@ Contract decoded(const Json& raw, const std::string& where) {
     c.guide = fields.among(*v, "guide", {"vision", "bundle"}) == "vision" ? Guide::kVision : Guide::kBundle;
   }
   if (const Json* v = fields.may("packed")) c.packed = listed<Packed>(*v, fields.at("packed"), packed_of);
-  if (const Json* v = fields.may("cache"); given(v)) {
-    throw BundleError(said(where,
-                           " has a cache policy, which this runtime does not run: export without --cache, or use the "
-                           "Python runtime"));
-  }
+  if (const Json* v = fields.may("cache"); given(v)) c.cache = CachePolicy::from_json(*v, fields.at("cache"));
   if (const Json* v = fields.may("schema")) size_of(*v, fields.at("schema"));
   if (const Json* v = fields.may("producer")) text_value(*v, fields.at("producer"));
   fields.finish();
@@ -147,6 +143,17 @@ void add_caches(GraphSpec& spec, DType dtype, const CacheGroup& group) {
       spec.inputs.push_back({past_name(layer, kind), dtype, shape});
       spec.outputs.push_back({present_name(layer, kind), dtype, shape});
     }
+  }
+}
+
+void add_queries(GraphSpec& spec, const DecoderShape& shape, const std::vector<CacheGroup>& groups) {
+  if (shape.query_heads == 0) return;
+  spec.inputs.push_back({"score_rows", DType::kInt64, {"B", "R"}});
+  size_t layers = 0;
+  for (const auto& group : groups) layers += group.layers.size();
+  for (size_t layer = 0; layer < layers; ++layer) {
+    spec.outputs.push_back(
+        {said("score_queries.", layer), shape.dtype, {"B", shape.query_heads, "R", groups[0].head_size}});
   }
 }
 
@@ -256,7 +263,23 @@ std::vector<std::string> Contract::chain(const std::string& whole) const {
   return found == chains.end() ? std::vector<std::string>{whole} : found->second;
 }
 
-std::vector<std::string> Contract::wholes() const { return {"vision", "embed", "decoder"}; }
+std::vector<std::string> Contract::wholes() const {
+  std::vector<std::string> names{"vision", "embed", "decoder"};
+  if (cache) {
+    for (const auto& name : cache->graphs()) names.push_back(name);
+  }
+  return names;
+}
+
+std::vector<size_t> Contract::groups_of_layers() const {
+  std::map<int64_t, size_t> of;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    for (const int64_t layer : groups[i].layers) of[layer] = i;
+  }
+  std::vector<size_t> found;
+  for (const auto& [layer, group] : of) found.push_back(group);
+  return found;
+}
 
 Contract Contract::from_json(const std::string& text, const std::string& where) {
   const Json raw = json_object(text, where);
@@ -292,6 +315,7 @@ GraphSpec decoder_spec(const DecoderShape& shape, const std::vector<CacheGroup>&
     spec.inputs.push_back({"seen_images", DType::kInt64, {"B", "S", 2}});
   }
   add_selection(spec, shape, groups, crosses);
+  add_queries(spec, shape, groups);
   for (size_t i = 0; i < groups.size(); ++i) {
     spec.inputs.push_back({said("write_indices.", i), DType::kInt64, {"B"}});
     if (groups[i].of_images) {
@@ -299,6 +323,7 @@ GraphSpec decoder_spec(const DecoderShape& shape, const std::vector<CacheGroup>&
     } else {
       spec.inputs.push_back({said("key_positions.", i), DType::kInt64, {said("W", i)}});
     }
+    if (shape.rings) spec.inputs.push_back({said("query_limits.", i), DType::kInt64, {"B"}});
     add_caches(spec, shape.dtype, groups[i]);
   }
   return spec;
