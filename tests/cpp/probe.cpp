@@ -53,6 +53,7 @@ void keep_prefill(const Prefill& done) {
   if (done.kept_features) keep("kept_features", *done.kept_features);
   Json record{{"visual", done.visual}, {"kept", done.kept}};
   if (done.kept_by_layer) record["kept_by_layer"] = *done.kept_by_layer;
+  if (done.held) record["held"] = *done.held;
   results()["json"] = record.dump();
 }
 
@@ -90,10 +91,12 @@ PROBE int probe_cast(const float* values, size_t count, const char* dtype) {
   });
 }
 
-PROBE void* probe_open(const char* folder, int exact) {
+PROBE void* probe_open(const char* folder, const char* backend, const char* cuda_graphs, int exact) {
   Probed* opened = nullptr;
   guarded([&] {
     ModelOptions options;
+    options.backend = backend;
+    options.library.cuda_graphs = cuda_graphs;
     options.library.exact_activations = exact != 0;
     auto made = std::make_unique<Probed>();
     made->model = Model::open(folder, options);
@@ -107,6 +110,14 @@ PROBE void probe_close(void* opened) { delete static_cast<Probed*>(opened); }
 
 PROBE int probe_reset(void* opened) {
   return guarded([&] { static_cast<Probed*>(opened)->session->reset(); });
+}
+
+PROBE int probe_caches(void* opened, double share, int64_t every) {
+  return guarded([&] {
+    Caching& caching = static_cast<Probed*>(opened)->session->caching();
+    if (every != 0) caching.set_every(every);
+    if (share >= 0) caching.set_share(share);
+  });
 }
 
 PROBE int probe_prefill(void* opened, const int64_t* ids, size_t count, const char* pictures, const void* const* data,

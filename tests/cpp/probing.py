@@ -82,8 +82,8 @@ def resized(pixels: np.ndarray, size: tuple[int, int], resample: int, box=None) 
 class Native:
     """A bundle opened in C++, one conversation."""
 
-    def __init__(self, folder: Path, exact: bool = False):
-        self._opened = library().probe_open(str(folder).encode(), int(exact))
+    def __init__(self, folder: Path, exact: bool = False, backend: str = "ort-cpu", cuda_graphs: str = "auto"):
+        self._opened = library().probe_open(str(folder).encode(), backend.encode(), cuda_graphs.encode(), int(exact))
         if not self._opened:
             raise ProbeError(result("error").decode(errors="replace"))
         self._handle = ctypes.c_void_p(self._opened)
@@ -93,6 +93,10 @@ class Native:
 
     def reset(self):
         call("probe_reset", self._handle)
+
+    def cut(self, share: float = -1.0, every: int = 0):
+        """How a cache policy cuts from now on."""
+        call("probe_caches", self._handle, ctypes.c_double(share), ctypes.c_int64(every))
 
     def process(self, images) -> dict:
         """What the processor makes of Pillow pictures: inputs by name, tokens and grids."""

@@ -178,7 +178,24 @@ def test_cut_graphs_are_refused_as_in_python(bundle):
             opened(bundle)
 
 
-def test_a_bundle_with_a_cache_policy_is_refused_by_name(export_tiny):
-    folder = export_tiny("cut", cache=load_policy("snapkv")())
-    with pytest.raises(ProbeError, match="has a cache policy, which this runtime does not run"):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["cache"].update(compacts=["compact-1"]), "graphs does not have what the cache policy runs"),
+        (lambda c: c["cache"].update(count=3), "dims.R is not 0 to the 3 rows"),
+        (lambda c: c["cache"].update(rows="some"), "expected one of last, text, probe"),
+        (lambda c: c["cache"].update(share=2), "share is 2"),
+        (lambda c: c.update(cache=None), "no cache policy reads them"),
+        (lambda c: c["graphs"].pop("score"), "graphs does not have what the cache policy runs"),
+        (lambda c: c["graphs"]["policy"]["outputs"][0]["shape"].__setitem__(2, "X"), "order of fixed sizes"),
+        (lambda c: c["graphs"]["score"]["inputs"].pop(), "graphs.score is not what its cache policy needs"),
+    ],
+)
+def test_a_cache_policy_that_does_not_agree_is_refused(change, said, export_tiny, tmp_path):
+    folder = shutil.copytree(export_tiny("cut", cache=load_policy("snapkv")()), tmp_path / "bundle")
+    contract = json.loads((folder / "contract.json").read_text())
+    change(contract)
+    (folder / "contract.json").write_text(json.dumps(contract))
+    seal(folder)
+    with pytest.raises(ProbeError, match=said):
         opened(folder)

@@ -28,6 +28,8 @@ class ModelOptions(ctypes.Structure):
         ("threads", c_int32),
         ("exact", c_int32),
         ("verify", c_int32),
+        ("tensorrt", c_char_p),
+        ("cuda_graphs", c_char_p),
     ]
 
 
@@ -87,6 +89,8 @@ class Answer(ctypes.Structure):
         ("prefill_seconds", c_double),
         ("decode_seconds", c_double),
         ("decode_steps", c_int64),
+        ("caches", c_char_p),
+        ("caches_seconds", c_double),
     ]
 
 
@@ -371,7 +375,7 @@ def test_misuse_is_a_sentence(tmp_path, fastv_bundle):
     with pytest.raises(Failed, match=r"1: .* is no bundle"):
         check(api().vlmtrim_model_open(str(tmp_path).encode(), None, ctypes.byref(model)))
     given = ModelOptions(size=ctypes.sizeof(ModelOptions), backend=b"abacus")
-    with pytest.raises(Failed, match=r"2: backend .abacus. is not supported"):
+    with pytest.raises(Failed, match=r"2: backend .abacus. is not in this library"):
         check(api().vlmtrim_model_open(str(fastv_bundle).encode(), ctypes.byref(given), ctypes.byref(model)))
     given = ModelOptions(size=ctypes.sizeof(ModelOptions), onnxruntime=b"/nowhere/libonnxruntime.so")
     with pytest.raises(Failed, match="2: ONNX Runtime's library is not found"):

@@ -6,6 +6,7 @@ from probing import Native, ProbeError
 
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime.backends.ort import OrtBackend
+from vlmtrim.runtime.engines import profiles
 from vlmtrim.runtime.guided import drawn_scores
 from vlmtrim.runtime.image import generated_picture
 from vlmtrim.runtime.session import Session
@@ -26,6 +27,17 @@ CASES = {
     "qwen2_5": ("qwen2_5_vl", {"k": 1, "r": 0.5}),
     "cross": ("mllama", {"method": "none", "images": 3}),
     "trimmed": ("mllama", {"method": "trimmed-llama", "ratio": 0.25, "images": 3}),
+}
+
+# More of them, which only engines run in pieces. A packed weight is multiplied as the CPU's kernels do, by their own
+# rounding: no engine would.
+ON_ENGINES = {
+    "chained": ("llava", {"k": 2, "r": 0.5, "engine": "tensorrt-rtx", "engine_shards": 2}),
+    "crossing-chain": (
+        "mllama",
+        {"method": "trimmed-llama", "images": 2, "engine": "tensorrt-rtx", "engine_shards": 3},
+    ),
+    **{name: case for name, case in CASES.items() if name != "packed"},
 }
 
 
@@ -54,6 +66,9 @@ def compare(ours, native, ids, pictures, guide=None):
         np.testing.assert_array_equal(found["kept_features"], expected.kept_features[0])
     if expected.kept_by_layer is not None:
         assert found["kept_by_layer"] == [rows[0].tolist() for rows in expected.kept_by_layer]
+    if expected.held is not None:
+        assert found["held"] == [[one.tolist() for one in rows[0]] for rows in expected.held]
+    assert ("held" in found) == (expected.held is not None)
     return int(expected.logits.argmax())
 
 
@@ -65,13 +80,13 @@ def decode(ours, native, token, steps):
         token = int(expected.argmax())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_three_turns_to_the_bit(name, export_tiny):
-    family, fields = CASES[name]
-    bundle = open_bundle(export_tiny(f"cpp-{name}", family=family, **fields))
-    contract = bundle.contract
-    with Session(bundle, OrtBackend("ort-cpu")) as ours:
-        native = Native(bundle.folder)
+def three_turns(folder, native, buckets=False):
+    """A conversation with two pictures in both; ``buckets``: live windows as TensorRT gets them."""
+    backend = OrtBackend("ort-cpu")
+    if buckets:
+        backend.window = profiles.bucket
+    with Session(open_bundle(folder), backend) as ours:
+        contract = ours.contract
         for turn, sizes in enumerate([[(240, 200)], [], [(70, 90)]]):
             images = [generated_picture(turn).resize(size) for size in sizes]
             pictures = ours.processor(images) if images else None
@@ -82,7 +97,27 @@ def test_three_turns_to_the_bit(name, export_tiny):
         native.reset()
         ids = ids_of(contract, [], 9, 5)
         compare(ours, native, ids, None, drawn_scores(contract, [ids.tolist()]))
-        native.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_three_turns_to_the_bit(name, export_tiny):
+    family, fields = CASES[name]
+    folder = export_tiny(f"cpp-{name}", family=family, **fields)
+    native = Native(folder)
+    three_turns(folder, native)
+    native.close()
+
+
+@pytest.mark.parametrize("name", ON_ENGINES)
+def test_three_turns_on_engines_to_the_bit(name, export_tiny, place, tmp_path):
+    """TensorRT's backend on stand-ins of CUDA and TensorRT: steps that repeat are replayed as CUDA graphs."""
+    family, fields = ON_ENGINES[name]
+    bundle = export_tiny(f"cpp-{name}", family=family, **fields)
+    here = place()
+    native = Native(here.with_engines(bundle, tmp_path / "bundle"), backend="tensorrt")
+    three_turns(bundle, native, buckets=True)
+    native.close()
+    assert here.count("replays") > 20 and here.count("graphs") < 20
 
 
 def test_demo_to_the_bit(demo_bundle):

@@ -49,11 +49,14 @@ VLMTRIM_API const char* vlmtrim_error(void);
 
 typedef struct {
   size_t size;
-  const char* backend;     /* "auto" or "ort-cpu"; NULL for auto */
+  const char* backend; /* "auto", "ort-cpu", and "tensorrt", "tensorrt-rtx" where they are built in; NULL for auto */
   const char* onnxruntime; /* path of ONNX Runtime's library; NULL: $VLMTRIM_ONNXRUNTIME, else where it was found */
   int32_t threads;         /* of the CPU; 0 for one per core */
   int32_t exact;           /* not 0: multiply packed weights by float32 activations, exactly and slowly */
   int32_t verify;          /* not 0: hash every byte, also of large files that were hashed before */
+  const char* tensorrt;    /* path of TensorRT's, or TensorRT-RTX's library; NULL: $VLMTRIM_TENSORRT or
+                              $VLMTRIM_TENSORRT_RTX, else where it was found */
+  const char* cuda_graphs; /* how TensorRT's decode steps are replayed: "auto", "capture" or "off"; NULL for auto */
 } vlmtrim_model_options;
 
 /* Opens a bundle's folder; `options` may be NULL. */
@@ -67,6 +70,9 @@ VLMTRIM_API vlmtrim_status vlmtrim_session_open(vlmtrim_model* model, vlmtrim_se
 VLMTRIM_API void vlmtrim_session_close(vlmtrim_session* session);
 /* A new conversation; `system` stands before the first question, NULL for nothing. */
 VLMTRIM_API vlmtrim_status vlmtrim_session_reset(vlmtrim_session* session, const char* system);
+/* Of a bundle with a cache policy: the share of the candidates that stays (below 0: as it is), and the decode steps
+ * between two rounds while an answer grows (0: as they are). */
+VLMTRIM_API vlmtrim_status vlmtrim_session_caches(vlmtrim_session* session, double share, int64_t every);
 /* Ends the answer that is being generated behind its next token. From any thread. */
 VLMTRIM_API void vlmtrim_cancel(vlmtrim_session* session);
 
@@ -130,6 +136,9 @@ typedef struct {
   size_t layers;
   double vision_seconds, prefill_seconds, decode_seconds; /* since the session was opened or reset */
   int64_t decode_steps;
+  const char* caches; /* JSON of what a cache policy left: policy, share, visual_by_layer, entries_by_layer, bytes,
+                         allocated; NULL without one */
+  double caches_seconds;
 } vlmtrim_answer;
 
 /* Asks. `options`, `callback` and `answer` may be NULL. */

@@ -53,10 +53,12 @@ inline Error last_error(vlmtrim_status status) { return {status, vlmtrim_error()
 
 struct ModelOptions {
   std::string backend = "auto";
-  std::string onnxruntime;  // path of the library; empty: where it was found
-  int threads = 0;          // 0: one per core
-  bool exact = false;       // multiply packed weights exactly, and slowly
-  bool verify = false;      // hash every byte
+  std::string onnxruntime;           // path of the library; empty: where it was found
+  int threads = 0;                   // 0: one per core
+  bool exact = false;                // multiply packed weights exactly, and slowly
+  bool verify = false;               // hash every byte
+  std::string tensorrt;              // path of the library; empty: where it was found
+  std::string cuda_graphs = "auto";  // of TensorRT's decode steps: "auto", "capture" or "off"
 };
 
 class Model {
@@ -69,6 +71,8 @@ class Model {
     given.threads = options.threads;
     given.exact = options.exact ? 1 : 0;
     given.verify = options.verify ? 1 : 0;
+    given.tensorrt = options.tensorrt.empty() ? nullptr : options.tensorrt.c_str();
+    given.cuda_graphs = options.cuda_graphs.c_str();
     vlmtrim_model* opened = nullptr;
     const vlmtrim_status status = vlmtrim_model_open(folder.c_str(), &given, &opened);
     if (status != VLMTRIM_OK) return last_error(status);
@@ -157,6 +161,8 @@ struct Answer {
   std::optional<std::vector<int64_t>> kept_by_layer;
   double vision_seconds = 0, prefill_seconds = 0, decode_seconds = 0;  // since the session was opened or reset
   int64_t decode_steps = 0;
+  std::string caches;  // JSON of what a cache policy left; empty without one
+  double caches_seconds = 0;
 };
 
 // Called with every token; false ends the answer. It must not throw.
@@ -173,6 +179,13 @@ class Session {
 
   std::optional<Error> reset(const std::string& system = "") {
     const vlmtrim_status status = vlmtrim_session_reset(session_.get(), system.c_str());
+    if (status != VLMTRIM_OK) return last_error(status);
+    return std::nullopt;
+  }
+
+  // See vlmtrim_session_caches.
+  std::optional<Error> caches(double share, int64_t every = 0) {
+    const vlmtrim_status status = vlmtrim_session_caches(session_.get(), share, every);
     if (status != VLMTRIM_OK) return last_error(status);
     return std::nullopt;
   }
@@ -244,6 +257,8 @@ class Session {
     answer.prefill_seconds = found.prefill_seconds;
     answer.decode_seconds = found.decode_seconds;
     answer.decode_steps = found.decode_steps;
+    if (found.caches != nullptr) answer.caches = found.caches;
+    answer.caches_seconds = found.caches_seconds;
     return answer;
   }
 

@@ -113,9 +113,31 @@ void Chat::speak(const Prefill& prefill, const GenerateOptions& options, const L
     const bool heard = !listener || listener(step);
     if (step.ended == Ended::kNot && (!heard || cancelled_.exchange(false))) step.ended = Ended::kCancelled;
     answer.ended = step.ended;
-    if (step.ended != Ended::kNot) return;
+    if (step.ended != Ended::kNot) break;
     logits = session_.decode(step.token);
   }
+  if (session_.caching().on()) answer.caches = left_in_caches(prefill);
+}
+
+// What a cache policy left after an answer: of the pictures, entries by layer, their bytes.
+std::string Chat::left_in_caches(const Prefill& prefill) {
+  const Contract& contract = session_.contract();
+  std::vector<int64_t> by_layer;
+  for (const size_t group : contract.groups_of_layers()) by_layer.push_back(session_.entries()[group]);
+  int64_t filled = 0, allocated = 0;
+  for (size_t i = 0; i < contract.groups.size(); ++i) {
+    CacheGroup group = contract.groups[i];
+    allocated += group.nbytes(1, contract.dtype);
+    group.capacity = session_.entries()[i];
+    filled += group.nbytes(1, contract.dtype);
+  }
+  return nlohmann::ordered_json{{"policy", contract.cache->policy},
+                                {"share", session_.caching().share()},
+                                {"visual_by_layer", prefill.held ? Json(prefill.visual_held_by_layer()) : Json()},
+                                {"entries_by_layer", by_layer},
+                                {"bytes", filled},
+                                {"allocated", allocated}}
+      .dump(-1, ' ', true, Json::error_handler_t::replace);
 }
 
 Ended Chat::end_of(int64_t token, int64_t index, const GenerateOptions& options) const {

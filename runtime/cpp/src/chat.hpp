@@ -35,6 +35,7 @@ struct Answer {
   Ended ended = Ended::kNot;
   int64_t visual = 0, kept = 0;
   std::optional<std::vector<int64_t>> kept_by_layer;
+  std::string caches;  // JSON of what a cache policy left; empty without one
 };
 
 // Called with every token; false ends the answer behind it.
@@ -64,6 +65,7 @@ class Chat {
   // Fills `answer` as far as it gets.
   void speak(const Prefill& prefill, const GenerateOptions& options, const Listener& listener,
              const std::shared_ptr<const Tokenizer>& tokenizer, Answer& answer);
+  std::string left_in_caches(const Prefill& prefill);
   Ended end_of(int64_t token, int64_t index, const GenerateOptions& options) const;
 
   Session session_;

@@ -10,8 +10,7 @@ std::shared_ptr<Model> Model::open(const std::string& folder, const ModelOptions
   }
   const std::shared_ptr<Model> model(new Model);
   model->bundle_ = open_bundle(folder, options.verify);
-  model->backend_ = make_backend(options.backend, options.library);
-  model->backend_->check(model->bundle_);
+  model->backend_ = choose_backend(options.backend, model->bundle_, options.library);
   model->processor_ = load_processor(model->bundle_);
   for (const char* name : {"embed", "decoder"}) {
     model->programs_[name] = model->backend_->open(model->bundle_, name);

@@ -31,6 +31,21 @@ std::vector<int64_t> Prefill::visual_kept_by_layer() const {
   return counts;
 }
 
+std::vector<double> Prefill::visual_held_by_layer() const {
+  std::vector<double> counts;
+  for (const auto& sets : *held) {
+    double sum = 0;
+    for (const auto& tokens : sets) {
+      std::vector<int64_t> both;
+      std::set_intersection(tokens.begin(), tokens.end(), visual_positions.begin(), visual_positions.end(),
+                            std::back_inserter(both));
+      sum += static_cast<double>(both.size());
+    }
+    counts.push_back(sum / static_cast<double>(sets.size()));
+  }
+  return counts;
+}
+
 Session::Session(std::shared_ptr<Model> model) : model_(std::move(model)) {
   const GraphSpec& decoder = contract().graph("decoder");
   hidden_ = contract().graph("embed").outputs[0].shape.back().size;
@@ -40,6 +55,8 @@ Session::Session(std::shared_ptr<Model> model) : model_(std::move(model)) {
   for (const auto& group : contract().groups) chooses_ |= group.chooses;
   caches_ = model_->backend().make_caches(contract());
   graph("decoder").bind_caches(caches_);
+  caching_ = std::make_unique<Caching>(contract(), model_->backend(), caches_,
+                                       [this](const std::string& name) -> Graph& { return graph(name); });
   reset();
 }
 
@@ -47,6 +64,7 @@ void Session::reset() {
   position_ = 0;
   entries_.assign(contract().groups.size(), 0);
   times_ = {};
+  caching_->reset();
   crossing_ = contract().crosses() ? std::make_unique<Crossing>(contract(), model_->processor()) : nullptr;
 }
 
@@ -72,7 +90,9 @@ Prefill Session::prefill(const std::vector<int64_t>& ids, const Pictures* pictur
     if (contract().guide == Guide::kVision) given["guide_scores"] = seen.at("visual_attention");
   }
   const double middle = seconds();
-  Step found = step(ids, done.visual_positions, features, pictures, given);
+  const std::vector<int64_t> watched = caching_->rows(tokens, done.visual_positions), before = entries_;
+  caching_->feed(given, watched);
+  Step found = step(ids, done.visual_positions, features, pictures, given, false);
   Backend& backend = model_->backend();
   done.logits = floats_of(backend.to_host(found.outputs.at("logits")));
   done.kept = contract().groups.back().length(done.visual, done.visual);
@@ -95,14 +115,36 @@ Prefill Session::prefill(const std::vector<int64_t>& ids, const Pictures* pictur
   done.kept_features = std::move(found.kept_features);
   times_.vision += middle - start;
   times_.prefill += seconds() - middle;
+  if (caching_->on()) cut(done, found, watched, tokens, before);
   return done;
+}
+
+// Cuts the caches behind a question. What each group took of it: all, what the selection keeps, or its layer's choice.
+void Session::cut(Prefill& done, const Step& found, const std::vector<int64_t>& rows, int64_t tokens,
+                  const std::vector<int64_t>& before) {
+  const double start = seconds();
+  std::vector<std::vector<int64_t>> taken;
+  for (const auto& group : contract().groups) {
+    if (done.kept_by_layer) {
+      taken.push_back(done.kept_by_layer->at(static_cast<size_t>(group.layers[0])));
+    } else {
+      taken.push_back(done.kept_indices && group.removed > 0 ? *done.kept_indices : counted(tokens));
+    }
+  }
+  Round left = caching_->after(found.outputs, rows, done.visual_positions, taken, before);
+  entries_ = std::move(left.entries);
+  done.held = std::move(left.held);
+  times_.caches += seconds() - start;
 }
 
 std::vector<float> Session::decode(int64_t token) {
   const double start = seconds();
-  const Tensors given = guide_scores(nullptr, 0);
-  Step found = step({token}, {}, no_features(), nullptr, given);
+  Tensors given = guide_scores(nullptr, 0);
+  const std::vector<int64_t> rows = caching_->decode_rows(), before = entries_;
+  caching_->feed(given, rows);
+  Step found = step({token}, {}, no_features(), nullptr, given, true);
   std::vector<float> logits = floats_of(model_->backend().to_host(found.outputs.at("logits")));
+  entries_ = caching_->grown(found.outputs, rows, before, entries_);
   times_.decode += seconds() - start;
   ++times_.steps;
   return logits;
@@ -197,7 +239,7 @@ Tensors Session::guide_scores(const std::vector<float>* guide, int64_t visual) c
 }
 
 Session::Step Session::step(const std::vector<int64_t>& ids, const std::vector<int64_t>& visual_positions,
-                            const Tensor& features, const Pictures* pictures, const Tensors& given) {
+                            const Tensor& features, const Pictures* pictures, const Tensors& given, bool decodes) {
   const auto tokens = static_cast<int64_t>(ids.size()), marks = static_cast<int64_t>(visual_positions.size());
   const int64_t visual = visual_of(pictures);
   const Positions positions = model_->processor().positions(ids, position_, pictures);
@@ -213,13 +255,7 @@ Session::Step Session::step(const std::vector<int64_t>& ids, const std::vector<i
     feeds["score_weights"] = Tensor::zeros(DType::kFloat32, {1, 0});
   }
   if (selects_) feeds["visual_positions"] = where;
-  std::vector<int64_t> windows;
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    const CacheGroup& group = contract().groups[i];
-    windows.push_back(std::max<int64_t>(1, entries_[i] + group.length(tokens, visual)));
-    feeds[said("write_indices.", i)] = Tensor::of(std::vector<int64_t>{entries_[i]}, {1});
-    if (!group.of_images) feeds[said("key_positions.", i)] = Tensor::of(counted(windows[i]), {windows[i]});
-  }
+  const std::vector<int64_t> windows = feed_places(feeds, tokens, visual, decodes);
   if (crossing_) {
     feeds["image_features"] = features;
     feeds.merge(crossing_->feeds(ids, pictures, windows));
@@ -230,6 +266,21 @@ Session::Step Session::step(const std::vector<int64_t>& ids, const std::vector<i
   for (size_t i = 0; i < entries_.size(); ++i) entries_[i] += added[i];
   position_ = positions.after;
   return done;
+}
+
+// Where the step's tokens go in every group, and what they see; returns the live windows.
+std::vector<int64_t> Session::feed_places(Tensors& feeds, int64_t tokens, int64_t visual, bool decodes) const {
+  std::vector<int64_t> windows;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const CacheGroup& group = contract().groups[i];
+    const int64_t length = std::max<int64_t>(1, entries_[i] + group.length(tokens, visual));
+    windows.push_back(model_->backend().window(length, group.capacity));
+    const WritePlace place = caching_->place(i, entries_[i], decodes);
+    feeds[said("write_indices.", i)] = Tensor::of(std::vector<int64_t>{place.slot}, {1});
+    if (caching_->rings()) feeds[said("query_limits.", i)] = Tensor::of(std::vector<int64_t>{place.limit}, {1});
+    if (!group.of_images) feeds[said("key_positions.", i)] = Tensor::of(counted(windows[i]), {windows[i]});
+  }
+  return windows;
 }
 
 // Entries that a step added to each group: what the contract says, or what the graph returned.

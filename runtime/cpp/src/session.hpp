@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "caching.hpp"
 #include "crossing.hpp"
 #include "model.hpp"
 
@@ -15,6 +16,7 @@ namespace vlmtrim {
 struct Times {
   double vision = 0, prefill = 0, decode = 0;  // seconds since the session was opened or reset
   int64_t steps = 0;                           // decode steps
+  double caches = 0;                           // cutting the caches behind questions
 };
 
 // What one prefill did. Indices are into the step's tokens, or its image features, ascending.
@@ -26,9 +28,12 @@ struct Prefill {
   std::optional<std::vector<float>> visual_scores;
   std::optional<std::vector<int64_t>> kept_features;
   std::optional<std::vector<std::vector<int64_t>>> kept_by_layer;
+  std::optional<Held> held;  // what a cache policy left of the step's tokens
 
   // Which visual tokens each layer keeps, where layers choose by themselves: how many of them.
   std::vector<int64_t> visual_kept_by_layer() const;
+  // Visual tokens that each layer's caches hold, where a policy judged them: the mean over its sets.
+  std::vector<double> visual_held_by_layer() const;
 };
 
 // One thread at a time.
@@ -39,6 +44,7 @@ class Session {
   Model& model() const { return *model_; }
   const Contract& contract() const { return model_->contract(); }
   const Times& times() const { return times_; }
+  Caching& caching() { return *caching_; }
 
   // Forgets the conversation; the caches are reused.
   void reset();
@@ -65,7 +71,10 @@ class Session {
   void check_room(int64_t tokens, int64_t visual) const;
   Tensors guide_scores(const std::vector<float>* guide, int64_t visual) const;
   Step step(const std::vector<int64_t>& ids, const std::vector<int64_t>& visual_positions, const Tensor& features,
-            const Pictures* pictures, const Tensors& given);
+            const Pictures* pictures, const Tensors& given, bool decodes);
+  std::vector<int64_t> feed_places(Tensors& feeds, int64_t tokens, int64_t visual, bool decodes) const;
+  void cut(Prefill& done, const Step& found, const std::vector<int64_t>& rows, int64_t tokens,
+           const std::vector<int64_t>& before);
   std::vector<int64_t> grown(const Tensors& outputs, int64_t tokens, int64_t visual,
                              const std::optional<std::vector<int64_t>>& kept_features) const;
   std::vector<std::vector<int64_t>> kept_by_layer(const Tensors& outputs, int64_t tokens, int64_t visual) const;
@@ -79,6 +88,7 @@ class Session {
   bool selects_ = false, chooses_ = false, emits_ = false;
   std::vector<int64_t> entries_;
   std::unique_ptr<Crossing> crossing_;
+  std::unique_ptr<Caching> caching_;
   Times times_;
 };
 

@@ -26,9 +26,12 @@ Ask a bundle about a picture; the answer is streamed to stdout.
   --image FILE           PNG or JPEG file; repeat for several
   --system TEXT          what stands before the first question
   --ids "I J ..."        token ids in place of --prompt, the image token once for each picture
-  --backend NAME         auto (default) or ort-cpu
+  --backend NAME         auto (default), ort-cpu; tensorrt, tensorrt-rtx where they are built in
+  --cuda-graphs HOW      how TensorRT's decode steps are replayed: auto (default), capture or off
   --threads N            CPU threads of ONNX Runtime (default: one per core)
   --activations KIND     what packed weights are multiplied by: int8 (default) or float32 (exact and slow)
+  --cache-share S        with a bundle of --cache: share of the visual tokens that stays in the caches
+  --cache-every T        with a bundle of --cache keyformer or scope: decode steps between two rounds
   --max-new-tokens N     at most so many tokens (default 128)
   --stop TEXT            end the answer before this text; repeatable
   --temperature T        0 is greedy (default)
@@ -87,6 +90,7 @@ vlmtrim::GenerateOptions options_of(const Arguments& arguments) {
 vlmtrim::ModelOptions model_of(const Arguments& arguments) {
   vlmtrim::ModelOptions options;
   options.backend = arguments.last("--backend").value_or("auto");
+  options.cuda_graphs = arguments.last("--cuda-graphs").value_or("auto");
   options.threads = arguments.number("--threads", 0, 0);
   const std::string activations = arguments.last("--activations").value_or("int8");
   if (activations != "int8" && activations != "float32") {
@@ -121,7 +125,7 @@ Json record(const vlmtrim::Answer& answer, const Json& model, double opened) {
           {"kept", answer.kept},
           {"removed", answer.visual - answer.kept},
           {"kept_by_layer", answer.kept_by_layer ? Json(*answer.kept_by_layer) : Json()},
-          {"caches", Json()},  // of bundles with a cache policy, which are refused here
+          {"caches", answer.caches.empty() ? Json() : Json::parse(answer.caches)},
           {"backend", model.at("backend")},
           {"selection", model.at("selection")},
           {"guide", nullptr},
@@ -130,7 +134,7 @@ Json record(const vlmtrim::Answer& answer, const Json& model, double opened) {
             {"vision", rounded(answer.vision_seconds)},
             {"prefill", rounded(answer.prefill_seconds)},
             {"decode", rounded(answer.decode_seconds)},
-            {"caches", 0.0}}}};
+            {"caches", rounded(answer.caches_seconds)}}}};
 }
 
 void finish(const vlmtrim::Answer& answer, const Json& model) {
@@ -159,6 +163,12 @@ int run(const Arguments& arguments) {
   if (!session) return refuse(session.error());
   const double opened = seconds() - start;
   if (const auto error = session->reset(arguments.last("--system").value_or(""))) return refuse(*error);
+  if (arguments.last("--cache-share") || arguments.last("--cache-every")) {
+    const double share = arguments.number("--cache-share", -1.0, 0);
+    if (const auto error = session->caches(share, arguments.number("--cache-every", int64_t{0}, 1))) {
+      return refuse(*error);
+    }
+  }
   std::vector<vlmtrim::Part> parts;
   for (const auto& path : arguments.all("--image")) parts.emplace_back(vlmtrim::Picture::file(path));
   const bool json = arguments.flag("--json");
@@ -185,10 +195,11 @@ int run(const Arguments& arguments) {
 
 int main(int count, char** values) {
   try {
-    const Arguments arguments(count, values,
-                              {"--prompt", "--image", "--system", "--ids", "--backend", "--threads", "--activations",
-                               "--max-new-tokens", "--stop", "--temperature", "--top-k", "--top-p", "--seed"},
-                              {"--verify", "--json", "--version", "--help"});
+    const Arguments arguments(
+        count, values,
+        {"--prompt", "--image", "--system", "--ids", "--backend", "--cuda-graphs", "--cache-share", "--cache-every",
+         "--threads", "--activations", "--max-new-tokens", "--stop", "--temperature", "--top-k", "--top-p", "--seed"},
+        {"--verify", "--json", "--version", "--help"});
     if (arguments.flag("--help")) return std::fputs(kHelp, stdout) < 0 ? 1 : 0;
     if (arguments.flag("--version")) return std::printf("vlmtrim %s\n", vlmtrim_version()) < 0 ? 1 : 0;
     return run(arguments);

@@ -143,6 +143,8 @@ void fill(vlmtrim_session& session, Answer answer, vlmtrim_answer* target) {
   made.prefill_seconds = times.prefill;
   made.decode_seconds = times.decode;
   made.decode_steps = times.steps;
+  made.caches = held.caches.empty() ? nullptr : held.caches.c_str();
+  made.caches_seconds = times.caches;
   std::memcpy(target, &made, std::min(target->size, sizeof made));
 }
 
@@ -177,6 +179,8 @@ vlmtrim_status vlmtrim_model_open(const char* folder, const vlmtrim_model_option
     options.library.threads = raw.threads;
     options.library.exact_activations = raw.exact != 0;
     options.verify = raw.verify != 0;
+    options.library.tensorrt = text_of(raw.tensorrt);
+    if (raw.cuda_graphs != nullptr && *raw.cuda_graphs != 0) options.library.cuda_graphs = raw.cuda_graphs;
     auto made = std::make_unique<vlmtrim_model>();
     made->model = Model::open(folder, options);
     made->description = described(*made->model);
@@ -194,6 +198,15 @@ vlmtrim_status vlmtrim_session_open(vlmtrim_model* model, vlmtrim_session** sess
   return guarded([&] {
     there(session, "session") = nullptr;
     *session = new vlmtrim_session(there(model, "model").model);
+  });
+}
+
+vlmtrim_status vlmtrim_session_caches(vlmtrim_session* session, double share, int64_t every) {
+  return guarded([&] {
+    const Alone alone(there(session, "session"));
+    Caching& caching = session->chat.session().caching();
+    if (every != 0) caching.set_every(every);
+    if (share >= 0) caching.set_share(share);
   });
 }
 

@@ -2,10 +2,31 @@
 
 #include <fstream>
 
+#include "backends/chain.hpp"
 #include "backends/ort.hpp"
 #include "core/error.hpp"
 
 namespace vlmtrim {
+namespace {
+
+using Make = std::function<std::unique_ptr<Backend>(const BackendOptions&)>;
+
+// In the order in which auto tries them; some of them are not built into every library.
+constexpr const char* kBackends[] = {"tensorrt", "tensorrt-rtx", "ort-cpu"};
+
+std::map<std::string, Make>& known() {
+  static std::map<std::string, Make> backends{{"ort-cpu", make_ort}};
+  return backends;
+}
+
+// What is wrong, without what to do about it.
+std::string brief(std::string reason, const std::string& folder) {
+  reason = reason.substr(0, reason.find(';'));
+  const size_t at = reason.find(folder + " ");
+  return at == std::string::npos ? reason : reason.replace(at, folder.size() + 1, "the bundle ");
+}
+
+}  // namespace
 
 Tensors Graph::run(const Tensors& feeds) {
   Sizes sizes;
@@ -24,7 +45,7 @@ Tensors Graph::run(const Tensors& feeds) {
       }
     }
   }
-  Tensors outputs = execute(feeds);
+  Tensors outputs = execute(feeds, sizes);
   for (const auto& tensor : spec_.outputs) {
     const auto found = outputs.find(tensor.name);
     if (found != outputs.end() && !fits(tensor, found->second, sizes)) {
@@ -70,6 +91,16 @@ void Graph::check(const TensorSpec& promised, const Tensor& fed, Sizes& sizes) c
   }
 }
 
+std::unique_ptr<Program> Backend::open(const Bundle& bundle, const std::string& graph) {
+  const std::vector<std::string> names = chained() ? bundle.contract.chain(graph) : std::vector<std::string>{graph};
+  if (names.size() == 1) return open_one(bundle, names[0]);
+  std::vector<std::unique_ptr<Program>> pieces;
+  for (const auto& name : names) pieces.push_back(open_one(bundle, name));
+  return make_chain(bundle.contract.graph(graph), bundle.contract.dims, std::move(pieces), *this);
+}
+
+int64_t Backend::window(int64_t length, int64_t /*capacity*/) const { return length; }
+
 Tensors Backend::make_caches(const Contract& contract) {
   int64_t needed = 0;
   for (const auto& group : contract.groups) {
@@ -84,7 +115,7 @@ Tensors Backend::make_caches(const Contract& contract) {
   for (const auto& group : contract.groups) {
     const Shape shape{1, group.kv_heads, group.capacity, group.head_size};
     for (const int64_t layer : group.layers) {
-      for (const char* kind : {"key", "value"}) caches[past_name(layer, kind)] = zeros(contract.dtype, shape);
+      for (const char* kind : {"key", "value"}) caches[past_name(layer, kind)] = Tensor::zeros(contract.dtype, shape);
     }
   }
   return caches;
@@ -127,9 +158,41 @@ int64_t free_memory() {
   return std::max<int64_t>(free, 0);
 }
 
+bool add_backend(const std::string& name, Make make) { return known().emplace(name, std::move(make)).second; }
+
 std::unique_ptr<Backend> make_backend(const std::string& name, const BackendOptions& options) {
-  if (name == "auto" || name == "ort-cpu") return make_ort(options);
-  throw Refusal(said("backend ", shown(name), " is not supported in C++; supported: auto, ort-cpu"));
+  const auto found = known().find(name);
+  if (found == known().end()) {
+    std::string list = "auto";
+    for (const char* one : kBackends) list += known().count(one) > 0 ? said(", ", one) : "";
+    throw Refusal(said("backend ", shown(name), " is not in this library; supported: ", list));
+  }
+  if (options.cuda_graphs != "auto" && name.rfind("tensorrt", 0) != 0) {
+    throw Refusal(said("cuda_graphs is of the TensorRT backends, not of ", name, "; leave it out"));
+  }
+  return found->second(options);
+}
+
+std::unique_ptr<Backend> choose_backend(const std::string& name, const Bundle& bundle, const BackendOptions& options) {
+  const bool one = known().size() == 1;
+  if (name != "auto" || one) {
+    auto backend = make_backend(name == "auto" ? known().begin()->first : name, options);
+    backend->check(bundle);
+    return backend;
+  }
+  std::string passed_over;
+  for (const std::string candidate : kBackends) {
+    if (known().count(candidate) == 0) continue;
+    try {
+      auto backend = make_backend(candidate, options);
+      backend->check(bundle);
+      return backend;
+    } catch (const Refusal& refusal) {
+      passed_over +=
+          said(passed_over.empty() ? "" : "; ", candidate, ": ", brief(refusal.what(), bundle.folder.string()));
+    }
+  }
+  throw Refusal(said("no backend can run ", bundle.folder.string(), " here (", passed_over, ")"));
 }
 
 }  // namespace vlmtrim

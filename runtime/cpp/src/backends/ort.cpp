@@ -60,7 +60,7 @@ class OrtGraph final : public Graph {
   }
 
  protected:
-  Tensors execute(const Tensors& feeds) override {
+  Tensors execute(const Tensors& feeds, const Sizes& /*sizes*/) override {
     const OrtApi* api = library_->api();
     std::vector<Handle<OrtValue>> values;  // alive until the run is over
     for (const auto& [name, tensor] : feeds) {
@@ -230,7 +230,14 @@ class OrtCpu final : public Backend {
     }
   }
 
-  std::unique_ptr<Program> open(const Bundle& bundle, const std::string& graph) override {
+  Tensor to_host(const Tensor& tensor) override {
+    Tensor copy = Tensor::empty(tensor.dtype, tensor.shape);
+    std::memcpy(copy.data, tensor.data, tensor.nbytes());
+    return copy;
+  }
+
+ protected:
+  std::unique_ptr<Program> open_one(const Bundle& bundle, const std::string& graph) override {
     const GraphSpec& spec = bundle.contract.graph(graph);
     check_memory(bundle);
     const OrtApi* api = library_->api();
@@ -250,14 +257,6 @@ class OrtCpu final : public Backend {
     check_boundary(spec.file, spec.inputs, boundary(*library_, session, true, spec.file));
     check_boundary(spec.file, spec.outputs, boundary(*library_, session, false, spec.file));
     return std::make_unique<OrtProgram>(spec, bundle.contract.dims, library_, held);
-  }
-
-  Tensor zeros(DType dtype, Shape shape) override { return Tensor::zeros(dtype, std::move(shape)); }
-
-  Tensor to_host(const Tensor& tensor) override {
-    Tensor copy = Tensor::empty(tensor.dtype, tensor.shape);
-    std::memcpy(copy.data, tensor.data, tensor.nbytes());
-    return copy;
   }
 
  private:

@@ -135,6 +135,12 @@ void check_guide(const Contract& c) {
   if (!takes && c.guide != Guide::kNone) contradict("guide is given, and the decoder takes no guide_scores");
 }
 
+// Heads of the queries that the decoder returns; 0 where it returns none.
+int64_t query_heads(const Contract& c) {
+  const TensorSpec* queries = c.graph("decoder").output("score_queries.0");
+  return queries != nullptr && queries->shape.size() == 4 ? queries->shape[1].size : 0;
+}
+
 // The decoder's boundary follows from the groups and four numbers; those are read off it, the rest must match.
 void check_decoder(const Contract& c) {
   const GraphSpec& spec = c.graph("decoder");
@@ -146,9 +152,10 @@ void check_decoder(const Contract& c) {
   }
   const bool selects = spec.output("kept_indices") != nullptr || spec.output("kept_features") != nullptr;
   const int64_t axes = several ? positions->shape[0].size : 1;
-  const GraphSpec expected = decoder_spec(
-      {c.dtype, hidden, vocabulary, selects, axes, c.guide != Guide::kNone, spec.output("key_scores") != nullptr},
-      c.groups);
+  const GraphSpec expected =
+      decoder_spec({c.dtype, hidden, vocabulary, selects, axes, c.guide != Guide::kNone,
+                    spec.output("key_scores") != nullptr, query_heads(c), c.cache && c.cache->ring > 0},
+                   c.groups);
   const auto compare = [](const char* kind, const auto& found, const auto& wanted) {
     if (found.size() != wanted.size()) {
       contradict("the decoder has ", found.size(), " ", kind, "; its groups need ", wanted.size());
@@ -165,6 +172,34 @@ void check_decoder(const Contract& c) {
     if (token >= vocabulary) {
       contradict("eos_token_ids holds ", token, ", the decoder returns logits of ", vocabulary, " tokens");
     }
+  }
+}
+
+// The boundaries of a cache policy's graphs follow from the groups and from three sizes, read off them.
+void check_cache(const Contract& c) {
+  const int64_t heads = query_heads(c);
+  if (!c.cache) {
+    if (heads > 0) contradict("the decoder returns score_queries, and no cache policy reads them");
+    return;
+  }
+  const CachePolicy& policy = *c.cache;
+  if (c.crosses() || heads == 0) {
+    contradict("a cache policy needs visual tokens of the sequence, and score_queries of the decoder");
+  }
+  bool there = policy.compacts == compacts_of(c.groups);
+  for (const auto& name : policy.graphs()) there = there && c.graphs.count(name) > 0;
+  if (!there) contradict("graphs does not have what the cache policy runs");
+  const TensorSpec *order = c.graph("policy").output("order"), *scores = c.graph("policy").input("key_scores");
+  const auto sized = [](const TensorSpec* t) { return t != nullptr && t->shape.size() == 4 && t->shape[2].size > 0; };
+  if (!sized(order) || !sized(scores)) contradict("the cache policy's graph has no key_scores or order of fixed sizes");
+  const bool merges = c.graph(policy.compacts[0]).input("counts") != nullptr;
+  const CacheShape shape{c.dtype, heads, order->shape[2].size, scores->shape[2].size, merges};
+  for (const auto& [name, spec] : cache_specs(policy, c.groups, shape)) {
+    if (!(c.graph(name) == spec)) contradict("graphs.", name, " is not what its cache policy needs");
+  }
+  const auto rows = c.dims.find("R");
+  if (rows == c.dims.end() ? policy.count > 0 : rows->second != std::pair<int64_t, int64_t>(0, policy.count)) {
+    contradict("dims.R is not 0 to the ", policy.count, " rows of the cache policy");
   }
 }
 
@@ -252,8 +287,8 @@ void check_pictures(const Contract& c) {
 
 void check_agreement(const Contract& contract, const std::string& where) {
   try {
-    for (auto* rule : {check_graphs, check_groups, check_guide, check_decoder, check_embed, check_vision, check_dims,
-                       check_pictures}) {
+    for (auto* rule : {check_graphs, check_groups, check_guide, check_decoder, check_cache, check_embed, check_vision,
+                       check_dims, check_pictures}) {
       rule(contract);
     }
   } catch (const Contradiction& problem) {

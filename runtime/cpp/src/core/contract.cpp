@@ -1,9 +1,9 @@
 #include "core/contract.hpp"
 
 #include <cmath>
-#include <functional>
 
 #include "core/error.hpp"
+#include "core/fields.hpp"
 
 namespace vlmtrim {
 namespace {
@@ -16,71 +16,6 @@ struct NamedType {
 constexpr NamedType kTypes[] = {{DType::kFloat32, "float32", 4},   {DType::kFloat16, "float16", 2},
                                 {DType::kBFloat16, "bfloat16", 2}, {DType::kInt64, "int64", 8},
                                 {DType::kInt32, "int32", 4},       {DType::kBool, "bool", 1}};
-
-// The fields of a JSON object: each is taken once, and none may be left.
-class Fields {
- public:
-  Fields(const Json& value, const std::string& where, bool top = false) : value_(value), where_(where), top_(top) {
-    if (!value.is_object()) throw BundleError(said(where, " is ", shown(value), "; expected an object"));
-  }
-
-  const Json& need(const char* name) {
-    taken_.insert(name);
-    const auto found = value_.find(name);
-    if (found == value_.end()) throw BundleError(said(where_, " has no ", name));
-    return *found;
-  }
-
-  // nullptr where it is not there.
-  const Json* may(const char* name) {
-    taken_.insert(name);
-    const auto found = value_.find(name);
-    return found == value_.end() ? nullptr : &*found;
-  }
-
-  std::string at(const char* name) const { return said(where_, top_ ? ": " : ".", name); }
-
-  int64_t whole(const char* name, int64_t low, int64_t high) { return integer(need(name), at(name), low, high); }
-
-  std::string among(const Json& value, const char* name, const std::vector<std::string>& allowed) const {
-    for (const auto& one : allowed) {
-      if (value.is_string() && value.get_ref<const std::string&>() == one) return one;
-    }
-    std::string list;
-    for (const auto& one : allowed) list += (list.empty() ? "" : ", ") + one;
-    throw BundleError(said(at(name), " is ", shown(value), "; expected one of ", list));
-  }
-
-  void finish() const {
-    for (const auto& [name, unused] : value_.items()) {
-      if (taken_.count(name) == 0) throw BundleError(said(where_, " has an unknown field ", shown(name)));
-    }
-  }
-
- private:
-  const Json& value_;
-  std::string where_;
-  bool top_;
-  std::set<std::string> taken_;
-};
-
-template <class T>
-std::vector<T> listed(const Json& value, const std::string& where,
-                      const std::function<T(const Json&, const std::string&)>& one) {
-  if (!value.is_array()) throw BundleError(said(where, " is ", shown(value), "; expected a list"));
-  std::vector<T> items;
-  for (size_t i = 0; i < value.size(); ++i) items.push_back(one(value[i], said(where, "[", i, "]")));
-  return items;
-}
-
-template <class T>
-std::map<std::string, T> mapped(const Json& value, const std::string& where,
-                                const std::function<T(const Json&, const std::string&)>& one) {
-  if (!value.is_object()) throw BundleError(said(where, " is ", shown(value), "; expected an object"));
-  std::map<std::string, T> items;
-  for (const auto& [name, item] : value.items()) items.emplace(name, one(item, where + "." + name.substr(0, 60)));
-  return items;
-}
 
 int64_t size_of(const Json& value, const std::string& where) { return integer(value, where, 0, kLargestSize); }
 
@@ -194,11 +129,7 @@ Contract decoded(const Json& raw, const std::string& where) {
     c.guide = fields.among(*v, "guide", {"vision", "bundle"}) == "vision" ? Guide::kVision : Guide::kBundle;
   }
   if (const Json* v = fields.may("packed")) c.packed = listed<Packed>(*v, fields.at("packed"), packed_of);
-  if (const Json* v = fields.may("cache"); given(v)) {
-    throw BundleError(said(where,
-                           " has a cache policy, which this runtime does not run: export without --cache, or use the "
-                           "Python runtime"));
-  }
+  if (const Json* v = fields.may("cache"); given(v)) c.cache = CachePolicy::from_json(*v, fields.at("cache"));
   if (const Json* v = fields.may("schema")) size_of(*v, fields.at("schema"));
   if (const Json* v = fields.may("producer")) text_value(*v, fields.at("producer"));
   fields.finish();
@@ -212,6 +143,17 @@ void add_caches(GraphSpec& spec, DType dtype, const CacheGroup& group) {
       spec.inputs.push_back({past_name(layer, kind), dtype, shape});
       spec.outputs.push_back({present_name(layer, kind), dtype, shape});
     }
+  }
+}
+
+void add_queries(GraphSpec& spec, const DecoderShape& shape, const std::vector<CacheGroup>& groups) {
+  if (shape.query_heads == 0) return;
+  spec.inputs.push_back({"score_rows", DType::kInt64, {"B", "R"}});
+  size_t layers = 0;
+  for (const auto& group : groups) layers += group.layers.size();
+  for (size_t layer = 0; layer < layers; ++layer) {
+    spec.outputs.push_back(
+        {said("score_queries.", layer), shape.dtype, {"B", shape.query_heads, "R", groups[0].head_size}});
   }
 }
 
@@ -316,6 +258,29 @@ bool Contract::crosses() const {
   return false;
 }
 
+std::vector<std::string> Contract::chain(const std::string& whole) const {
+  const auto found = chains.find(whole);
+  return found == chains.end() ? std::vector<std::string>{whole} : found->second;
+}
+
+std::vector<std::string> Contract::wholes() const {
+  std::vector<std::string> names{"vision", "embed", "decoder"};
+  if (cache) {
+    for (const auto& name : cache->graphs()) names.push_back(name);
+  }
+  return names;
+}
+
+std::vector<size_t> Contract::groups_of_layers() const {
+  std::map<int64_t, size_t> of;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    for (const int64_t layer : groups[i].layers) of[layer] = i;
+  }
+  std::vector<size_t> found;
+  for (const auto& [layer, group] : of) found.push_back(group);
+  return found;
+}
+
 Contract Contract::from_json(const std::string& text, const std::string& where) {
   const Json raw = json_object(text, where);
   const auto schema = raw.find("schema");
@@ -350,6 +315,7 @@ GraphSpec decoder_spec(const DecoderShape& shape, const std::vector<CacheGroup>&
     spec.inputs.push_back({"seen_images", DType::kInt64, {"B", "S", 2}});
   }
   add_selection(spec, shape, groups, crosses);
+  add_queries(spec, shape, groups);
   for (size_t i = 0; i < groups.size(); ++i) {
     spec.inputs.push_back({said("write_indices.", i), DType::kInt64, {"B"}});
     if (groups[i].of_images) {
@@ -357,6 +323,7 @@ GraphSpec decoder_spec(const DecoderShape& shape, const std::vector<CacheGroup>&
     } else {
       spec.inputs.push_back({said("key_positions.", i), DType::kInt64, {said("W", i)}});
     }
+    if (shape.rings) spec.inputs.push_back({said("query_limits.", i), DType::kInt64, {"B"}});
     add_caches(spec, shape.dtype, groups[i]);
   }
   return spec;

@@ -47,6 +47,7 @@ struct GraphSpec {
   std::string file;
   std::vector<TensorSpec> inputs, outputs;
 
+  bool operator==(const GraphSpec& o) const { return file == o.file && inputs == o.inputs && outputs == o.outputs; }
   // nullptr where there is none of that name.
   const TensorSpec* input(const std::string& name) const;
   const TensorSpec* output(const std::string& name) const;
@@ -71,6 +72,42 @@ struct CacheGroup {
   int64_t nbytes(int64_t batch, DType dtype) const;
 };
 
+// What a step or a round of a cache policy judges: its visual tokens; what was said since the question; all entries.
+enum class Candidates { kVisual, kSaid, kAll };
+// Which tokens of a step score: the last ones; the last ones behind the last visual token; some at a uniform stride.
+enum class ScoreRows { kLast, kText, kProbe };
+
+// What stays in the caches. Mirrors graphs/keeping.py, where every field and tensor is explained.
+struct CachePolicy {
+  Json policy;  // for people and reports only
+  ScoreRows rows = ScoreRows::kLast;
+  int64_t count = 0;
+  double share = 1, part = 1;
+  Candidates candidates = Candidates::kVisual;
+  int64_t every = 0, ring = 0;
+  bool accumulates = false;
+  std::optional<int64_t> seed;
+  std::pair<double, double> temperatures{1, 0};
+  std::vector<std::string> compacts;  // of every group, the graph that compacts its layers
+
+  // Names of its graphs.
+  std::vector<std::string> graphs() const;
+  // Throws BundleError naming `where`.
+  static CachePolicy from_json(const Json& value, const std::string& where);
+};
+
+// Boundaries of a policy's graphs by name; `heads` of queries, `sets` of entries in a layer, `maps` of scores,
+// `merges`: whether what goes is merged into what stays.
+struct CacheShape {
+  DType dtype;
+  int64_t heads, sets, maps;
+  bool merges;
+};
+std::map<std::string, GraphSpec> cache_specs(const CachePolicy& policy, const std::vector<CacheGroup>& groups,
+                                             const CacheShape& shape);
+// Names of the graphs that compact the groups' layers: one for every shape of caches.
+std::vector<std::string> compacts_of(const std::vector<CacheGroup>& groups);
+
 struct Packed {
   std::string part, format;
   int64_t block = 0, matrices = 0, weights = 0, nbytes = 0;
@@ -92,9 +129,16 @@ struct Contract {
   std::map<std::string, std::vector<std::string>> chains;
   Guide guide = Guide::kNone;
   std::vector<Packed> packed;
+  std::optional<CachePolicy> cache;
 
   const GraphSpec& graph(const std::string& name) const { return graphs.at(name); }
+  // Names of the graphs that do a whole one's work one after the other; itself where it has no pieces.
+  std::vector<std::string> chain(const std::string& whole) const;
+  // Graphs that are no piece of another one.
+  std::vector<std::string> wholes() const;
   bool removes() const;
+  // Group of every layer.
+  std::vector<size_t> groups_of_layers() const;
   // Whether pictures reach the decoder through cross-attention instead of as tokens of the sequence.
   bool crosses() const;
 
@@ -112,6 +156,8 @@ struct DecoderShape {
   bool selects;
   int64_t position_axes;
   bool guided, emits;
+  int64_t query_heads;  // of the queries that it returns; 0 where it returns none
+  bool rings;           // whether what tokens see is told apart from where they are written
 };
 // The decoder's boundary as the table in graphs/contract.py states it.
 GraphSpec decoder_spec(const DecoderShape& shape, const std::vector<CacheGroup>& groups);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/error.hpp"
+#include "core/user_cache.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -101,27 +102,6 @@ void fast_block(uint32_t* state, const unsigned char* data) { plain_block(state,
 bool has_instructions() { return false; }
 #endif
 
-std::filesystem::path notes_folder() {
-  const char* cache = std::getenv("XDG_CACHE_HOME");
-  const char* home = std::getenv("HOME");
-  const std::filesystem::path base = cache != nullptr && *cache != 0
-                                         ? std::filesystem::path(cache)
-                                         : std::filesystem::path(home ? home : "/") / ".cache";
-  return base / "vlmtrim" / "sha256";
-}
-
-// Written beside and renamed, so that a kill leaves no half digest; a read-only home is no error.
-void remember(const std::filesystem::path& note, const std::string& text) {
-  std::error_code ignored;
-  std::filesystem::create_directories(note.parent_path(), ignored);
-  const std::filesystem::path fresh = note.string() + "." + std::to_string(getpid());
-  std::ofstream out(fresh);
-  out << text;
-  out.close();
-  if (out) std::filesystem::rename(fresh, note, ignored);
-  if (!out || ignored) std::filesystem::remove(fresh, ignored);
-}
-
 struct stat state_of(const std::filesystem::path& path) {
   struct stat found {};
   if (stat(path.c_str(), &found) != 0) throw BundleError(said(path.string(), " cannot be read"));
@@ -191,15 +171,14 @@ std::string sha256(const std::filesystem::path& path) {
 std::string known_sha256(const std::filesystem::path& path) {
   const struct stat before = state_of(path);
   if (before.st_size < kLarge) return sha256(path);
-  const auto note = notes_folder() / said(std::hex, before.st_dev, "-", before.st_ino);
-  std::ifstream in(note);
-  const std::string remembered{std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+  const auto note = user_cache() / "sha256" / said(std::hex, before.st_dev, "-", before.st_ino);
+  const std::string remembered = read_kept(note);
   const std::string wanted = identity(before);
   if (remembered.compare(0, wanted.size(), wanted) == 0) return remembered.substr(wanted.size());
   const std::string digest = sha256(path);
   const struct stat after = state_of(path);
   const double age = static_cast<double>(std::time(nullptr)) - static_cast<double>(after.st_mtim.tv_sec);
-  if (identity(after) == wanted && age > kSettled) remember(note, wanted + digest);
+  if (identity(after) == wanted && age > kSettled) keep_for_later(note, wanted + digest);
   return digest;
 }
 

@@ -22,7 +22,8 @@ struct Tensor {
   DType dtype = DType::kFloat32;
   Shape shape;
   std::shared_ptr<void> owner;
-  void* data = nullptr;  // never null in a tensor that was made, even of no elements
+  void* data = nullptr;    // never null in a tensor that was made, even of no elements
+  bool on_device = false;  // data is an address of a GPU, which only its backend reads
 
   int64_t elements() const { return elements_of(shape); }
   size_t nbytes() const { return static_cast<size_t>(elements()) * bytes_of(dtype); }

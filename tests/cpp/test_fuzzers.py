@@ -1,0 +1,58 @@
+"""libFuzzer over the C++ code that reads what strangers wrote, from seeds that the other tests use."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+import test_tokenizer
+from probing import ROOT
+
+from vlmtrim.graphs.caches import load_policy
+from vlmtrim.runtime.image import generated_picture
+
+SECONDS = int(os.environ.get("VLMTRIM_FUZZ_SECONDS", "10"))
+BUILD = ROOT / "build/cpp-fuzz"
+
+
+@pytest.fixture(scope="module")
+def built():
+    if shutil.which("clang++") is None:
+        pytest.skip("clang++ is not installed")
+    # With the headers that scripts/cpp.sh finds, in a build of its own.
+    environment = {**os.environ, "VLMTRIM_CPP_BUILD": str(BUILD)}
+    options = ["-DVLMTRIM_FUZZ=ON", "-DVLMTRIM_TESTS=OFF", "-DVLMTRIM_EXAMPLES=OFF", "-DCMAKE_CXX_COMPILER=clang++"]
+    done = subprocess.run([ROOT / "scripts/cpp.sh", *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return BUILD / "fuzz"
+
+
+def contracts(export_tiny):
+    yield (export_tiny("cut", cache=load_policy("snapkv")()) / "contract.json").read_bytes()
+    fields = {"family": "mllama", "method": "trimmed-llama", "ratio": 0.25, "images": 3}
+    yield (export_tiny("cpp-trimmed", **fields) / "contract.json").read_bytes()
+
+
+def tokenizers(export_tiny):
+    for make in test_tokenizer.KINDS.values():
+        yield make().to_str().encode() + "\0 Héllo 12345 <image> 你好\n".encode()
+
+
+def pictures(export_tiny):
+    for suffix, mode in (("png", "RGB"), ("png", "P"), ("png", "LA"), ("jpeg", "RGB"), ("jpeg", "L")):
+        path = BUILD / f"seed.{suffix}"
+        generated_picture(0).resize((20, 14)).convert(mode).save(path)
+        yield path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "seeds"), [("contract", contracts), ("tokenizer", tokenizers), ("picture", pictures)])
+def test_nothing_is_found(name, seeds, built, export_tiny, tmp_path):
+    (tmp_path / "seeds").mkdir()
+    for number, data in enumerate(seeds(export_tiny)):
+        (tmp_path / f"seeds/{number}").write_bytes(data)
+    command = [built / f"fuzz_{name}", f"-max_total_time={SECONDS}", "-timeout=20", "-rss_limit_mb=3000", "-seed=7"]
+    command += ["-max_len=200000", f"-artifact_prefix={tmp_path}/", str(tmp_path / "seeds")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "DONE" in done.stderr
