@@ -150,8 +150,8 @@ def test_rows_of_a_batch_equal_single_runs(bundle, session, reference):
 
 
 def test_a_chain_runs_like_the_whole(export_tiny):
-    """Cut behind layer 1, between a selection before it and features that are added behind it."""
-    folder = export_tiny("cut", family="qwen3_vl", k=1, engine="tensorrt-rtx", engine_shards=2, dtype="float16")
+    """Float32, cut before layer 2: features are added behind a selection and behind the cut's last layer."""
+    folder = export_tiny("cut", family="qwen3_vl", k=1, engine="tensorrt-rtx", engine_shards=2)
     cut, recorded = open_bundle(folder), []
     assert cut.contract.chain("decoder") == ("decoder-0", "decoder-1")
     for chained in (False, True):
