@@ -52,6 +52,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         groups=groups,
         selects=method is not None and method.prunes in (TOKENS, IMAGES),
         position_axes=shape.position_axes,
+        deepstack=shape.deepstack,
         guided=guide is not None,
         emits=job.emit_guide,
         query_heads=0 if cache is None else heads,
@@ -223,6 +224,7 @@ def plain_decoder(contract: Contract, config: Any, family: Any) -> Any:
         groups=groups,
         selects=False,
         position_axes=shape.position_axes,
+        deepstack=shape.deepstack,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vlmtrim.graphs.boundary import cache_specs, compacts, decoder_spec
-from vlmtrim.graphs.contract import TOKENS, VISION, Contract, GraphSpec, TensorSpec
+from vlmtrim.graphs.contract import DEEPSTACK, TOKENS, VISION, Contract, GraphSpec, TensorSpec
 from vlmtrim.graphs.keeping import POLICY
 from vlmtrim.graphs.reading import BundleError, is_plain_name, shown
 
@@ -120,6 +120,7 @@ def _decoder(contract: Contract) -> Iterator[str]:
     if hidden is None or vocabulary is None or not isinstance(axes, int):
         yield "the decoder has no inputs_embeds, position_ids or logits of a fixed width"
         return
+    added = _width(inputs.get(DEEPSTACK))
     expected = decoder_spec(
         dtype=contract.dtype,
         hidden=hidden,
@@ -131,6 +132,7 @@ def _decoder(contract: Contract) -> Iterator[str]:
         emits="key_scores" in outputs,
         query_heads=_query_heads(contract),
         rings=contract.cache is not None and contract.cache.ring > 0,
+        deepstack=(added or 0) // hidden,
     )
     for kind, found, wanted in (
         ("inputs", spec.inputs, expected.inputs),
@@ -184,20 +186,26 @@ def _cache(contract: Contract) -> Iterator[str]:
 def _embed(contract: Contract) -> Iterator[str]:
     hidden = _width(contract.graphs["decoder"].inputs[0])
     assert hidden is not None  # checked with the decoder
+    width, added = contract.feature_width, _deepstack(contract)
     ids = TensorSpec("input_ids", "int64", ("B", "S"))
     embeds = TensorSpec("inputs_embeds", contract.dtype, ("B", "S", hidden))
     merged = (
-        TensorSpec("image_features", contract.dtype, ("B", "N", hidden)),
+        TensorSpec("image_features", contract.dtype, ("B", "N", width)),
         TensorSpec("visual_positions", "int64", ("B", "N")),
     )
     spec = contract.graphs["embed"]
     wanted = (ids,) if contract.crosses else (ids, *merged)
-    if sorted(spec.inputs, key=_name) != sorted(wanted, key=_name) or spec.outputs != (embeds,):
-        yield f"the embedding does not turn {', '.join(map(_said, wanted))} into {_said(embeds)}"
+    if sorted(spec.inputs, key=_name) != sorted(wanted, key=_name) or spec.outputs != (embeds, *added):
+        returned = ", ".join(map(_said, (embeds, *added)))
+        yield f"the embedding does not turn {', '.join(map(_said, wanted))} into {returned}"
+
+
+def _deepstack(contract: Contract) -> tuple[TensorSpec, ...]:
+    return tuple(tensor for tensor in contract.graphs["decoder"].inputs if tensor.name == DEEPSTACK)
 
 
 def _vision(contract: Contract) -> Iterator[str]:
-    hidden = _width(contract.graphs["decoder"].inputs[0])
+    width = contract.feature_width
     outputs = contract.graphs["vision"].outputs
     seen = (
         (TensorSpec("visual_attention", "float32", ("I", contract.image_tokens)),) if contract.guide == VISION else ()
@@ -208,8 +216,8 @@ def _vision(contract: Contract) -> Iterator[str]:
         yield f"the vision graph must return image_features of {contract.dtype}{more}"
         return
     shape = outputs[0].shape
-    if _width(outputs[0]) != hidden or len(shape) not in (2, 3):
-        yield f"the vision graph returns {_said(outputs[0])}, the decoder takes features of width {hidden}"
+    if _width(outputs[0]) != width or len(shape) not in (2, 3):
+        yield f"the vision graph returns {_said(outputs[0])}, the decoder takes features of width {width}"
     elif len(shape) == 3 and shape[1] != contract.image_tokens:
         yield f"the vision graph returns {shape[1]} features a picture, image_tokens is {contract.image_tokens}"
 

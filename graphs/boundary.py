@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmtrim.graphs.contract import IMAGES, CacheGroup, GraphSpec, TensorSpec, cache_names
+from vlmtrim.graphs.contract import DEEPSTACK, IMAGES, CacheGroup, GraphSpec, TensorSpec, cache_names
 from vlmtrim.graphs.keeping import COMPACT, POLICY, SCORE, CachePolicy
 
 _ENDS = ("past_key_values", "present")
@@ -25,13 +25,15 @@ def decoder_spec(
     emits: bool = False,
     query_heads: int = 0,
     rings: bool = False,
+    deepstack: int = 0,
 ) -> GraphSpec:
     """The decoder's boundary as the table above states it; the exporter's lint holds the graph to it.
 
     ``position_axes``: numbers that a token's position consists of; more than 1 gives [position_axes, B, S].
     ``guided``: whether it selects by scores that it is given. ``emits``: whether it returns attention as such scores.
     ``query_heads``: heads of the queries that it returns (:mod:`vlmtrim.graphs.keeping`); 0 where it returns none.
-    ``rings``: whether what tokens see is told apart from where they are written.
+    ``rings``: whether what tokens see is told apart from where they are written. ``deepstack``: first layers behind
+    which features are added to visual tokens.
     """
     inputs = [
         TensorSpec("inputs_embeds", dtype, ("B", "S", hidden)),
@@ -66,6 +68,8 @@ def decoder_spec(
         inputs.append(TensorSpec("score_rows", "int64", ("B", "R")))
         for layer in range(sum(len(group.layers) for group in groups)):
             outputs.append(TensorSpec(f"score_queries.{layer}", dtype, ("B", query_heads, "R", groups[0].head_size)))
+    if deepstack:
+        inputs.append(TensorSpec(DEEPSTACK, dtype, ("B", "S", deepstack * hidden)))
     _add_caches(inputs, outputs, groups, dtype, rings)
     return GraphSpec("decoder.onnx", tuple(inputs), tuple(outputs))
 

@@ -28,6 +28,9 @@ Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C
                                                                         (only in graphs that select)
     guide_scores                    [B, N]                    float32   what the visual tokens are ranked by, where
                                                                         that comes from outside (``Contract.guide``)
+    deepstack_features              [B, S, n D]               model     what is added behind layer 0, 1, .. n-1 to each
+                                                                        token's states: features of visual tokens, 0
+                                                                        for others (DeepStack, arXiv 2406.04334)
     write_indices.g                 [B]                       int64     where this step's keys go in group g
     key_positions.g                 [W_g]                     int64     0, 1, 2, ...; its length is the live window
     past_key_values.L.key/.value    [B, KV, C_g, Dh]          model     caches of layer L
@@ -89,6 +92,7 @@ _PLAIN = re.compile(r"--[a-z]{1,16} [a-z0-9.-]{1,32}").fullmatch
 
 # What fills the caches of a group, one entry each.
 TOKENS, IMAGES = "tokens", "images"
+DEEPSTACK = "deepstack_features"
 # What a method may remove before there are visual tokens: patches of the vision tower.
 PATCHES = "patches"
 # Who provides guide_scores: the bundle's own vision graph, or another bundle.
@@ -262,6 +266,12 @@ class Contract:
     def crosses(self) -> bool:
         """Whether pictures reach the decoder through cross-attention instead of as tokens of the sequence."""
         return any(group.source == IMAGES for group in self.groups)
+
+    @property
+    def feature_width(self) -> int:
+        """Numbers of a visual token, D, and with what layers add behind it, (1 + n) D."""
+        named = {tensor.name: tensor.shape[-1] for tensor in self.graphs["decoder"].inputs if tensor.shape}
+        return sum(int(named[name]) for name in ("inputs_embeds", DEEPSTACK) if name in named)
 
     def dense_capacity(self, group: CacheGroup) -> int:
         """Capacity of a group's caches in the unpruned model."""

@@ -115,7 +115,6 @@ class Session:
         self._choosing = Choosing(self.contract, backend)
         self.attention = Attention(self.contract, backend)
         self.caching = Caching(self.contract, backend, self.caches)
-        self._hidden = int(self.contract.graphs["embed"].outputs[0].shape[-1])
         logits = next(tensor for tensor in self.contract.graphs["decoder"].outputs if tensor.name == "logits")
         self._vocabulary = int(logits.shape[-1])
         self.reset()
@@ -161,7 +160,7 @@ class Session:
         dtype = self.contract.dtype
         feeds = {n: dtypes.cast(v, dtype) if v.dtype == np.float32 else v for n, v in pictures.inputs.items()}
         outputs, visual = self._graph("vision").run(feeds), self._visual(pictures)
-        features = self.backend.reshape(outputs["image_features"], (self.batch, visual, self._hidden))
+        features = self.backend.reshape(outputs["image_features"], (self.batch, visual, self.contract.feature_width))
         if self.contract.guide != VISION:
             return features, None
         return features, self.backend.reshape(outputs["visual_attention"], (self.batch, visual))
@@ -342,7 +341,7 @@ class Session:
         return {"guide_scores": guide}
 
     def _no_features(self) -> Tensor:
-        return dtypes.zeros((self.batch, 0, self._hidden), self.contract.dtype)
+        return dtypes.zeros((self.batch, 0, self.contract.feature_width), self.contract.dtype)
 
     def _step(
         self,
@@ -363,7 +362,7 @@ class Session:
         tokens, visual = ids.shape[1], self._visual(pictures)
         merged = {} if self._crossing else {"image_features": features, "visual_positions": visual_positions}
         feeds: dict[str, Tensor] = {
-            "inputs_embeds": self._graph("embed").run({"input_ids": ids, **merged})["inputs_embeds"],
+            **self._graph("embed").run({"input_ids": ids, **merged}),
             "position_ids": positions[0],
             "last_index": np.maximum(counts - 1, 0),
             **given,

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -37,6 +38,15 @@ def load_oracle(selection: Mapping[str, Any]) -> Any:
     return module.Oracle(selection)
 
 
+# Text model -> what it adds to the states behind a layer: (layer, states [1, S, D], positions) -> states [1, S, D].
+ADDS: WeakKeyDictionary[Any, Callable[[int, Tensor, Tensor], Tensor]] = WeakKeyDictionary()
+
+
+def added(text: Any, index: int, hidden: Tensor, positions: Tensor) -> Tensor:
+    """Hidden states [1, S, D] behind layer ``index``, with what the model adds to them there."""
+    return ADDS[text](index, hidden, positions) if text in ADDS else hidden
+
+
 def run_layer(text: Any, index: int, cache: Any, hidden: Tensor, positions: Tensor) -> Tensor:
     """Hidden states [1, S, D] behind layer ``index`` of transformers' text model, which appends to its cache."""
     output = text.layers[index](
@@ -47,7 +57,7 @@ def run_layer(text: Any, index: int, cache: Any, hidden: Tensor, positions: Tens
         past_key_values=cache,
         use_cache=True,
     )
-    return output[0] if isinstance(output, tuple) else output
+    return added(text, index, output[0] if isinstance(output, tuple) else output, positions)
 
 
 def causal(tokens: int, past: int) -> Tensor:

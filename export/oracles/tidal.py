@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmtrim.export.oracles import Kept, causal
+from vlmtrim.export.oracles import Kept, added, causal
 
 
 class Oracle:
@@ -40,7 +40,7 @@ class Oracle:
                 past_key_values=cache,
             )
             hidden = hidden + output
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden = added(text, index, hidden + layer.mlp(layer.post_attention_layernorm(hidden)), positions)
             if chooses and tokens == 1:
                 heads = cache.layers[index].keys.shape[1]
                 self.chosen[index], near = self._best(paid[0, :, 0].unflatten(0, (heads, -1)).mean(1))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmtrim.export.oracles import Kept, causal
+from vlmtrim.export.oracles import Kept, added, causal
 
 
 class Oracle:
@@ -42,7 +42,7 @@ class Oracle:
             held = cache.layers[index]
             held.keys, held.values = held.keys[:, :, entries], held.values[:, :, entries]
             hidden = hidden + output * stays[None, :, None]
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden = added(text, index, hidden + layer.mlp(layer.post_attention_layernorm(hidden)), positions)
             kept.append(torch.nonzero(stays)[:, 0])
             margins.append(near)
         return hidden, Kept(layers=kept, margins=margins)

@@ -1,4 +1,4 @@
-"""What Qwen2-VL and Qwen2.5-VL share: pictures and videos of any size, patches rotated in two axes, M-RoPE.
+"""What Qwen2-VL, Qwen2.5-VL and in part Qwen3-VL share: pictures of any size, patches rotated in two axes, M-RoPE.
 
 Graphs (M visual tokens of all pictures, G patches merged into one token, V windows of L tokens; the other dims as in
 :mod:`vlmtrim.graphs.contract`)
@@ -114,14 +114,14 @@ class Vision(nn.Module):
         hidden = F.linear(pixel_values.flatten(0, 1), visual.patch_embed.proj.weight.flatten(1))
         tables = visual.rotary_pos_emb(hidden, patch_positions.flatten(0, 1))
         frame_of = frame_ids[:, None].expand(-1, group).flatten()
-        same_frame = _additive(frame_of[:, None] == frame_of, hidden)[None, None]
+        same_frame = additive(frame_of[:, None] == frame_of, hidden)[None, None]
         windows = None
         if window_tokens is not None and window_slots is not None:
             filled = (window_tokens >= 0)[:, :, None].expand(-1, -1, group).flatten(1)
-            mask = _additive(filled, hidden)[:, None, None].expand(-1, 1, filled.shape[1], -1)
+            mask = additive(filled, hidden)[:, None, None].expand(-1, 1, filled.shape[1], -1)
             windows = (window_tokens.clamp(min=0).flatten(), mask, window_slots)
         for index, block in enumerate(visual.blocks):
-            query, key, value = _projected(block.attn, block.norm1(hidden), tables)
+            query, key, value = projected(block.attn, block.norm1(hidden), tables)
             if windows is None or index in visual.fullatt_block_indexes:
                 parts = [x.transpose(0, 1)[None] for x in (query, key, value)]
                 attended = onnx_attention(block.attn, *parts, same_frame, block.attn.scaling)[0][0].flatten(1)
@@ -132,11 +132,12 @@ class Vision(nn.Module):
         return visual.merger(hidden)
 
 
-def _additive(visible: Tensor, like: Tensor) -> Tensor:
+def additive(visible: Tensor, like: Tensor) -> Tensor:
+    """Mask that is added to scores, of the dtype of ``like``: 0 where visible."""
     return torch.where(visible, 0.0, torch.finfo(like.dtype).min).to(like.dtype)
 
 
-def _projected(attention: Any, hidden: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def projected(attention: Any, hidden: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of the patches [P, H, Dh], rotated."""
     query, key, value = attention.qkv(hidden).unflatten(1, (3, attention.num_heads, -1)).unbind(1)
     return *apply_rotary_pos_emb_vision(query, key, *tables), value
@@ -179,8 +180,14 @@ def vision_dims(shape: QwenShape, images: int) -> dict[str, tuple[int, int]]:
 
 def plans(full: Any, shape: QwenShape, dtype: torch.dtype, decoder: GraphSpec) -> list[Plan]:
     """What to trace. ``decoder`` is the boundary before any selection."""
-    tokens, windows = 6, 3
     spec = vision_spec(shape, str(dtype).removeprefix("torch."))
+    norms = 2 * len(full.model.visual.blocks) + 1 if shape.window else 0  # Qwen2-VL's are layer norms
+    return [vision_plan(Vision(full), spec, dtype, norms), *text_plans(full, shape, dtype, decoder)]
+
+
+def vision_plan(module: nn.Module, spec: GraphSpec, dtype: torch.dtype, norms: int = 0) -> Plan:
+    """How to trace ``vision.onnx`` of a tower that holds so many RMS norms."""
+    tokens, windows = 6, 3
     sizes = {"M": tokens, "V": windows}
     dims = {"M": Dim("M", max=2**20), "V": Dim("V", max=2**20)}
     args = [
@@ -190,17 +197,8 @@ def plans(full: Any, shape: QwenShape, dtype: torch.dtype, decoder: GraphSpec) -
         )
         for tensor in spec.inputs
     ]
-    norms = 2 * len(full.model.visual.blocks) + 1 if shape.window else 0  # Qwen2-VL's are layer norms
-    return [
-        Plan(
-            Vision(full),
-            args,
-            tuple({0: dims[str(tensor.shape[0])]} for tensor in spec.inputs),
-            spec,
-            fusions={"RMSNormalization": norms},
-        ),
-        *text_plans(full, shape, dtype, decoder),
-    ]
+    shapes = tuple({0: dims[str(tensor.shape[0])]} for tensor in spec.inputs)
+    return Plan(module, args, shapes, spec, fusions={"RMSNormalization": norms})
 
 
 def adapt_settings(folder: Path, contract: Contract) -> None:
@@ -263,10 +261,11 @@ def write_tiny_processor(folder: Path, config: Any) -> None:
     tiny.write_tokenizer(folder, marks, image_token="<|image_pad|>")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     processor: Any = PROCESSOR_MAPPING[type(config)]
+    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
     settings = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": processor.__name__,
-        "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * MOST_TOKENS},
+        "size": {"shortest_edge": 4 * side**2, "longest_edge": MOST_TOKENS * side**2},
         "patch_size": config.vision_config.patch_size,
         "temporal_patch_size": config.vision_config.temporal_patch_size,
         "merge_size": config.vision_config.spatial_merge_size,

@@ -18,7 +18,7 @@ from vlmtrim.export.job import Refusal
 from vlmtrim.export.tracing.attention import StaticCache
 from vlmtrim.export.tracing.text_models import PLAIN, text_model
 from vlmtrim.export.tracing.trace import Plan
-from vlmtrim.graphs.contract import GraphSpec, TensorSpec
+from vlmtrim.graphs.contract import DEEPSTACK, GraphSpec, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Shape:
 
     ``any_size``: pictures keep their proportions, and ``image_tokens`` is the most that the model takes of one.
     ``position_axes``: numbers that a token's position consists of. ``cross_layers``: layers that attend to pictures.
+    ``deepstack``: first layers behind which features are added to visual tokens.
     """
 
     hidden: int
@@ -43,6 +44,7 @@ class Shape:
     video_token_id: int | None = None
     position_axes: int = 1
     cross_layers: tuple[int, ...] = ()
+    deepstack: int = 0
 
 
 def text_numbers(config: Any, models: Sequence[str] = PLAIN) -> dict[str, Any]:
@@ -72,12 +74,18 @@ class Embed(nn.Module):
         super().__init__()
         self.full = full
 
-    def forward(self, input_ids: Tensor, image_features: Tensor, visual_positions: Tensor) -> Tensor:
-        """input_ids [B, S], features [B, N, D] that replace the tokens at visual_positions [B, N] -> [B, S, D]."""
+    def forward(self, input_ids: Tensor, image_features: Tensor, visual_positions: Tensor) -> tuple[Tensor, ...]:
+        """input_ids [B, S], features [B, N, (1 + n) D] -> embeddings [B, S, D], in which their first D replace the
+        tokens at visual_positions [B, N], and, where n > 0, [B, S, n D]: the others there, zeros elsewhere."""
         embeds = self.full.model.language_model.embed_tokens(input_ids)
         # expanded by hand: the exporter's own broadcast of [B, 1] and [B, 0] is [B, 1]
         rows = torch.arange(visual_positions.shape[0])[:, None].expand(visual_positions.shape)
-        return embeds.index_put((rows, visual_positions), image_features)
+        at, width = (rows, visual_positions), embeds.shape[2]
+        merged = embeds.index_put(at, image_features[:, :, :width])
+        if image_features.shape[2] == width:
+            return (merged,)
+        none = torch.zeros_like(embeds[:, :, :1]).expand(-1, -1, image_features.shape[2] - width)
+        return merged, none.index_put(at, image_features[:, :, width:])
 
 
 class Decoder(nn.Module):
@@ -97,39 +105,61 @@ class Decoder(nn.Module):
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[Tensor]]:
         """The contract's decoder without selection; returns logits [B, V] and the flat list of caches."""
+        return self.run(inputs_embeds, position_ids, last_index, write_indices, key_positions, past)
+
+    def run(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        last_index: Tensor,
+        write_indices: Tensor,
+        key_positions: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+        **more: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same; ``more`` is what :meth:`states` takes beside it."""
         tokens = torch.arange(inputs_embeds.shape[1])
         query_positions = write_indices[:, None] + tokens
         visible = key_positions[None, None, :] <= query_positions[:, :, None]
         lowest = torch.finfo(inputs_embeds.dtype).min
         mask = torch.where(visible, 0.0, lowest).to(inputs_embeds.dtype)[:, None]
         cache = StaticCache(past, write_indices, key_positions.shape[0])
-        hidden = self.full.model.language_model(
-            inputs_embeds=inputs_embeds,
+        hidden = self.states(inputs_embeds, position_ids, mask, cache, **more)
+        index = last_index[:, None, None].expand(-1, 1, hidden.shape[2])
+        logits = self.full.lm_head(hidden.gather(1, index)[:, 0])
+        return logits, [tensor for pair in cache.present for tensor in pair]
+
+    def states(self, embeds: Tensor, position_ids: Tensor, mask: Tensor, cache: StaticCache) -> Tensor:
+        """Normed states [B, S, D] behind the last layer; mask additive [B, 1, S, W]."""
+        return self.full.model.language_model(
+            inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        index = last_index[:, None, None].expand(-1, 1, hidden.shape[2])
-        logits = self.full.lm_head(hidden.gather(1, index)[:, 0])
-        return logits, [tensor for pair in cache.present for tensor in pair]
 
 
 def embed_spec(shape: Shape, dtype: str) -> GraphSpec:
     """Boundary of ``embed.onnx``."""
+    added = shape.deepstack * shape.hidden
+    returned = [TensorSpec("inputs_embeds", dtype, ("B", "S", shape.hidden))]
+    returned += [TensorSpec(DEEPSTACK, dtype, ("B", "S", added))] * bool(added)
     return GraphSpec(
         "embed.onnx",
         (
             TensorSpec("input_ids", "int64", ("B", "S")),
-            TensorSpec("image_features", dtype, ("B", "N", shape.hidden)),
+            TensorSpec("image_features", dtype, ("B", "N", shape.hidden + added)),
             TensorSpec("visual_positions", "int64", ("B", "N")),
         ),
-        (TensorSpec("inputs_embeds", dtype, ("B", "S", shape.hidden)),),
+        tuple(returned),
     )
 
 
-def text_plans(full: Any, shape: Shape, dtype: torch.dtype, decoder: GraphSpec) -> list[Plan]:
-    """How to trace ``embed.onnx`` and the decoder; ``decoder`` is the boundary before any selection."""
+def text_plans(
+    full: Any, shape: Shape, dtype: torch.dtype, decoder: GraphSpec, kind: type[nn.Module] = Decoder
+) -> list[Plan]:
+    """How to trace ``embed.onnx`` and the decoder, a ``kind``; ``decoder`` is the boundary before any selection."""
     name = str(dtype).removeprefix("torch.")
     rows, tokens, visual, window = 2, 5, 3, 7
     layers = range(shape.layers)
@@ -144,21 +174,25 @@ def text_plans(full: Any, shape: Shape, dtype: torch.dtype, decoder: GraphSpec) 
     def zeros(*sizes: int) -> Tensor:
         return torch.zeros(sizes, dtype=torch.int64)
 
-    embeds = torch.zeros(rows, tokens, shape.hidden, dtype=dtype)
+    def states(length: int, parts: int) -> Tensor:
+        return torch.zeros(rows, length, parts * shape.hidden, dtype=dtype)
+
+    added = [states(tokens, shape.deepstack)] * (shape.deepstack > 0)
     axes = () if shape.position_axes == 1 else (shape.position_axes,)
     return [
         Plan(
             Embed(full),
-            (zeros(rows, tokens), torch.zeros(rows, visual, shape.hidden, dtype=dtype), zeros(rows, visual)),
+            (zeros(rows, tokens), states(visual, 1 + shape.deepstack), zeros(rows, visual)),
             ({0: batch, 1: sequence}, {0: batch, 1: Dim("N", max=capacity)}, {0: batch, 1: Dim("N", max=capacity)}),
             embed_spec(shape, name),
         ),
         Plan(
-            Decoder(full),
+            kind(full),
             (
-                embeds,
+                states(tokens, 1),
                 zeros(*axes, rows, tokens),
                 zeros(rows),
+                *added,
                 zeros(rows),
                 zeros(window),
                 [(cache(), cache()) for _ in layers],
@@ -167,6 +201,7 @@ def text_plans(full: Any, shape: Shape, dtype: torch.dtype, decoder: GraphSpec) 
                 {0: batch, 1: sequence},
                 {len(axes): batch, len(axes) + 1: sequence},
                 {0: batch},
+                *({0: batch, 1: sequence} for _ in added),
                 {0: batch},
                 {0: keys},
                 [({0: batch}, {0: batch}) for _ in layers],

@@ -43,8 +43,8 @@ class TextModel:
 _HEAD_NORMS = 4  # of a layer whose queries and keys are normed head by head
 
 
-def _in_three_axes(**more: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12], **more}}
+def _in_three_axes(*sections: int) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(sections)}}
 
 
 TEXT_MODELS = {
@@ -52,8 +52,9 @@ TEXT_MODELS = {
     "mistral": TextModel(window=_sees_window, tiny={"sliding_window": None}),
     "qwen2": TextModel(window=_sees_window),  # None unless use_sliding_window
     "qwen3": TextModel(_HEAD_NORMS, window=_sees_window),
-    "qwen2_vl_text": TextModel(window=_sees_window, tiny=_in_three_axes()),
-    "qwen2_5_vl_text": TextModel(window=_sees_window, tiny=_in_three_axes()),
+    "qwen2_vl_text": TextModel(window=_sees_window, tiny=_in_three_axes(8, 12, 12)),
+    "qwen2_5_vl_text": TextModel(window=_sees_window, tiny=_in_three_axes(8, 12, 12)),
+    "qwen3_vl_text": TextModel(_HEAD_NORMS, tiny=_in_three_axes(12, 10, 10)),
     "mllama_text_model": TextModel(),  # its cross-attention layers are the family's
 }
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # a position is one number; families of any tower may have these

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from vlmtrim.graphs.contract import DEEPSTACK
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.anatomy import find_layers, graph_input, graph_output, seam_before
@@ -44,7 +45,7 @@ def last_row(model: ir.Model) -> ir.Model:
     roots = {layer.key: layer.key, layer.value: layer.value, seam: row, embeds: row}  # what is read of the caches stays
     if not layer.crosses:  # a query's place in the caches is that of the last token
         roots[layer.write_indices] = ops("Add", layer.write_indices, last_index)
-    for name, axis in (("position_ids", -1), ("seen_images", 1)):
+    for name, axis in (("position_ids", -1), ("seen_images", 1), (DEEPSTACK, 1)):
         value = next((v for v in model.graph.inputs if v.name == name), None)
         if value is not None:
             roots[value] = _of_last(ops, value, index, axis)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from vlmtrim.graphs.contract import DEEPSTACK
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.anatomy import Layer, graph_input
@@ -26,6 +27,7 @@ class Running:
         group: number of its cache group.
         tokens: name of its dimension of tokens, S or Sk...
         rows: tokens whose queries are returned, int64 [B, R]; None where none are.
+        added: what layers add to tokens' states, [B, S or T, n]; None where they add nothing.
     """
 
     embeds: ir.Value
@@ -34,13 +36,15 @@ class Running:
     group: int = 0
     tokens: str = "S"
     rows: ir.Value | None = None
+    added: ir.Value | None = None
 
 
 def whole(model: ir.Model) -> Running:
     """All tokens of a step."""
     embeds, positions = graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
-    rows = next((value for value in model.graph.inputs if value.name == "score_rows"), None)
-    return Running(embeds, positions, graph_input(model, "last_index"), rows=rows)
+    named = {value.name: value for value in model.graph.inputs}
+    last_index = graph_input(model, "last_index")
+    return Running(embeds, positions, last_index, rows=named.get("score_rows"), added=named.get(DEEPSTACK))
 
 
 def split_at(
@@ -64,8 +68,7 @@ def split_at(
     region = downstream(seam)
     embeds, positions = running.embeds, running.positions
     kept, last_index = survivors.kept_indices, survivors.last_index
-    gathered = gather_tokens(ops, seam, kept)
-    gathered.type, gathered.shape = seam.type, ir.Shape(("B", tokens, *list(seam.shape or ())[2:]))
+    gathered = _gathered(ops, seam, kept, tokens)
     axes = list(positions.shape or ())[:-2]  # M-RoPE: three numbers a token, one tensor each
     everywhere = kept
     if axes:
@@ -77,9 +80,11 @@ def split_at(
     suffix = "" if group < 2 else f".{group}"
     kept_positions.name, last_index.name = f"kept_position_ids{suffix}", f"kept_last_index{suffix}"
     roots = {seam: gathered, embeds: gathered, positions: kept_positions, running.last_index: last_index}
-    rows = running.rows
+    rows, added = running.rows, running.added
     if rows is not None:
         roots[rows] = _rows_left(ops, rows, survivors.kept_indices)
+    if added is not None:
+        roots[added] = _gathered(ops, added, kept, tokens)
     rename: dict[str, str | int] = {running.tokens: tokens}
     if first:
         window = graph_input(model, f"key_positions.{running.group}")
@@ -99,7 +104,15 @@ def split_at(
     for node in [*order, *side.cloned]:
         rename_dims(node, rename)
     graph.sort()
-    return Running(gathered, kept_positions, last_index, group, tokens, None if rows is None else roots[rows])
+    left = (None if value is None else roots[value] for value in (rows, added))
+    return Running(gathered, kept_positions, last_index, group, tokens, *left)
+
+
+def _gathered(ops: Ops, states: ir.Value, kept: ir.Value, tokens: str) -> ir.Value:
+    """``states`` [B, S, n] at ``kept`` [B, T]; ``tokens`` names T."""
+    found = gather_tokens(ops, states, kept)
+    found.type, found.shape = states.type, ir.Shape(("B", tokens, *list(states.shape or ())[2:]))
+    return found
 
 
 def _rows_left(ops: Ops, rows: ir.Value, kept_indices: ir.Value) -> ir.Value:

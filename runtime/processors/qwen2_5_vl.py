@@ -56,16 +56,20 @@ class Processor(base.Processor):
         if not isinstance(config, dict):
             raise BundleError(f"{where} is {shown(config)}; expected an object")
         self._tokens_per_second = number(config.get("tokens_per_second", 4), f"{where}.tokens_per_second", 1e-3, 1e3)
+        self._window = _window_side(contract)
+        expect_inputs(files, contract, self._expected())
+
+    def _expected(self) -> dict[str, tuple[int | None, ...]]:
+        """Shapes of the vision graph's inputs."""
         values, patches = 3 * self._frames_per_token * self._patch**2, self._merge**2
         shapes: dict[str, tuple[int | None, ...]] = {
             "pixel_values": (None, patches, values),
             "patch_positions": (None, patches, 2),
             "frame_ids": (None,),
         }
-        self._window = _window_side(contract)
         if self._window:
             shapes |= {"window_tokens": (None, self._window**2), "window_slots": (None,)}
-        expect_inputs(files, contract, shapes)
+        return shapes
 
     def __call__(self, images: Sequence[Image.Image | Video]) -> Pictures:
         """RGB pictures and videos -> inputs of the vision graph."""
