@@ -111,6 +111,13 @@ class Session:
         part._crossing = None if self._crossing is None else self._crossing.part(rows)
         return part
 
+    def take_over(self, other: Session) -> None:
+        """Go on with the conversations of another part of the same session, but for what is in its caches."""
+        self.lengths.set(other.lengths.positions, other.lengths.entries)
+        self.caching.take_over(other.caching)
+        if self._crossing is not None and other._crossing is not None:
+            self._crossing.take_over(other._crossing)
+
     def open_all(self) -> None:
         """Open every graph that a question may need."""
         for name in self.contract.wholes:
