@@ -15,23 +15,33 @@ from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.generate import Chat, Image, Prompt, Step
 from vlmtrim.runtime.guided import Guided
 from vlmtrim.runtime.progress import running
+from vlmtrim.runtime.results import Prefill
 from vlmtrim.runtime.sampling import Sampling
 from vlmtrim.runtime.select_backend import BACKENDS, choose_backend, make_backend
-from vlmtrim.runtime.session import Prefill, Session
+from vlmtrim.runtime.session import Session
+from vlmtrim.runtime.slots import Answer, Busy, Closed, Engine, Message, Request, State, Token
 from vlmtrim.runtime.video import Video
 
 __all__ = [
     "BACKENDS",
+    "Answer",
     "BundleError",
+    "Busy",
     "Chat",
+    "Closed",
+    "Engine",
     "Guided",
     "Image",
+    "Message",
     "Prefill",
     "Prompt",
+    "Request",
     "RuntimeRefusal",
     "Sampling",
     "Session",
+    "State",
     "Step",
+    "Token",
     "Video",
     "choose_backend",
     "make_backend",

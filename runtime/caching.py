@@ -51,6 +51,10 @@ class Caching:
         self._settled: list[np.ndarray] = []  # of every group, entries that were there after the last round
         self._steps = 0  # decode steps since the last question
 
+    def take_over(self, other: Caching) -> None:
+        """Go on with the conversation of another one of the same bundle, whose caches these are now."""
+        self._sums, self._settled, self._steps = other._sums, other._settled, other._steps
+
     @property
     def share(self) -> float:
         """Share of the candidates that stays. Setting it raises RuntimeRefusal where the bundle has no policy."""

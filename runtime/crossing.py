@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,15 @@ class View:
         """Conversations that have not begun."""
         zero = np.zeros(batch, dtype=np.int64)
         return View(zero.copy(), zero.copy(), zero.copy(), np.zeros(batch, dtype=bool))
+
+    def part(self, rows: slice) -> View:
+        """Of some rows, on the same memory."""
+        return View(self.pictures[rows], self.first[rows], self.end[rows], self.at_mark[rows])
+
+    def set(self, other: View) -> None:
+        """Take over what another one says."""
+        for own, new in zip(vars(self).values(), vars(other).values(), strict=True):
+            own[:] = new
 
 
 class CrossProcessor(base.Processor):
@@ -60,6 +70,25 @@ class Crossing:
         self._view = View.empty(batch)
         self._selects = any(tensor.name == "kept_counts" for tensor in contract.graphs["decoder"].outputs)
         self._numbers = np.zeros((batch, 0), dtype=np.int64)
+
+    def part(self, rows: slice) -> Crossing:
+        """Of some rows, on the same memory."""
+        part = copy.copy(self)
+        part._held = {index: held[rows] for index, held in self._held.items()}
+        part._view, part._numbers = self._view.part(rows), self._numbers[rows]
+        return part
+
+    def reset(self) -> None:
+        """Begin new conversations."""
+        self._view.set(View.empty(len(self._view.pictures)))
+        for held in self._held.values():
+            held[:] = NO_ENTRY
+
+    def take_over(self, other: Crossing) -> None:
+        """Go on with the conversations of another one."""
+        self._view.set(other._view)
+        for index, held in self._held.items():
+            held[:] = other._held[index]
 
     def feeds(
         self, ids: np.ndarray, counts: np.ndarray, pictures: Pictures | None, windows: Mapping[int, int]

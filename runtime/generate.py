@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.fitting import check_pictures
 from vlmtrim.runtime.image import Picture as Still
+from vlmtrim.runtime.processors.base import Pictures, Processor
 from vlmtrim.runtime.prompt import Conversation
+from vlmtrim.runtime.results import Prefill
 from vlmtrim.runtime.sampling import Sampler, Sampling, largest_probability
-from vlmtrim.runtime.session import Prefill, Session
-from vlmtrim.runtime.stopping import Stopper
+from vlmtrim.runtime.saying import Saying
+from vlmtrim.runtime.session import Session
 from vlmtrim.runtime.video import Video, as_pictures, load_picture
 
 Picture = Still | Video
@@ -163,9 +167,10 @@ class Chat:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         with self._alone():
             self._end_answer()
+            eos = set(self.session.contract.eos_token_ids)
+            sayings = [Saying(self.session.prompter, eos, max_new_tokens, stops) for _ in questions]
             prefill = self._prefill(questions, pictures, guide)
-            stoppers = [Stopper(stops) for _ in questions]
-            answer = self._answer(prefill, max_new_tokens, Sampler(sampling or Sampling()), stoppers, sure)
+            answer = self._answer(prefill, Sampler(sampling or Sampling()), sayings, sure)
             self._running, self._asker = weakref.ref(answer), threading.get_ident()
         return answer
 
@@ -209,18 +214,10 @@ class Chat:
     ) -> Prefill:
         session = self.session
         videos = [[i for i, picture in enumerate(row) if isinstance(picture, Video)] for row in pictures]
-        if any(videos) and session.contract.video_token_id is None:
-            raise RuntimeRefusal(f"bundles of {session.contract.family} take no videos; give the frames as pictures")
-        loaded: list[Any] = [load_picture(picture) for row in pictures for picture in row]
-        processed = session.processor(loaded) if loaded else None
+        processed = process(session.processor, [picture for row in pictures for picture in row])
         counts = iter(() if processed is None else processed.tokens)
         brought = [[next(counts) for _ in row] for row in pictures]
-        most = session.contract.dims["N"][1]
-        if max(map(sum, brought)) > most:
-            raise RuntimeRefusal(
-                f"{max(map(len, brought))} images of {max(map(sum, brought))} visual tokens for one prompt; a "
-                f"conversation of {session.contract.max_seq_len} tokens holds at most {most} of them"
-            )
+        check_pictures(session.contract, brought)
         asked: list[Conversation] = []
         try:
             fresh = []
@@ -246,49 +243,43 @@ class Chat:
         self._pending[:] = -1
 
     def _answer(
-        self, prefill: Prefill, limit: int, sample: Sampler, stoppers: Sequence[Stopper], sure: bool
+        self, prefill: Prefill, sample: Sampler, sayings: Sequence[Saying], sure: bool
     ) -> Generator[Step, None, None]:
-        session, eos = self.session, set(self.session.contract.eos_token_ids)
-        streams = [session.prompter.decode_stream() for _ in range(session.batch)]
-        said = ["" for _ in range(session.batch)]
+        session = self.session
         live = np.ones(session.batch, dtype=bool)
         logits = prefill.logits
         tokens = self._pending.copy()
         try:
-            for index in range(limit):
+            for index in itertools.count():
                 tokens = sample(logits)
                 probable = tuple(largest_probability(logits).tolist()) if sure else None
                 was_live, room = live.copy(), session.room()
                 texts = [""] * session.batch
                 ended: list[str | None] = [None] * session.batch
-                for row in np.flatnonzero(was_live):
-                    token = int(tokens[row])
-                    reason = self._end_reason(token, index, limit, room, eos)
-                    new = "" if token in eos else streams[row].step(token)
-                    texts[row], stopped = stoppers[int(row)].take(new, last=reason is not None)
-                    reason = "stop" if stopped else reason
-                    said[row] += texts[row]
+                for row in np.flatnonzero(was_live).tolist():
+                    texts[row], reason = sayings[row].take(int(tokens[row]), room)
                     if reason is not None:
                         ended[row], live[row] = reason, False
-                        self._pending[row] = -1 if reason == "eos" else token
-                        self._rows[row].answer(said[row])
+                        self._pending[row] = -1 if reason == "eos" else tokens[row]
+                        self._rows[row].answer(sayings[row].said)
                 ids = tuple(int(t) if was_live[row] else None for row, t in enumerate(tokens))
                 yield Step(index, ids, tuple(texts), tuple(ended), prefill, probable)
                 if not live.any():
                     return
                 logits = session.decode(tokens, live)
         finally:
-            for row in np.flatnonzero(live):  # the caller stopped early: the last token was said, and not decoded
+            # Where the caller stopped early, the last token was said, and not decoded.
+            for row in np.flatnonzero(live).tolist():
                 self._pending[row] = tokens[row]
-                self._rows[row].answer(said[row])
+                self._rows[row].answer(sayings[row].said)
 
-    @staticmethod
-    def _end_reason(token: int, index: int, limit: int, room: int, eos: set[int]) -> str | None:
-        if token in eos:
-            return "eos"
-        if index + 1 == limit:
-            return "length"
-        return "capacity" if room < 1 else None
+
+def process(processor: Processor, pictures: Sequence[Picture]) -> Pictures | None:
+    """What pictures and videos become, or None for none. Raises RuntimeRefusal where one cannot be read or taken."""
+    if processor.contract.video_token_id is None and any(isinstance(picture, Video) for picture in pictures):
+        raise RuntimeRefusal(f"bundles of {processor.contract.family} take no videos; give the frames as pictures")
+    loaded: list[Any] = [load_picture(picture) for picture in pictures]
+    return processor(loaded) if loaded else None
 
 
 class _Alone:

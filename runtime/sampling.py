@@ -80,3 +80,12 @@ def largest_probability(logits: np.ndarray) -> np.ndarray:
     """Of the likeliest token, at temperature 1: logits [B, V] -> float64 [B]."""
     wide = logits.astype(np.float64)
     return 1 / np.exp(wide - wide.max(axis=-1, keepdims=True)).sum(axis=-1)
+
+
+def log_probabilities(logits: np.ndarray, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Of a token, and of the ``top`` likeliest ones in falling order (equal ones by id): logits [V], temperature 1."""
+    wide = logits.astype(np.float64)
+    total = wide.max() + np.log(np.exp(wide - wide.max()).sum())
+    best = np.argpartition(-wide, min(top, len(wide) - 1))[:top]
+    best = best[np.lexsort((best, -wide[best]))]
+    return float(wide[token] - total), tuple((int(one), float(wide[one] - total)) for one in best)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from vlmtrim.graphs.bundle import Bundle
-from vlmtrim.graphs.contract import BUNDLE, IMAGES, TOKENS, VISION, cache_names
+from vlmtrim.graphs.contract import BUNDLE, TOKENS, VISION, cache_names
 from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.attention import Attention
 from vlmtrim.runtime.backends.base import Backend, Chain, Graph, Tensor
@@ -17,74 +18,37 @@ from vlmtrim.runtime.caching import Caching
 from vlmtrim.runtime.choosing import Choosing
 from vlmtrim.runtime.crossing import Crossing, CrossProcessor
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.fitting import check_kept, check_room, visual_tokens
 from vlmtrim.runtime.measure.machine import return_memory
 from vlmtrim.runtime.processors.base import Pictures, load_processor
 from vlmtrim.runtime.prompt import Prompter
-
-
-@dataclass
-class Times:
-    """Seconds spent since the session was opened or reset, and the number of decode steps; ``caches`` is what cutting
-    the caches took."""
-
-    vision: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
-    steps: int = 0
-    caches: float = 0.0
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """What one prefill did.
-
-    Attributes:
-        logits: [B, V] of each row's last token.
-        visual, kept: visual tokens (or image features) of this step, and how many the last layers keep; where that
-            depends on the data, of the row that keeps most, and where every layer chooses, its mean over the layers.
-        kept_indices: per row, indices into its new tokens that survive, ascending; None where nothing is selected.
-        visual_positions: indices of the visual tokens among each row's new tokens, [B, N].
-        visual_scores: what the visual tokens were ranked by, float32 [B, N]; None where nothing is selected.
-        kept_features: per row, indices into the step's image features that the caches took, ascending; None where
-            pictures are tokens.
-        kept_by_layer: per layer and row, indices into its new tokens that survive, where layers choose by themselves.
-        held: per layer and row, the new tokens that a cache policy left in the caches, [X, n] of X sets; None without.
-    """
-
-    logits: np.ndarray
-    visual: int
-    kept: int
-    kept_indices: list[np.ndarray] | None
-    visual_positions: np.ndarray
-    visual_scores: np.ndarray | None
-    kept_features: list[np.ndarray] | None = None
-    kept_by_layer: list[list[np.ndarray]] | None = None
-    held: list[list[np.ndarray]] | None = None
-
-    def layers_that_hold(self, row: int) -> np.ndarray:
-        """Share of a layer's sets that hold each of a row's visual tokens, float64 [layers, N]; none without policy."""
-        positions = self.visual_positions[row]
-        return np.array([[np.isin(positions, one) for one in rows[row]] for rows in self.held or []]).mean(axis=1)
-
-    def layers_that_keep(self, row: int) -> np.ndarray:
-        """Which of a row's visual tokens each layer keeps, bool [layers, N]; of no layer where none chooses."""
-        return np.array([np.isin(self.visual_positions[row], rows[row]) for rows in self.kept_by_layer or []])
-
-    def survivors(self, row: int) -> np.ndarray:
-        """Which of a row's visual tokens survive, in any layer, bool [N]; all of them where nothing is selected."""
-        if self.kept_by_layer is not None:
-            return np.asarray(self.layers_that_keep(row).any(axis=0))
-        if self.kept_indices is None:
-            return np.ones(self.visual_positions.shape[1], dtype=bool)
-        return np.isin(self.visual_positions[row], self.kept_indices[row])
+from vlmtrim.runtime.results import Prefill, Times
 
 
 @dataclass
 class Lengths:
-    """How far each row is, int64 [B] each: its first free position, and the cache entries of every group."""
+    """How far each row is, int64 [B] each: its first free position, and the cache entries of every group.
+
+    Changed in place: the arrays of a part of the rows are views of all rows'.
+    """
 
     positions: np.ndarray
-    entries: list[np.ndarray] = field(default_factory=list)
+    entries: list[np.ndarray]
+
+    @staticmethod
+    def empty(batch: int, groups: int) -> Lengths:
+        """Of conversations that have not begun."""
+        return Lengths(np.zeros(batch, np.int64), [np.zeros(batch, np.int64) for _ in range(groups)])
+
+    def part(self, rows: slice) -> Lengths:
+        """Of some rows."""
+        return Lengths(self.positions[rows], [entries[rows] for entries in self.entries])
+
+    def set(self, positions: np.ndarray | int, entries: Sequence[np.ndarray | int]) -> None:
+        """Every row's."""
+        self.positions[:] = positions
+        for old, new in zip(self.entries, entries, strict=True):
+            old[:] = new
 
 
 class Session:
@@ -108,16 +72,17 @@ class Session:
         self.processor = load_processor(bundle.files, self.contract)
         # The vision graph is opened with the first image: text-only use should not pay for it.
         self._graphs = {name: backend.open(bundle.folder, self.contract, name) for name in ("embed", "decoder")}
-        self._open = True
         self.caches = backend.make_caches(self.contract, batch)
-        self._graphs["decoder"].bind_caches(self.caches)
         self._selects = any(tensor.name == "visual_positions" for tensor in self.contract.graphs["decoder"].inputs)
         self._choosing = Choosing(self.contract, backend)
         self.attention = Attention(self.contract, backend)
         self.caching = Caching(self.contract, backend, self.caches)
         logits = next(tensor for tensor in self.contract.graphs["decoder"].outputs if tensor.name == "logits")
         self._vocabulary = int(logits.shape[-1])
-        self.reset()
+        self.lengths, self.times = Lengths.empty(batch, len(self.contract.groups)), Times()
+        self._crossing = None
+        if isinstance(self.processor, CrossProcessor):
+            self._crossing = Crossing(self.contract, self.processor, batch)
 
     def __enter__(self) -> Session:
         return self
@@ -127,13 +92,38 @@ class Session:
 
     def close(self) -> None:
         """Free graphs, weights and caches. What is run afterwards is refused."""
-        self._open = False
         self._graphs.clear()
         self.caches = {}
         return_memory()
 
+    def part(self, first: int, count: int) -> Session:
+        """Rows ``first`` to ``first + count`` as a session, on the same graphs and caches.
+
+        What either does to a row is done to both, but for what a cache policy and :class:`Attention` remember: a part
+        begins those anew. The session stays the owner: it is the one to close.
+        """
+        rows, part = slice(first, first + count), copy.copy(self)
+        part.batch, part.times, part.lengths = count, Times(), self.lengths.part(rows)
+        part.caches = {name: self.backend.rows(cache, first, count) for name, cache in self.caches.items()}
+        part.attention = Attention(self.contract, self.backend)
+        part.caching = Caching(self.contract, self.backend, part.caches)
+        part._crossing = None if self._crossing is None else self._crossing.part(rows)
+        return part
+
+    def take_over(self, other: Session) -> None:
+        """Go on with the conversations of another part of the same session, but for what is in its caches."""
+        self.lengths.set(other.lengths.positions, other.lengths.entries)
+        self.caching.take_over(other.caching)
+        if self._crossing is not None and other._crossing is not None:
+            self._crossing.take_over(other._crossing)
+
+    def open_all(self) -> None:
+        """Open every graph that a question may need."""
+        for name in self.contract.wholes:
+            self._graph(name)
+
     def _graph(self, name: str) -> Graph | Chain:
-        if not self._open:
+        if "decoder" not in self._graphs:
             raise RuntimeRefusal("the session is closed; open the bundle again")
         if name not in self._graphs:
             self._graphs[name] = self.backend.open(self.bundle.folder, self.contract, name)
@@ -142,14 +132,12 @@ class Session:
     def reset(self) -> None:
         """Forget the conversation; the caches are reused."""
         self._graph("decoder")
-        zero = np.zeros(self.batch, dtype=np.int64)
-        self.lengths = Lengths(zero.copy(), [zero.copy() for _ in self.contract.groups])
+        self.lengths.set(0, [0] * len(self.contract.groups))
         self.times = Times()
         self.attention.forget()
         self.caching.reset()
-        self._crossing = None
-        if isinstance(self.processor, CrossProcessor):
-            self._crossing = Crossing(self.contract, self.processor, self.batch)
+        if self._crossing is not None:
+            self._crossing.reset()
 
     def encode_images(self, pictures: Pictures) -> Tensor:
         """Pictures -> features on the device, [B, N, D], pictures in row order."""
@@ -166,12 +154,7 @@ class Session:
         return features, self.backend.reshape(outputs["visual_attention"], (self.batch, visual))
 
     def _visual(self, pictures: Pictures | None) -> int:
-        """Visual tokens, or image features, that the pictures bring to each row."""
-        if pictures is None:
-            return 0
-        if self.contract.crosses:
-            return len(pictures.tokens) * self.contract.image_tokens // self.batch
-        return sum(pictures.tokens) // self.batch
+        return visual_tokens(self.contract, pictures, self.batch)
 
     def prefill(
         self, rows: Sequence[Sequence[int]], pictures: Pictures | None = None, guide: np.ndarray | None = None
@@ -191,7 +174,7 @@ class Session:
             raise RuntimeRefusal(f"the prompt holds {marks} image tokens, {len(brought)} image(s) bring {sum(brought)}")
         visual = self._visual(pictures)
         given = self._guide_scores(guide, visual_positions.shape)
-        self._check_room(ids.shape[1], visual, counts)
+        check_room(self.contract, self.lengths.entries, ids.shape[1], visual)
         start = self.backend.mark()
         features, seen = (self._no_features(), None) if pictures is None else self._encode(pictures)
         middle = self.backend.mark()
@@ -199,14 +182,14 @@ class Session:
         watched = self.caching.rows(counts, visual_positions)
         given |= self.caching.feeds(watched)
         positions = self.processor.positions(ids, counts, self.lengths.positions, pictures)
-        before = list(self.lengths.entries)
+        before = [entries.copy() for entries in self.lengths.entries]
         outputs, kept_features = self._step(ids, counts, visual_positions, features, positions, pictures, given)
         logits = self.backend.to_host(outputs["logits"])
         kept_indices = scores = None
         kept_by_layer = self._choosing.kept(outputs, counts, visual)
         if self._selects and not self._choosing:
             kept = self.backend.to_host(outputs["kept_indices"])
-            self._check_kept(kept.shape[1], ids.shape[1], visual)
+            check_kept(self.contract, kept.shape[1], ids.shape[1], visual)
             kept_indices = [row[row < count] for row, count in zip(kept, counts, strict=True)]
             scores = self.backend.to_host(outputs["visual_scores"])
         self.times.vision += self.backend.elapsed(start, middle)
@@ -216,7 +199,8 @@ class Session:
         if self.caching:
             taken = self.caching.taken(counts, kept_indices, kept_by_layer)
             left = self.caching.after(self._graph, outputs, watched, visual_positions, taken, before)
-            self.lengths.entries, held = left.entries, left.held
+            self.lengths.set(self.lengths.positions, left.entries)
+            held = left.held
             self.times.caches += self.backend.elapsed(end, self.backend.mark())
         kept_visual = self.contract.groups[-1].length(visual, visual)
         if kept_features is not None:
@@ -240,11 +224,12 @@ class Session:
         nothing = np.zeros((self.batch, 0), dtype=np.int64)
         ids, counts = tokens[:, None], live.astype(np.int64)
         positions = self.processor.positions(ids, counts, self.lengths.positions, None)
-        rows, before = self.caching.decode_rows(live), list(self.lengths.entries)
+        rows, before = self.caching.decode_rows(live), [entries.copy() for entries in self.lengths.entries]
         given = self._guide_scores(None, nothing.shape) | self.caching.feeds(rows)
         outputs, _ = self._step(ids, counts, nothing, self._no_features(), positions, None, given, live)
         logits = self.backend.to_host(outputs["logits"])
-        self.lengths.entries = self.caching.grown(self._graph, outputs, rows, before, self.lengths.entries)
+        grown = self.caching.grown(self._graph, outputs, rows, before, self.lengths.entries)
+        self.lengths.set(self.lengths.positions, grown)
         self.times.decode += time.perf_counter() - start
         self.times.steps += 1
         return logits
@@ -290,33 +275,6 @@ class Session:
                 f"the rows of a batch hold {per_row.tolist()} {what}; rows that run together must bring as many"
             )
         return ids, counts, np.nonzero(is_visual)[1].reshape(self.batch, -1).astype(np.int64)
-
-    def _check_room(self, tokens: int, visual: int, counts: np.ndarray) -> None:
-        for group, entries in zip(self.contract.groups, self.lengths.entries, strict=True):
-            needed = int(entries.max()) + group.length(tokens, visual)
-            if needed > group.capacity and group.source == IMAGES:
-                held, each, brings = int(entries.max()), self.contract.image_tokens, group.length(tokens, visual)
-                raise RuntimeRefusal(
-                    f"{visual // each} picture(s) of {each} features bring up to {brings} entries, "
-                    f"the caches of the cross-attention layers hold {held} of at most {group.capacity}: give fewer "
-                    f"pictures, {'reset the conversation, ' if held else ''}or export with more --images"
-                )
-            if needed > group.capacity:
-                full = int(entries.max())
-                raise RuntimeRefusal(
-                    f"the prompt has {int(counts.max())} tokens ({visual} visual), {full} are in the caches; layers "
-                    f"{group.layers[0]}-{group.layers[-1]} would hold {needed}, their capacity is {group.capacity}: "
-                    "shorten the prompt, reset the conversation, or export with a larger --max-seq-len"
-                )
-
-    def _check_kept(self, kept: int, tokens: int, visual: int) -> None:
-        """Refuse a graph that keeps another number of tokens than the contract says: the caches' lengths would lie."""
-        promised = self.contract.groups[-1].length(tokens, visual)
-        if kept != promised:
-            raise RuntimeRefusal(
-                f"the decoder kept {kept} of {tokens} tokens ({visual} visual), its contract promises {promised}; "
-                "export the model again"
-            )
 
     def _guide_scores(self, guide: np.ndarray | None, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The decoder's guide_scores, of ``shape`` [B, N], where another bundle provides them; where the vision graph
@@ -385,14 +343,16 @@ class Session:
         if self._crossing:
             feeds["image_features"] = features
             feeds |= self._crossing.feeds(ids, counts, pictures, dict(enumerate(windows)))
-        outputs = self._graph("decoder").run(feeds)
+        decoder = self._graph("decoder")
+        decoder.bind_caches(self.caches)
+        outputs = decoder.run(feeds)
         self.attention.took(outputs, counts, visual_positions, self.lengths.entries[0])
-        self.lengths.positions = positions[1]
         added = {index: np.where(counts > 0, n - (tokens - counts), 0) for index, n in enumerate(grown)}
         added |= self._choosing.added(outputs, counts, visual)
         kept = None
         if self._crossing:
             kept, taken = self._crossing.took(outputs, self.backend, self.lengths.entries)
             added |= taken
-        self.lengths.entries = [entries + added[index] for index, entries in enumerate(self.lengths.entries)]
+        entries = [filled + added[index] for index, filled in enumerate(self.lengths.entries)]
+        self.lengths.set(positions[1], entries)
         return outputs, kept

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.processors.base import View
-from vlmtrim.runtime.session import Prefill
+from vlmtrim.runtime.results import Prefill
 
 PANEL = 480  # pixels, at least, of a drawn picture's height
 GAP = 12

@@ -137,6 +137,16 @@ class FakeCuda:
         self.submit(lambda: ctypes.memmove(dst, src, count))
         return (OK,)
 
+    def cudaMemcpy2DAsync(self, dst, dpitch, src, spitch, width, height, kind, stream):
+        assert self.captured is None and kind == real.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        assert 0 < width <= min(dpitch, spitch)
+        self.count["copies within"] += 1
+        self.find(dst, dpitch * (height - 1) + width, self.device)
+        self.find(src, spitch * (height - 1) + width, self.device)
+        for row in range(height):
+            self.submit(lambda to=dst + row * dpitch, at=src + row * spitch: ctypes.memmove(to, at, width))
+        return (OK,)
+
     def cudaStreamCreateWithFlags(self, flags):
         return OK, 77
 

@@ -35,7 +35,7 @@ class Graph(ABC):
     def __init__(self, spec: GraphSpec, dims: Mapping[str, tuple[int, int]]):
         self.spec = spec
         self._dims = dims
-        self._bound: frozenset[str] = frozenset()
+        self._bound: Mapping[str, Tensor] = {}
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Check the feeds against the contract and run. Raises RuntimeRefusal naming the tensor at fault."""
@@ -57,9 +57,10 @@ class Graph(ABC):
         return outputs
 
     def bind_caches(self, caches: Mapping[str, Tensor]) -> None:
-        """Bind every cache input, and the output that updates it, to one buffer."""
-        self._bound = frozenset(caches)
-        self._bind_caches(caches)
+        """Bind every cache input, and the output that updates it, to one buffer; the same ones again cost nothing."""
+        if caches is not self._bound:
+            self._bound = caches
+            self._bind_caches(caches)
 
     def _check(self, tensor: TensorSpec, fed: Tensor, sizes: dict[str, int]) -> None:
         shape, dtype = self._describe(fed)
@@ -143,7 +144,7 @@ class Chain:
 
     def __init__(self, graphs: Sequence[Graph], to_host: Callable[[Tensor], np.ndarray]):
         self._graphs, self._to_host = graphs, to_host
-        self._caches: frozenset[str] = frozenset()
+        self._caches: Mapping[str, Tensor] = {}
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run every graph on the feeds and on what earlier ones returned; returns all that was returned."""
@@ -159,7 +160,9 @@ class Chain:
 
     def bind_caches(self, caches: Mapping[str, Tensor]) -> None:
         """Bind to every graph the caches of its own layers."""
-        self._caches = frozenset(caches)
+        if caches is self._caches:
+            return
+        self._caches = caches
         for graph in self._graphs:
             names = {tensor.name for tensor in graph.spec.inputs}
             graph.bind_caches({name: value for name, value in caches.items() if name in names})
@@ -227,3 +230,12 @@ class Backend(ABC):
     @abstractmethod
     def reshape(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The same data under another shape. Raises RuntimeRefusal where it has not as many elements."""
+
+    @abstractmethod
+    def rows(self, tensor: Tensor, first: int, count: int) -> Tensor:
+        """Rows ``first`` to ``first + count`` of a tensor, on the same memory. Raises RuntimeRefusal where the library
+        cannot bind memory that begins there."""
+
+    @abstractmethod
+    def copy_entries(self, source: Tensor, target: Tensor, entries: int) -> None:
+        """Copy the first ``entries`` of one row of a cache to another; both are [1, KV, C, Dh]."""

@@ -124,6 +124,12 @@ class Device:
             kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
             self.call("cudaMemcpyAsync", address, source, nbytes, kind, self.stream)
 
+    def copy_within(self, target: int, source: int, pitch: int, width: int, count: int) -> None:
+        """Queue a copy on the device: ``count`` pieces of ``width`` bytes, each ``pitch`` bytes behind the last."""
+        if width and count:
+            kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+            self.call("cudaMemcpy2DAsync", target, pitch, source, pitch, width, count, kind, self.stream)
+
     def read(self, address: int, nbytes: int) -> np.ndarray:
         """Copy from the device and wait; uint8 [nbytes]."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost

@@ -7,21 +7,15 @@ does not say what it has fused, but saves the optimised graph.
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlmtrim.graphs.contract import Packed
+from vlmtrim.runtime.backends import handmade
 
 KERNEL = b"MatMulNBits"
 LEVEL = "session.qdq_matmulnbits_accuracy_level"  # what activations are multiplied in
-# ONNX's numbers of dtypes (onnx.TensorProto.DataType) and of an attribute that is an integer.
-_NUMBERS = {"float32": 1, "int8": 3, "float16": 10, "bfloat16": 16, "int4": 22}
-_INT = 2
 _STORED = {"int4_zero": "int4", "int4_sum": "int4"}  # formats whose integers have another's dtype
 _ZEROS = ("int4_zero",)  # formats whose DequantizeLinear has zero points
 _OUTPUTS = 32
@@ -29,7 +23,7 @@ _OUTPUTS = 32
 
 def fuses(ort: Any, provider: str, kind: Packed, dtype: str, entries: dict[str, str]) -> bool:
     """Whether a session of ``provider`` with these config entries multiplies by matrices that are packed so."""
-    if _STORED.get(kind.format, kind.format) not in _NUMBERS:
+    if _STORED.get(kind.format, kind.format) not in handmade.NUMBERS:
         return False
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
@@ -54,48 +48,13 @@ def _model(kind: Packed, dtype: str) -> bytes:
     zeros = ["zeros"] if kind.format in _ZEROS else []
     graph = b"".join(
         (
-            _field(1, _node("DequantizeLinear", ["w", "scales", *zeros], "floats", layout)),
-            _field(1, _node("MatMul", ["x", "floats"], "y", {})),
-            _field(2, b"probe"),
-            _field(5, _tensor("w", stored, (inputs, _OUTPUTS), bits[stored])),
-            _field(5, _tensor("scales", dtype, scales, bits.get(dtype, 16))),
-            *(_field(5, _tensor(name, stored, scales, bits[stored])) for name in zeros),
-            _field(11, _value("x", dtype, (1, inputs))),
-            _field(12, _value("y", dtype, (1, _OUTPUTS))),
+            handmade.field(1, handmade.node("DequantizeLinear", ["w", "scales", *zeros], "floats", layout)),
+            handmade.field(1, handmade.node("MatMul", ["x", "floats"], "y", {})),
+            handmade.field(5, handmade.tensor("w", stored, (inputs, _OUTPUTS), bits[stored])),
+            handmade.field(5, handmade.tensor("scales", dtype, scales, bits.get(dtype, 16))),
+            *(handmade.field(5, handmade.tensor(name, stored, scales, bits[stored])) for name in zeros),
+            handmade.field(11, handmade.value("x", dtype, (1, inputs))),
+            handmade.field(12, handmade.value("y", dtype, (1, _OUTPUTS))),
         )
     )
-    return _number(1, 11) + _field(7, graph) + _field(8, _field(1, b"") + _number(2, 24))
-
-
-def _node(operator: str, inputs: Sequence[str], output: str, attributes: dict[str, int]) -> bytes:
-    made = [_field(1, name.encode()) for name in inputs] + [_field(2, output.encode()), _field(4, operator.encode())]
-    made += [_field(5, _field(1, n.encode()) + _number(3, v) + _number(20, _INT)) for n, v in attributes.items()]
-    return b"".join(made)
-
-
-def _tensor(name: str, dtype: str, shape: Sequence[int], bits: int) -> bytes:
-    dims = b"".join(_number(1, size) for size in shape)
-    data = np.ones(math.prod(shape) * bits // 32, np.float32).tobytes()
-    return dims + _number(2, _NUMBERS[dtype]) + _field(8, name.encode()) + _field(9, data)
-
-
-def _value(name: str, dtype: str, shape: Sequence[int]) -> bytes:
-    dims = b"".join(_field(1, _number(1, size)) for size in shape)
-    kind = _field(1, _number(1, _NUMBERS[dtype]) + _field(2, dims))
-    return _field(1, name.encode()) + _field(2, kind)
-
-
-def _field(number: int, data: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _number(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
+    return handmade.model(graph)

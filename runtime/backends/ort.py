@@ -17,7 +17,7 @@ import numpy as np
 
 from vlmtrim.graphs.contract import Contract, GraphSpec
 from vlmtrim.runtime import dtypes
-from vlmtrim.runtime.backends import fusing
+from vlmtrim.runtime.backends import fusing, handmade
 from vlmtrim.runtime.backends.base import Backend, Chain, Graph, Opened, Tensor, check_boundary
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.measure.machine import free_memory
@@ -54,15 +54,22 @@ def _resident_bytes(folder: Path, contract: Contract) -> int:
 
 @dataclass(frozen=True)
 class View:
-    """An OrtValue's memory under another shape, which ONNX Runtime has no value for: graphs bind it by its address."""
+    """A part of an OrtValue's memory, ``offset`` bytes behind its start, under a shape of its own; ONNX Runtime has no
+    value for that, so graphs bind it by its address."""
 
     owner: Any
     shape: tuple[int, ...]
+    offset: int = 0
 
     @property
     def dtype(self) -> str:
         """Dtype name."""
         return dtype_of(self.owner)
+
+    @property
+    def place(self) -> tuple[int, list[int], int]:
+        """Element type, shape and address, as bindings take them."""
+        return self.owner.element_type(), list(self.shape), self.owner.data_ptr() + self.offset
 
 
 def _boundary(tensors: Sequence[Any]) -> dict[str, Opened]:
@@ -108,8 +115,7 @@ class OrtGraph(Graph):
     def _run(self, feeds: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
         for name, value in feeds.items():
             if isinstance(value, View):
-                pointer, shape = value.owner.data_ptr(), list(value.shape)
-                self._binding.bind_input(name, self._device, 0, value.owner.element_type(), shape, pointer)
+                self._binding.bind_input(name, self._device, 0, *value.place)
                 continue
             if isinstance(value, dtypes.HostArray):
                 value = on_host(self._ort, value)  # ONNX Runtime copies it to where the graph reads it
@@ -134,9 +140,13 @@ class OrtGraph(Graph):
         outputs = []
         for past, value in caches.items():
             present = past.replace("past_key_values", "present")
+            outputs.append(present)
+            if isinstance(value, View):
+                self._binding.bind_input(past, self._device, 0, *value.place)
+                self._binding.bind_output(present, self._device, 0, *value.place)
+                continue
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)
-            outputs.append(present)
         self._cache_outputs = tuple(outputs)
         self._free_outputs = [tensor.name for tensor in self.spec.outputs if tensor.name not in set(outputs)]
 
@@ -164,6 +174,7 @@ class OrtBackend(Backend):
         self._needed = 0
         self._fused: set[tuple[str, int, str]] = set()  # forms of packed weights that were tried
         self._used: Counter[str] = Counter()
+        self._copiers: dict[tuple[str, tuple[int, ...]], Any] = {}  # by dtype and shape
 
     def check(self, folder: Path, contract: Contract) -> None:
         """Raise RuntimeRefusal for a dtype that the device has no kernels for."""
@@ -252,13 +263,15 @@ class OrtBackend(Backend):
 
     def to_host(self, tensor: Tensor) -> np.ndarray:
         """Copy of an OrtValue; ``numpy()`` alone may be a view of memory that the OrtValue frees."""
-        value, shape = (tensor.owner, tensor.shape) if isinstance(tensor, View) else (tensor, tuple(tensor.shape()))
-        if dtype_of(value) != "bfloat16":
-            return np.array(value.numpy()).reshape(shape)
+        view = _view(tensor)
+        dtype, value = view.dtype, view.owner
+        size = dtypes.nbytes(view.shape, dtype)
+        if dtype != "bfloat16":
+            data = value.numpy().reshape(-1).view(np.uint8)[view.offset : view.offset + size]
+            return dtypes.from_raw(data.copy(), view.shape, dtype)
         value = value if self._device == "cpu" else self._copied(value, "cpu")
-        size = dtypes.nbytes(shape, "bfloat16")
-        data = ctypes.string_at(value.data_ptr(), size) if size else b""
-        return dtypes.from_raw(np.frombuffer(data, np.uint8), shape, "bfloat16")
+        data = ctypes.string_at(value.data_ptr() + view.offset, size) if size else b""
+        return dtypes.from_raw(np.frombuffer(data, np.uint8), view.shape, dtype)
 
     def _copied(self, value: Any, device: str) -> Any:
         copy = self._ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), device, 0)
@@ -267,7 +280,39 @@ class OrtBackend(Backend):
 
     def reshape(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A view of the same memory."""
-        owner, had = (tensor.owner, tensor.shape) if isinstance(tensor, View) else (tensor, tuple(tensor.shape()))
-        if math.prod(had) != math.prod(shape):
-            raise RuntimeRefusal(f"{list(had)} cannot be read as {list(shape)}")
-        return View(owner, tuple(shape))
+        view = _view(tensor)
+        if math.prod(view.shape) != math.prod(shape):
+            raise RuntimeRefusal(f"{list(view.shape)} cannot be read as {list(shape)}")
+        return View(view.owner, tuple(shape), view.offset)
+
+    def rows(self, tensor: Tensor, first: int, count: int) -> Tensor:
+        """A view of the same memory."""
+        view = _view(tensor)
+        offset = view.offset + first * dtypes.nbytes(view.shape[1:], view.dtype)
+        return View(view.owner, (count, *view.shape[1:]), offset)
+
+    def copy_entries(self, source: Tensor, target: Tensor, entries: int) -> None:
+        """Of the filled entries alone on the CPU; of the whole row, by a graph that copies, on a GPU."""
+        if self._device == "cpu":
+            _bytes(target)[:, :entries] = _bytes(source)[:, :entries]
+            return
+        key = source.dtype, tuple(source.shape)
+        if key not in self._copiers:
+            model, provider = handmade.identity(*key), (self._provider, _OPTIONS[self.name])
+            self._copiers[key] = self._ort.InferenceSession(model, providers=[provider])
+        binding = self._copiers[key].io_binding()
+        binding.bind_input("x", self._device, 0, *source.place)
+        binding.bind_output("y", self._device, 0, *target.place)
+        self._copiers[key].run_with_iobinding(binding)
+
+
+def _view(tensor: Any) -> View:
+    return tensor if isinstance(tensor, View) else View(tensor, tuple(tensor.shape()))
+
+
+def _bytes(row: View) -> np.ndarray:
+    """Memory of a row of a cache on the host, uint8 [KV, C, bytes of an entry]."""
+    _, heads, capacity, width = row.shape
+    size = dtypes.nbytes((width,), row.dtype)
+    data = (ctypes.c_uint8 * (heads * capacity * size)).from_address(row.owner.data_ptr() + row.offset)
+    return np.ctypeslib.as_array(data).reshape(heads, capacity, size)

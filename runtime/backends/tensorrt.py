@@ -161,13 +161,19 @@ class TrtGraph(Graph):
         tensors = (*spec.inputs, *spec.outputs)
         self._slots = {tensor.name: Slot(device, "io", self._most_bytes(tensor)) for tensor in tensors}
         self._free_outputs = spec.outputs
+        self._caches: Mapping[str, Tensor] = {}
+        self._bound_to: dict[str, Mapping[str, Tensor]] = {}  # by profile
 
     def _most_bytes(self, tensor: TensorSpec) -> int | None:
         sizes = [dim if isinstance(dim, int) else self._dims.get(dim, (0, None))[1] for dim in tensor.shape]
         return None if None in sizes else dtypes.nbytes(tuple(size for size in sizes if size is not None), tensor.dtype)
 
     def _run(self, feeds: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        phase = self._phases[profile_rules.choose(self._profiles, sizes, self.spec.file)]
+        profile = profile_rules.choose(self._profiles, sizes, self.spec.file)
+        phase = self._phases[profile]
+        if self._bound_to.get(profile) is not self._caches:
+            self._point(phase, self._caches)
+            self._bound_to[profile] = self._caches
         fed = {name: value for name, value in feeds.items() if name in self._names}
         phase.set_shapes({name: self._describe(value)[0] for name, value in fed.items()})
         for name, value in fed.items():
@@ -182,16 +188,23 @@ class TrtGraph(Graph):
         return results
 
     def _bind_caches(self, caches: Mapping[str, Tensor]) -> None:
-        bound = set()
-        self._caches = dict(caches)  # keeps their memory alive
-        for past, cache in caches.items():
-            present = past.replace("past_key_values", "present")
-            bound.add(present)
-            for phase in self._phases.values():
-                phase.set_shapes({past: cache.shape})
-                phase.bind(past, cache.address)
-                phase.bind(present, cache.address)
+        """Phases are pointed to them when they run: where prefills have a row of their own, decode steps keep theirs,
+        and their CUDA graphs."""
+        self._caches = caches
+        bound = {_updated(past) for past in caches}
         self._free_outputs = tuple(tensor for tensor in self.spec.outputs if tensor.name not in bound)
+
+    @staticmethod
+    def _point(phase: Phase, caches: Mapping[str, Tensor]) -> None:
+        for past, cache in caches.items():
+            phase.set_shapes({past: cache.shape})
+            phase.bind(past, cache.address)
+            phase.bind(_updated(past), cache.address)
+
+
+def _updated(past: str) -> str:
+    """Name of the output that updates a cache."""
+    return past.replace("past_key_values", "present")
 
 
 class TrtBackend(Backend):
@@ -332,6 +345,22 @@ class TrtBackend(Backend):
         if view.nbytes != tensor.nbytes:
             raise RuntimeRefusal(f"{list(tensor.shape)} cannot be read as {list(shape)}")
         return view
+
+    def rows(self, tensor: Tensor, first: int, count: int) -> Tensor:
+        """A view of the same memory. Raises RuntimeRefusal where it would not begin at a multiple of 256 bytes."""
+        offset = first * dtypes.nbytes(tensor.shape[1:], tensor.dtype)
+        if offset % ALIGNMENT:
+            raise RuntimeRefusal(
+                f"a row of a cache of {list(tensor.shape)} takes {offset // first} bytes, and TensorRT binds at "
+                f"multiples of {ALIGNMENT}; export with a --max-seq-len that makes its {tensor.shape[-2]} entries even"
+            )
+        return DeviceTensor(tensor.address + offset, (count, *tensor.shape[1:]), tensor.dtype, tensor.owner)
+
+    def copy_entries(self, source: Tensor, target: Tensor, entries: int) -> None:
+        """One strided copy on the stream."""
+        _, heads, capacity, width = source.shape
+        each = dtypes.nbytes((width,), source.dtype)
+        self.device.copy_within(target.address, source.address, capacity * each, entries * each, heads)
 
     def mark(self) -> Any:
         """A CUDA event on the stream."""

@@ -7,7 +7,7 @@ from PIL import Image
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime import cli
 from vlmtrim.runtime.processors.base import View
-from vlmtrim.runtime.session import Prefill
+from vlmtrim.runtime.results import Prefill
 from vlmtrim.runtime.show import CAPTION, GAP, PANEL, draw_kept
 
 
