@@ -12,11 +12,9 @@ from importlib.resources import files
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 
 from vlmtrim.runtime.serve.chat import ChatCompletions
 from vlmtrim.runtime.serve.client import FAILED, READY, EngineClient
@@ -35,15 +33,15 @@ def make_app(client: EngineClient, lifespan: Callable[[], Any] | None = None) ->
     routes = Routes(client)
 
     @asynccontextmanager
-    async def living(_: Starlette) -> AsyncIterator[None]:
+    async def living(_: object) -> AsyncIterator[None]:
         if lifespan is None:
             yield
             return
         async with lifespan():
             yield
 
-    app = Starlette(
-        routes=[
+    router = Router(
+        [
             Route("/v1/chat/completions", ChatCompletions(client), methods=["POST"]),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.model),
@@ -52,10 +50,9 @@ def make_app(client: EngineClient, lifespan: Callable[[], Any] | None = None) ->
             Route("/metrics", routes.metrics),
             Route("/", routes.page),
         ],
-        exception_handlers={HTTPException: _not_found},
         lifespan=living,
     )
-    return Guard(app, client.settings.key)
+    return Guard(router, client.settings.key)
 
 
 class Routes:
@@ -120,10 +117,3 @@ def _page() -> tuple[str, str]:
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(encoded(value), status, media_type="application/json")
-
-
-async def _not_found(_: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 404
-    said = "this path takes another method" if status == 405 else "there is no such path here"
-    paths = "POST /v1/chat/completions, GET /v1/models, /health, /health/ready, /metrics, /"
-    return _json(ApiError(status, f"{said}; there are {paths}", code="not_found").body(), status)

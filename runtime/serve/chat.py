@@ -179,4 +179,5 @@ class _Exchange:
         """What a page draws, where it was asked for."""
         if not self.prepared.ask.show_kept:
             return {}
+        assert self.answer.prefill is not None
         return {"vlmtrim": overlay(self.prepared.views, self.answer.prefill)}

@@ -93,9 +93,7 @@ def _run(args: argparse.Namespace) -> int:
     opened = listen(args.host, args.port)
 
     def open_engine() -> Engine:
-        # The client counts who is inside; the engine's own queue holds all of them.
-        slots = bundle.contract.dims["B"][1] if args.slots is None else args.slots
-        return Engine(bundle, backend, slots=args.slots, queue=settings.queue + slots)
+        return Engine(bundle, backend, slots=args.slots, queue=settings.queue)
 
     serve(EngineClient(settings, bundle, open_engine), opened)
     return 0

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tokenizers import Tokenizer
+
 from vlmtrim.graphs.bundle import Bundle
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.processors.base import View, load_processor
@@ -23,6 +25,7 @@ from vlmtrim.runtime.serve.metrics import Metrics
 from vlmtrim.runtime.serve.overlay import views_of
 from vlmtrim.runtime.serve.settings import Settings
 from vlmtrim.runtime.slots import Answer, Busy, Closed, Engine, Request, State
+from vlmtrim.runtime.tokenizing import load
 
 log = logging.getLogger("vlmtrim.serve")
 
@@ -60,6 +63,7 @@ class EngineClient:
         self.metrics = Metrics(settings.name, self.state)
         self._open_engine = open_engine
         self._engine: Engine | None = None
+        self._tokenizer: Tokenizer | None = None
         self._inside = 0
         self._answers: set[Answer] = set()
         workers = min(WORKERS, os.cpu_count() or 1)
@@ -137,6 +141,9 @@ class EngineClient:
             )
         except RuntimeRefusal as refusal:
             raise ApiError(400, self._public(refusal), "messages", "invalid_prompt") from refusal
+        if ask.top_logprobs is not None and self._tokenizer is None:
+            source = self.bundle.files.bytes("tokenizer.json")
+            self._tokenizer = load(source, str(self.bundle.folder))
         return Prepared(ask, request, views_of(self._processor, pictures) if ask.show_kept else [])
 
     @contextmanager
@@ -171,6 +178,8 @@ class EngineClient:
         return str(refusal).replace(str(self.bundle.folder), "the bundle")
 
     def token_text(self, token: int) -> str:
-        """What a token is alone."""
-        assert self._engine is not None
-        return self._engine.token_text(token)
+        """What a token is alone, for log-probabilities; of a request that asked for them."""
+        assert self._tokenizer is not None
+        # Said twice, because a tokenizer may take away the space that a text begins with.
+        once, twice = (self._tokenizer.decode([token] * times, skip_special_tokens=False) for times in (1, 2))
+        return twice[len(once) :]

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from vlmtrim.runtime.serve.errors import FAILED, ApiError
 from vlmtrim.runtime.serve.settings import Limits
 from vlmtrim.runtime.serve.wire import encoded
@@ -22,6 +24,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+PATHS = "POST /v1/chat/completions, GET /v1/models, /health, /health/ready, /metrics, /"
 OPEN_PATHS = ("/health",)  # that need no key
 DISCARDED = 8  # a refused body is heard to its end up to so many times the limit, so that its sender reads the answer
 GONE = 499  # a client that went away, in log and metrics
@@ -135,6 +138,7 @@ class Guard:
                 await self._app(scope, receive, send)
             return
         started = False
+        scope["app"] = self  # where there is one, Starlette's router raises errors in place of answering in plain text
 
         async def sending(message: MutableMapping[str, Any]) -> None:
             nonlocal started
@@ -150,6 +154,10 @@ class Guard:
         except ApiError as error:
             if not started:
                 await send_json(send, error.status, error.body(), error.headers())
+        except HTTPException as error:
+            said = "this path takes another method" if error.status_code == 405 else "there is no such path"
+            missing = ApiError(404, f"{said}; there are {PATHS}", code="not_found")
+            await send_json(send, error.status_code, missing.body())
         except (Gone, OSError):
             pass  # nobody is there to be told
         except Exception as error:

@@ -57,6 +57,7 @@ def completion(head: Head, text: str, finish: str, logprobs: Any, usage: dict[st
 def usage(request: Request, answer: Answer, tokens: int) -> dict[str, Any]:
     """Counts as OpenAI names them, and under ``vlmtrim`` what became of the visual tokens, and seconds."""
     prefill, times = answer.prefill, answer.times
+    assert prefill is not None
     return {
         "prompt_tokens": len(request.ids),
         "completion_tokens": tokens,
