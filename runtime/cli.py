@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Example: run-vlm bundles/demo-fastv-k2-r0.5 --image word.png --prompt 'Which word is written?'",
     )
     p.add_argument("bundle", help="bundle folder made by export-vlm")
-    p.add_argument("--version", action=_Version, help="print the version and exit")
+    p.add_argument("--version", action=Version, help="print the version and exit")
     p.add_argument("--prompt", default=None, help="question, or - for stdin; without it a conversation in the terminal")
     p.add_argument("--system", default="", metavar="TEXT", help="what stands before the first question")
     p.add_argument(
@@ -104,13 +104,14 @@ def _add_caches(p: argparse.ArgumentParser) -> None:
     )
 
 
-class _Version(argparse.Action):
+class Version(argparse.Action):
     """Like --help: prints and exits, whatever else is given."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None):
         super().__init__(option_strings, dest, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print the version and end."""
         import importlib.metadata
 
         print(f"vlmtrim {importlib.metadata.version('vlmtrim')}")

@@ -60,7 +60,7 @@ _DATA = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 Picture: TypeAlias = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | np.ndarray | Image.Image
 
 
-def load_image(source: Picture) -> Image.Image:
+def load_image(source: Picture, most_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open a picture as RGB, turned upright.
 
     16-bit grey is scaled to 8 bit, floating point from 0..1; transparent parts are laid on white, as transformers'
@@ -68,23 +68,24 @@ def load_image(source: Picture) -> Image.Image:
 
     Args:
         source: path or contents of a file, an open binary file, uint8 [H, W, 3] (RGB) or [H, W], or a Pillow image.
+        most_pixels: that it may have, checked before they are unpacked; MAX_PIXELS at most.
 
     Raises:
         RuntimeRefusal: missing, no picture, truncated, too large, of values that have no range, or no such source.
     """
     if isinstance(source, Image.Image):
         with _refusing("the picture"):
-            _check_size(*source.size, "the picture")
+            _check_size(*source.size, "the picture", most_pixels)
             return upright_rgb(source, "the picture")
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _from_array(source, most_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _opened(io.BytesIO(source), "the picture")
+        return _opened(io.BytesIO(source), "the picture", most_pixels)
     if isinstance(source, str | os.PathLike):
         with _existing(source) as stream:
-            return _opened(stream, _said(source))
+            return _opened(stream, _said(source), most_pixels)
     if hasattr(source, "read"):
-        return _opened(io.BytesIO(_contents(source)), _said(getattr(source, "name", "the picture")))
+        return _opened(io.BytesIO(_contents(source)), _said(getattr(source, "name", "the picture")), most_pixels)
     raise RuntimeRefusal(f"a picture is given as {type(source).__name__}; {TAKEN}")
 
 
@@ -107,11 +108,17 @@ def picture_argument(text: str) -> str | bytes:
     if text[:5].lower() != "data:":
         _refuse_url(text)
         return text
+    return data_picture(text)
+
+
+def data_picture(text: str, most_bytes: int | None = None) -> bytes:
+    """The picture that a ``data:`` URL carries, of at most so many bytes. Raises RuntimeRefusal; nothing is fetched."""
+    most_bytes = MAX_BYTES if most_bytes is None else most_bytes
     head = _DATA.match(text)
     if head is None:
         raise RuntimeRefusal(f"{_said(text[:40])} is no data: URL of a picture; expected data:image/png;base64,...")
-    if len(text) > MAX_BYTES // 3 * 4:
-        raise RuntimeRefusal(f"a data: URL of {len(text)} characters; a picture has at most {MAX_BYTES >> 20} MB")
+    if len(text) > most_bytes // 3 * 4:
+        raise RuntimeRefusal(f"a data: URL of {len(text)} characters; a picture has at most {most_bytes >> 20} MB")
     try:
         return base64.b64decode(
             text[head.end() :].replace("%2B", "+").replace("%2F", "/").replace("%3D", "="), validate=True
@@ -174,17 +181,17 @@ def _bounded(data: bytes, name: str) -> bytes:
 _TOO_LONG = f"has more than {MAX_BYTES >> 20} MB; scale the picture down first"
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_array(array: np.ndarray, most_pixels: int) -> Image.Image:
     fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
     if array.dtype != np.uint8 or not fits:
         raise RuntimeRefusal(f"a picture is given as an array of {array.dtype} {list(array.shape)}; {TAKEN}")
-    _check_size(array.shape[1], array.shape[0], "the picture")
+    _check_size(array.shape[1], array.shape[0], "the picture", most_pixels)
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
-def _opened(stream: BinaryIO, name: str) -> Image.Image:
+def _opened(stream: BinaryIO, name: str, most_pixels: int) -> Image.Image:
     with _refusing(name), Image.open(stream, formats=FORMATS) as image:
-        _check_size(*image.size, name)
+        _check_size(*image.size, name, most_pixels)
         if image.format in ("JPEG", "MPO"):
             check_scans(stream, name)
         return upright_rgb(image, name)
@@ -210,10 +217,10 @@ def _refusing(name: str) -> Iterator[None]:
 _TOO_LARGE = f"has more pixels than the limit of {MAX_PIXELS // 1_000_000} million; scale it down first"
 
 
-def _check_size(width: int, height: int, name: str) -> None:
-    if width * height > MAX_PIXELS:
+def _check_size(width: int, height: int, name: str, most: int) -> None:
+    if width * height > most:
         raise RuntimeRefusal(
-            f"{name} has {width} x {height} pixels, the limit is {MAX_PIXELS // 1_000_000} million; scale it down first"
+            f"{name} has {width} x {height} pixels, the limit is {most // 1_000_000} million; scale it down first"
         )
     if width < 1 or height < 1:
         raise RuntimeRefusal(f"{name} has {width} x {height} pixels; give one that has any")

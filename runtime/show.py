@@ -100,11 +100,7 @@ def draw_kept(views: Sequence[View], prefill: Prefill, row: int = 0) -> Image.Im
         prefill: of the step that brought the pictures.
         row: of the batch.
     """
-    kept = prefill.survivors(row)
-    if prefill.held is not None:  # the share of the layers, and of their key heads, whose caches hold each
-        kept = prefill.layers_that_hold(row).mean(axis=0)
-    elif prefill.kept_by_layer is not None:  # the share of the layers that keep each
-        kept = prefill.layers_that_keep(row).mean(axis=0)
+    kept = shares_kept(prefill, row)
     scores = None if prefill.visual_scores is None else prefill.visual_scores[row]
     strips = [
         _strip(view.image.convert("RGB"), kept[view.tokens], None if scores is None else scores[view.tokens])
@@ -116,6 +112,16 @@ def draw_kept(views: Sequence[View], prefill: Prefill, row: int = 0) -> Image.Im
         drawing.paste(strip, (0, top))
         top += strip.height
     return drawing
+
+
+def shares_kept(prefill: Prefill, row: int) -> np.ndarray:
+    """Share of the layers that keep each of a row's visual tokens, or whose caches hold it, [N] from 0 to 1; bool where
+    the layers agree."""
+    if prefill.held is not None:  # of the layers, and of their key heads
+        return prefill.layers_that_hold(row).mean(axis=0)
+    if prefill.kept_by_layer is not None:
+        return prefill.layers_that_keep(row).mean(axis=0)
+    return prefill.survivors(row)
 
 
 def _strip(picture: Image.Image, kept: np.ndarray, scores: np.ndarray | None) -> Image.Image:
