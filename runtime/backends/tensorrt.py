@@ -191,7 +191,7 @@ class TrtGraph(Graph):
         """Phases are pointed to them when they run: where prefills have a row of their own, decode steps keep theirs,
         and their CUDA graphs."""
         self._caches = caches
-        bound = {_updated(past) for past in caches}
+        bound = {past.replace("past_key_values", "present") for past in caches}
         self._free_outputs = tuple(tensor for tensor in self.spec.outputs if tensor.name not in bound)
 
     @staticmethod
@@ -199,12 +199,7 @@ class TrtGraph(Graph):
         for past, cache in caches.items():
             phase.set_shapes({past: cache.shape})
             phase.bind(past, cache.address)
-            phase.bind(_updated(past), cache.address)
-
-
-def _updated(past: str) -> str:
-    """Name of the output that updates a cache."""
-    return past.replace("past_key_values", "present")
+            phase.bind(past.replace("past_key_values", "present"), cache.address)
 
 
 class TrtBackend(Backend):

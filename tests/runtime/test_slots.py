@@ -55,7 +55,11 @@ sizes = st.tuples(st.integers(20, 120), st.integers(20, 120))
 samplings = st.one_of(
     st.just(Sampling()),
     st.builds(
-        Sampling, st.sampled_from([0.7, 1.0, 2.0]), st.sampled_from([0, 20]), st.sampled_from([0.9, 1]), st.integers(0, 99)
+        Sampling,
+        st.sampled_from([0.7, 1.0, 2.0]),
+        st.sampled_from([0, 20]),
+        st.sampled_from([0.9, 1]),
+        st.integers(0, 99),
     ),
 )
 
