@@ -199,3 +199,8 @@ def test_a_cache_policy_that_does_not_agree_is_refused(change, said, export_tiny
     seal(folder)
     with pytest.raises(ProbeError, match=said):
         opened(folder)
+
+
+def test_features_that_layers_add_are_refused(export_tiny):
+    with pytest.raises(ProbeError, match="takes deepstack_features, which only the Python runtime provides"):
+        opened(export_tiny("added", family="qwen3_vl"))
