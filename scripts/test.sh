@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up all it needs and passes the tests: lint, types, the C++ runtime, tests. Arguments go to pytest, e.g. scripts/test.sh -m gpu -n 0
+# Sets up all it needs and passes the tests: lint, types, the C++ runtime, a browser, tests. Arguments go to pytest, e.g. scripts/test.sh -m gpu -n 0
 source "$(dirname "$0")/setup.sh"
 setup export,rtx,peers,test
 
@@ -10,6 +10,7 @@ mkdir -p .typing/vlmtrim
 for folder in export graphs runtime; do ln -sfn "../../$folder" ".typing/vlmtrim/$folder"; done
 pyright
 scripts/cpp.sh
+scripts/browser.sh
 # A test file stays on one worker, so that its fixtures are made once, the longest first (tests/conftest.py); -n 0 runs
 # all in one process (GPU tests).
 # A whole run also compares README's table of what is proven with what it proves (--proven write writes it).

@@ -1,4 +1,4 @@
-"""Servers for tests: in a thread around any engine, or serve-vlm in a process of its own; and plain requests."""
+"""Servers for tests in a thread around any engine, and plain requests; processes are soak_server.started's."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ import base64
 import http.client
 import io
 import json
-import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -54,7 +50,6 @@ class Server:
     port: int
     client: EngineClient | None = None
     headers: dict[str, str] = field(default_factory=dict)
-    process: subprocess.Popen | None = None
 
     @property
     def url(self) -> str:
@@ -141,33 +136,3 @@ def running(settings, bundle, engine):
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
-
-
-@contextmanager
-def process(bundle, *arguments: str):
-    """serve-vlm itself; ends with SIGTERM, and must end well. ``process.log`` is filled when it has ended."""
-    command = [sys.executable, "-m", "vlmtrim.runtime.serve.cli", str(bundle), "--port", "0", *arguments]
-    began = time.perf_counter()
-    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    lines: list[str] = []
-    server = Server(0, process=started)
-    assert started.stderr is not None
-    for line in started.stderr:
-        lines.append(line)
-        if found := re.search(r"is ready on http://127\.0\.0\.1:(\d+)", line):
-            server.port = int(found[1])
-            break
-    assert server.port, "".join(lines)
-    server.seconds = time.perf_counter() - began  # type: ignore[attr-defined]
-    server.log = lines  # type: ignore[attr-defined]
-    reader = threading.Thread(target=lambda: lines.extend(started.stderr or ()), daemon=True)
-    reader.start()
-    try:
-        yield server
-        if started.poll() is None:
-            started.send_signal(signal.SIGTERM)
-            assert started.wait(30) == 0, "".join(lines)
-    finally:
-        started.kill()
-        started.wait()
-        reader.join(5)
