@@ -247,7 +247,7 @@ def test_a_long_body_is_refused_before_it_is_kept(bundle, engine):
 
 
 def test_a_body_that_does_not_come_gives_its_place_back(bundle, engine):
-    with serving.running(Settings("tiny", queue=0, limits=Limits(body_seconds=0.3)), bundle, engine) as server:
+    with serving.running(Settings("tiny", queue=0, limits=Limits(body_seconds=1.5)), bundle, engine) as server:
         slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
         head = (
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 90\r\n"
