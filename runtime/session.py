@@ -333,7 +333,8 @@ class Session:
             self.backend.window(max(1, int(entries.max()) + n), group.capacity)
             for group, entries, n in zip(self.contract.groups, self.lengths.entries, grown, strict=True)
         ]
-        places = self.caching.places(self.lengths.entries, live)
+        # of their own: lengths grow in place, and a device may read what it was fed later
+        places = self.caching.places([entries.copy() for entries in self.lengths.entries], live)
         for index, group in enumerate(self.contract.groups):
             feeds[f"write_indices.{index}"], limit = places[index]
             if self.caching.rings:
