@@ -4,23 +4,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from qwen_turns import IMAGE, VIDEO, assert_rows, assert_turns, parity, prompt, sized
 
 from vlmtrim import runtime
 from vlmtrim.export import check_cli, weights
-from vlmtrim.export.check_cli import generated_picture
 from vlmtrim.export.checkpoint import load_family
 from vlmtrim.export.job import Refusal
 from vlmtrim.export.oracles.reference import Reference
 from vlmtrim.export.tracing import trace
 from vlmtrim.export.tracing.attention import IMPLEMENTATION
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime.measure.check import Parity, Recording, Turn, compare, record
+from vlmtrim.runtime.measure.check import Turn, record
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 from vlmtrim.runtime.video import Video
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-START, IMAGE, VIDEO, END = 260, 261, 262, 263
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -38,23 +37,6 @@ def session(bundle):
     return Session(bundle, make_backend("ort-cpu"))
 
 
-def sized(width, height, seed=0):
-    return generated_picture(seed).resize((width, height))
-
-
-def prompt(session, *parts):
-    """Words and pictures -> ids as a bundle takes them, and the pictures."""
-    ids, images = [256], tuple(part for part in parts if not isinstance(part, list))
-    tokens = iter(session.processor(images).tokens) if images else iter(())
-    for part in parts:
-        ids += part if isinstance(part, list) else [START, *[IMAGE] * next(tokens), END]
-    return ids, images
-
-
-def parity(name, found, expected, bundle):
-    return Parity(tuple(compare(name, found, expected, [g.layers for g in bundle.contract.groups], "float32")))
-
-
 def test_vision_is_transformers(bundle, session, reference):
     """Features of three pictures and a film in one call, against the tower that splits by lengths."""
     film = Video([sized(120, 90, seed) for seed in range(4)]).load()
@@ -67,37 +49,19 @@ def test_vision_is_transformers(bundle, session, reference):
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
 
 
-def test_pictures_of_other_sizes_in_three_turns(bundle, session, reference):
+def test_pictures_of_other_sizes_in_three_turns(session, reference):
     turns = [
         prompt(session, [1, 2], sized(240, 200, 1), [3], sized(56, 300, 2), [4, 5, 6]),
         prompt(session, [7], sized(84, 84, 3), [8, 9]),
         prompt(session, [10, 11, 12]),
     ]
-    for number, (ids, images) in enumerate(turns):
-        turn = Turn(str(number), ids, images, opens=not number)
-        expected, tokens = reference.record(turn, 6)
-        found, _ = record(session, turn, tokens)
-        assert parity(turn.name, found, expected, bundle)
-        assert len(found.kept) < len(ids) or not images
+    assert_turns(session, reference, turns)
     # Positions of a picture grow by its longer side, entries by its tokens.
     assert session.lengths.positions[0] < session.lengths.entries[0][0]
 
 
-def test_rows_of_a_batch_equal_single_runs(bundle, session, reference):
-    """Rows that bring as many visual tokens in pictures of other sizes, in other order, and other words."""
-    wide, tall = sized(168, 56, 1), sized(84, 112, 2)
-    prompts = [prompt(session, [1, 2], wide, tall, [3, 4]), prompt(session, tall, [5, 6, 7, 8], wide, [9, 10, 11])]
-    rows, images = zip(*prompts, strict=True)
-    batch = Session(bundle, make_backend("ort-cpu"), batch=2)
-    prefill = batch.prefill(rows, batch.processor([image for row in images for image in row]))
-    caches = [batch.cache_contents(row) for row in range(2)]
-    logits = [prefill.logits]
-    expected = [reference.record(Turn("row", ids, shown), 4) for ids, shown in prompts]
-    for step in range(4):
-        logits.append(batch.decode(np.array([fed[step] for _, fed in expected])))
-    for row, (want, _) in enumerate(expected):
-        found = Recording(prefill.kept_indices[row], caches[row], np.stack([step[row] for step in logits]))
-        assert parity(f"row {row}", found, want, bundle)
+def test_rows_of_a_batch_equal_single_runs(session, reference):
+    assert_rows(session, reference, sized(168, 56, 1), sized(84, 112, 2))
 
 
 class FilmReference(Reference):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from qwen_turns import IMAGE, assert_rows, assert_turns, prompt, sized
 from transformers import AutoImageProcessor, Qwen3VLModel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from vlmtrim import runtime
 from vlmtrim.export import pipeline
-from vlmtrim.export.check_cli import generated_picture
 from vlmtrim.export.families import qwen3_vl
 from vlmtrim.export.job import Job
 from vlmtrim.export.oracles import ADDS
@@ -16,11 +16,10 @@ from vlmtrim.export.oracles.reference_qwen3_vl import Reference
 from vlmtrim.export.weights import large
 from vlmtrim.graphs import FastV
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime.measure.check import Parity, Recording, Turn, compare, record
+from vlmtrim.runtime.measure.check import Turn
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 
-START, IMAGE, END = 260, 261, 263
 SIZES = [(240, 200), (64, 300), (300, 31), (9, 12), (1400, 1000), (96, 96)]  # width, height
 # Billions of parameters, as the hub shows of each model's files; the matrix of tied ones counts once.
 PARAMETERS = {"qwen3-vl-2b": 2.13, "qwen3-vl-4b": 4.44, "qwen3-vl-8b": 8.77, "qwen3-vl-32b": 33.4}
@@ -40,23 +39,6 @@ def reference(bundle):
 @pytest.fixture(scope="module")
 def session(bundle):
     return Session(bundle, make_backend("ort-cpu"))
-
-
-def sized(width, height, seed=0):
-    return generated_picture(seed).resize((width, height))
-
-
-def prompt(session, *parts):
-    """Words and pictures -> ids as a bundle takes them, and the pictures."""
-    ids, images = [256], tuple(part for part in parts if not isinstance(part, list))
-    tokens = iter(session.processor(images).tokens) if images else iter(())
-    for part in parts:
-        ids += part if isinstance(part, list) else [START, *[IMAGE] * next(tokens), END]
-    return ids, images
-
-
-def parity(name, found, expected, bundle):
-    return Parity(tuple(compare(name, found, expected, [g.layers for g in bundle.contract.groups], "float32")))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -118,35 +100,17 @@ def test_the_layers_one_by_one_are_the_plain_forward(session, bundle, reference)
     assert np.abs(without.record(turn, 0)[0].logits - plain.logits[:1]).max() > 1e-3
 
 
-def test_pictures_of_other_sizes_in_three_turns(bundle, session, reference):
+def test_pictures_of_other_sizes_in_three_turns(session, reference):
     turns = [
         prompt(session, [1, 2], sized(240, 200, 1), [3], sized(64, 300, 2), [4, 5, 6]),
         prompt(session, [7], sized(96, 96, 3), [8, 9]),
         prompt(session, [10, 11, 12]),
     ]
-    for number, (ids, images) in enumerate(turns):
-        turn = Turn(str(number), ids, images, opens=not number)
-        expected, tokens = reference.record(turn, 6)
-        found, _ = record(session, turn, tokens)
-        assert parity(turn.name, found, expected, bundle)
-        assert len(found.kept) < len(ids) or not images
+    assert_turns(session, reference, turns)
 
 
-def test_rows_of_a_batch_equal_single_runs(bundle, session, reference):
-    """Rows that bring as many visual tokens in other order, and other words."""
-    wide, tall = sized(192, 64, 1), sized(96, 128, 2)
-    prompts = [prompt(session, [1, 2], wide, tall, [3, 4]), prompt(session, tall, [5, 6, 7, 8], wide, [9, 10, 11])]
-    rows, images = zip(*prompts, strict=True)
-    batch = Session(bundle, make_backend("ort-cpu"), batch=2)
-    prefill = batch.prefill(rows, batch.processor([image for row in images for image in row]))
-    caches = [batch.cache_contents(row) for row in range(2)]
-    logits = [prefill.logits]
-    expected = [reference.record(Turn("row", ids, shown), 4) for ids, shown in prompts]
-    for step in range(4):
-        logits.append(batch.decode(np.array([fed[step] for _, fed in expected])))
-    for row, (want, _) in enumerate(expected):
-        found = Recording(prefill.kept_indices[row], caches[row], np.stack([step[row] for step in logits]))
-        assert parity(f"row {row}", found, want, bundle)
+def test_rows_of_a_batch_equal_single_runs(session, reference):
+    assert_rows(session, reference, sized(192, 64, 1), sized(96, 128, 2))
 
 
 def test_a_chain_runs_like_the_whole(export_tiny):

@@ -1,12 +1,12 @@
 """The pyramid pass on a hand-made decoder against the same decoder in numpy, where tokens are really removed."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from golden_text import assert_golden
 from oracles import decoder as oracle
 from toy_decoder import build, weights
 
@@ -158,16 +158,4 @@ def test_what_does_not_fit_the_decoder_is_refused():
 
 
 def test_the_graph_is_the_golden_text():
-    """REGENERATE=1 pytest rewrites the file."""
-    lines = []
-    for node in pruned(STAGES, "own-row")[1].graph:
-        if not str(node.name).startswith("select"):
-            continue
-        inputs = ", ".join("" if value is None else str(value.name) for value in node.inputs)
-        settings = {k: v.value for k, v in sorted(node.attributes.items()) if k != "value"}
-        made = ", ".join(str(value.name) for value in node.outputs)
-        lines.append(f"{made} = {node.op_type}({inputs}) {settings or ''}".rstrip())
-    text = "\n".join(lines) + "\n"
-    if os.environ.get("REGENERATE"):
-        GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text()
+    assert_golden(pruned(STAGES, "own-row")[1].graph, GOLDEN, "select")

@@ -1,6 +1,5 @@
 """Rules that read embeddings alone against their second writing; the golden text of all rules; refusals."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from golden_text import assert_golden
 from toy_decoder import build, weights
 
 from vlmtrim.export.oracles import rules as oracles
@@ -114,25 +114,11 @@ def test_recovery_fits_into_what_stays():
             assert best + -(-(visual - best) // 4) <= kept or best == 0
 
 
-def lines(graph, indent=""):
-    for node in graph:
-        inputs = ", ".join("" if value is None else str(value.name) for value in node.inputs)
-        plain = {k: v.value for k, v in sorted(node.attributes.items()) if k not in ("value", "body")}
-        made = ", ".join(str(v.name) for v in node.outputs)
-        yield f"{indent}{made} = {node.op_type}({inputs}) {plain or ''}".rstrip()
-        if "body" in node.attributes:
-            yield from lines(node.attributes["body"].as_graph(), indent + "    ")
-
-
 @pytest.mark.parametrize("rule", [rule for rule in rule_names() if "topv" not in rule])  # that needs norms
 def test_the_selection_is_the_golden_text(rule):
-    """Of a toy decoder at k = 1 and r = 0.75: REGENERATE=1 pytest rewrites the files."""
+    """Of a toy decoder at k = 1 and r = 0.75."""
     model = FastV(k=1, r=0.75, score=rule)(build(weights(0, 2, 4, 2), 16), visual_tokens=4, grid=(2, 2))
-    text = "\n".join(lines(node for node in model.graph if str(node.name).startswith("select/"))) + "\n"
-    golden = GOLDEN / f"rule-{rule}.txt"
-    if os.environ.get("REGENERATE"):
-        golden.write_text(text)
-    assert text == golden.read_text()
+    assert_golden(model.graph, GOLDEN / f"rule-{rule}.txt", "select/")
 
 
 def test_what_a_rule_needs_is_asked_for():

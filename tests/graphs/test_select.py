@@ -1,12 +1,12 @@
 """The selection subgraph alone, scores given: ONNX Runtime and onnx's reference evaluator against plain Python."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from golden_text import assert_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
@@ -178,17 +178,6 @@ def test_no_topk_takes_more_than_tensorrt_can(most, r, rounds):
 
 @pytest.mark.parametrize("name", ["winners", "losers", "stride"])
 def test_the_subgraph_is_the_golden_text(name):
-    """Structure by diff: REGENERATE=1 pytest rewrites the files."""
+    """Structure by diff."""
     rule, r = ("stride", 0.5) if name == "stride" else ("score", 0.75 if name == "winners" else 0.25)
-    lines = []
-    for node in selection(r, rule).graph:
-        inputs = ", ".join("" if value is None else str(value.name) for value in node.inputs)
-        settings = {k: v.value for k, v in sorted(node.attributes.items()) if k != "value"}
-        lines.append(
-            f"{', '.join(str(v.name) for v in node.outputs)} = {node.op_type}({inputs}) {settings or ''}".rstrip()
-        )
-    golden = Path(__file__).parent / "golden" / f"{name}.txt"
-    if os.environ.get("REGENERATE"):
-        golden.parent.mkdir(exist_ok=True)
-        golden.write_text("\n".join(lines) + "\n")
-    assert "\n".join(lines) + "\n" == golden.read_text()
+    assert_golden(selection(r, rule).graph, Path(__file__).parent / "golden" / f"{name}.txt")

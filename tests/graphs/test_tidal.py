@@ -1,13 +1,13 @@
 """The tidal pass on a hand-made decoder against the same decoder in numpy, where entries are masked, not gathered."""
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from golden_text import assert_golden
 from oracles import decoder, tidal
 from toy_decoder import build, weights
 
@@ -180,21 +180,7 @@ def test_a_chain_is_bit_exact_with_the_whole():
 
 
 def test_the_graph_of_the_choice_is_the_golden_text():
-    """REGENERATE=1 pytest rewrites the file."""
-    model = Tidal(9, (1,))(build(weights(0, 4, 4, 2), CAPACITY))
-    lines = []
-    for node in model.graph:
-        if not str(node.name).startswith("tidal/"):
-            continue
-        inputs = ", ".join("" if value is None else str(value.name) for value in node.inputs)
-        settings = {k: v.value for k, v in sorted(node.attributes.items()) if k != "value"}
-        lines.append(
-            f"{', '.join(str(v.name) for v in node.outputs)} = {node.op_type}({inputs}) {settings or ''}".rstrip()
-        )
-    text = "\n".join(lines) + "\n"
-    if os.environ.get("REGENERATE"):
-        GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text()
+    assert_golden(Tidal(9, (1,))(build(weights(0, 4, 4, 2), CAPACITY)).graph, GOLDEN, "tidal/")
 
 
 def test_layers_that_read_chosen_entries_copy_no_window():

@@ -1,12 +1,12 @@
 """VisionZip on a hand-made tower of one layer against the same choice in numpy."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from golden_text import assert_golden
 from oracles import visionzip
 
 from vlmtrim.graphs import GraphError
@@ -109,15 +109,4 @@ def test_too_few_tokens_and_other_towers_are_refused():
 
 
 def test_the_graph_of_the_choice_is_the_golden_text():
-    """REGENERATE=1 pytest rewrites the file."""
-    lines = []
-    for node in VisionZip()(tower(17, True)[0], patches=16).graph:
-        if str(node.name).startswith("zip/"):
-            inputs = ", ".join("" if value is None else str(value.name) for value in node.inputs)
-            settings = {k: v.value for k, v in sorted(node.attributes.items()) if k != "value"}
-            outputs = ", ".join(str(value.name) for value in node.outputs)
-            lines.append(f"{outputs} = {node.op_type}({inputs}) {settings or ''}".rstrip())
-    text = "\n".join(lines) + "\n"
-    if os.environ.get("REGENERATE"):
-        GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text()
+    assert_golden(VisionZip()(tower(17, True)[0], patches=16).graph, GOLDEN, "zip/")

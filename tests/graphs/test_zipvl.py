@@ -1,11 +1,11 @@
 """ZipVL's choice alone, attention given: ONNX Runtime against plain Python; the golden text; refusals."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_text import assert_golden
 from toy_decoder import build, weights
 
 from vlmtrim.graphs import GraphError
@@ -16,20 +16,7 @@ GOLDEN = Path(__file__).parent / "golden" / "zipvl.txt"
 
 
 def test_the_graph_of_a_layer_is_the_golden_text():
-    """REGENERATE=1 pytest rewrites the file."""
-    lines = []
-    for node in ZipVL()(build(weights(0, 2, 4, 2), 16), 8).graph:
-        if not str(node.name).startswith("keep/"):
-            continue
-        inputs = ", ".join("" if value is None else str(value.name) for value in node.inputs)
-        settings = {k: v.value for k, v in sorted(node.attributes.items()) if k != "value"}
-        lines.append(
-            f"{', '.join(str(v.name) for v in node.outputs)} = {node.op_type}({inputs}) {settings or ''}".rstrip()
-        )
-    text = "\n".join(lines) + "\n"
-    if os.environ.get("REGENERATE"):
-        GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text()
+    assert_golden(ZipVL()(build(weights(0, 2, 4, 2), 16), 8).graph, GOLDEN, "keep/")
 
 
 def test_every_layer_has_a_cache_group_as_small_as_its_bound():
