@@ -14,7 +14,7 @@ from vlmtrim.graphs.bundle import BundleError
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.generate import Chat, Step
 from vlmtrim.runtime.guided import Guided
-from vlmtrim.runtime.select_backend import ACTIVATIONS, AUTO, BACKENDS
+from vlmtrim.runtime.select_backend import add_arguments
 from vlmtrim.runtime.terminal import OutputError, harmless, write
 
 LARGEST_PROMPT = 1 << 20  # bytes of a prompt on stdin; what a bundle takes is checked against its own length
@@ -42,16 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--video", nargs="+", default=[], metavar="FRAME", help="frames of a video, or their folder")
     p.add_argument("--fps", type=float, default=2.0, help="frames a second of --video (default 2)")
-    p.add_argument(
-        "--backend", default=AUTO, choices=(AUTO, *BACKENDS), help="what runs it (default: the fastest here)"
-    )
-    p.add_argument("--threads", type=int, default=0, help="CPU threads of ONNX Runtime (default: one per core)")
-    p.add_argument(
-        "--activations",
-        default=ACTIVATIONS[0],
-        choices=ACTIVATIONS,
-        help="what ONNX Runtime multiplies packed weights by (default int8; float32 is exact and slow)",
-    )
+    add_arguments(p)
     p.add_argument("--max-new-tokens", type=int, default=128, help="at most so many tokens (default 128)")
     p.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -12,6 +13,20 @@ from vlmtrim.runtime.errors import RuntimeRefusal
 BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu")  # in the order in which auto tries them
 AUTO = "auto"
 ACTIVATIONS = ("int8", "float32")  # what ONNX Runtime multiplies packed weights by; the first is the default
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--backend``, ``--threads`` and ``--activations`` of a command that answers."""
+    parser.add_argument(
+        "--backend", default=AUTO, choices=(AUTO, *BACKENDS), help="what runs it (default: the fastest here)"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of ONNX Runtime (default: one per core)")
+    parser.add_argument(
+        "--activations",
+        default=ACTIVATIONS[0],
+        choices=ACTIVATIONS,
+        help="what ONNX Runtime multiplies packed weights by (default int8; float32 is exact and slow)",
+    )
 
 
 def make_backend(name: str, threads: int = 0, cuda_graphs: str = "auto", activations: str = ACTIVATIONS[0]) -> Backend:

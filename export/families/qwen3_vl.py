@@ -24,7 +24,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from vlmtrim.export.job import Refusal
 from vlmtrim.export.tracing import qwen_vl, text_decoder
-from vlmtrim.export.tracing.attention import StaticCache, onnx_attention
+from vlmtrim.export.tracing.attention import StaticCache
 from vlmtrim.export.tracing.qwen_vl import SPECIALS as SPECIALS
 from vlmtrim.export.tracing.qwen_vl import adapt_settings as adapt_settings
 from vlmtrim.export.tracing.qwen_vl import vision_dims as vision_dims
@@ -87,8 +87,7 @@ class Vision(nn.Module):
         added = []
         for index, block in enumerate(visual.blocks):
             parts = qwen_vl.projected(block.attn, block.norm1(hidden), tables)
-            query, key, value = (part.transpose(0, 1)[None] for part in parts)
-            attended = onnx_attention(block.attn, query, key, value, same_frame, block.attn.scaling)[0][0].flatten(1)
+            attended = qwen_vl.attend_in_frames(block.attn, *parts, same_frame)
             hidden = hidden + block.attn.proj(attended)
             hidden = hidden + block.mlp(block.norm2(hidden))
             if index in visual.deepstack_visual_indexes:

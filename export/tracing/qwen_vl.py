@@ -123,8 +123,7 @@ class Vision(nn.Module):
         for index, block in enumerate(visual.blocks):
             query, key, value = projected(block.attn, block.norm1(hidden), tables)
             if windows is None or index in visual.fullatt_block_indexes:
-                parts = [x.transpose(0, 1)[None] for x in (query, key, value)]
-                attended = onnx_attention(block.attn, *parts, same_frame, block.attn.scaling)[0][0].flatten(1)
+                attended = attend_in_frames(block.attn, query, key, value, same_frame)
             else:
                 attended = _attend_in_windows(block.attn, torch.stack((query, key, value), 1), group, *windows)
             hidden = hidden + block.attn.proj(attended)
@@ -141,6 +140,12 @@ def projected(attention: Any, hidden: Tensor, tables: tuple[Tensor, Tensor]) -> 
     """Query, key and value of the patches [P, H, Dh], rotated."""
     query, key, value = attention.qkv(hidden).unflatten(1, (3, attention.num_heads, -1)).unbind(1)
     return *apply_rotary_pos_emb_vision(query, key, *tables), value
+
+
+def attend_in_frames(attention: Any, query: Tensor, key: Tensor, value: Tensor, same_frame: Tensor) -> Tensor:
+    """Attention [P, H Dh] of all patches [P, H, Dh] under a mask additive [1, 1, P, P]."""
+    query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
+    return onnx_attention(attention, query, key, value, same_frame, attention.scaling)[0][0].flatten(1)
 
 
 def _attend_in_windows(

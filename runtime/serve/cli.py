@@ -13,7 +13,7 @@ from vlmtrim.graphs.bundle import BundleError, open_bundle
 from vlmtrim.runtime.cli import Version
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.progress import running
-from vlmtrim.runtime.select_backend import ACTIVATIONS, AUTO, BACKENDS, choose_backend
+from vlmtrim.runtime.select_backend import add_arguments, choose_backend
 from vlmtrim.runtime.serve.settings import Limits, Settings, read_key
 from vlmtrim.runtime.terminal import harmless
 
@@ -39,16 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--grace", type=float, default=10.0, help="seconds that answers have to end in after SIGTERM (default 10)"
     )
-    p.add_argument(
-        "--backend", default=AUTO, choices=(AUTO, *BACKENDS), help="what runs it (default: the fastest here)"
-    )
-    p.add_argument("--threads", type=int, default=0, help="CPU threads of ONNX Runtime (default: one per core)")
-    p.add_argument(
-        "--activations",
-        default=ACTIVATIONS[0],
-        choices=ACTIVATIONS,
-        help="what ONNX Runtime multiplies packed weights by (default int8; float32 is exact and slow)",
-    )
+    add_arguments(p)
     limits = p.add_argument_group("limits of a request", "checked before the work starts")
     limits.add_argument("--max-body-mb", type=int, default=32, help="megabytes of its body (default 32)")
     limits.add_argument("--max-image-mb", type=int, default=20, help="megabytes of a picture's file (default 20)")

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vlmtrim.runtime.processors.base import Processor, View
-from vlmtrim.runtime.session import Prefill
+from vlmtrim.runtime.results import Prefill
 from vlmtrim.runtime.show import shares_kept
 
 SIDE = 640  # pixels of a picture that is sent back, at most
