@@ -154,7 +154,8 @@ def _compare_inputs(bundle: Bundle, session: Session, prompt: str, image: Any) -
     rendered = session.prompter.render(messages)
     expected_ids, expected = processed(bundle.folder, rendered.text, picture)
     pictures = session.processor([picture])
-    ids = session.prompter.expand_images(session.prompter.encode(rendered, opening=True), pictures.tokens)
+    ids = session.prompter.encode(rendered, opening=True, words=pictures.words)
+    ids = session.prompter.expand_images(ids, pictures.tokens, pictures.words)
     written = f"{len(ids)} tokens"
     if bundle.contract.selection and load_method(bundle.contract.selection["method"]).prunes == PATCHES:
         # a picture is fewer tokens than its processor, which knows nothing of it, writes
@@ -173,17 +174,25 @@ def _one_a_picture(ids: list[int], mark: int) -> list[int]:
     return [token for before, token in zip([-1, *ids], ids, strict=False) if (before, token) != (mark, mark)]
 
 
+def _asked(session: Session, talk: Conversation, prompt: str, images: Sequence[Any]) -> list[int]:
+    """Token ids of a question with its pictures."""
+    if not images:
+        return talk.ask(prompt)
+    pictures = session.processor(images)
+    ids = talk.ask(prompt, len(images), words=pictures.words)
+    return session.prompter.expand_images(ids, pictures.tokens, pictures.words)
+
+
 def make_turns(session: Session, prompt: str, images: Sequence[Any]) -> list[Turn]:
     """Two turns of one conversation, the second with another picture if it fits, and one without pictures."""
-    prompter, talk = session.prompter, Conversation(session.prompter)
+    talk = Conversation(session.prompter)
     opening, closing = load_image(images[0]), load_image(images[-1])
-    first = prompter.expand_images(talk.ask(prompt, 1), session.processor([opening]).tokens)
+    first = _asked(session, talk, prompt, (opening,))
     talk.answer("")
     # Caches of cross-attention may be made for one picture.
     more = (closing,) if session.contract.max_images > 1 or not session.contract.crosses else ()
-    brought = session.processor(more).tokens if more else ()
-    second = prompter.expand_images(talk.ask("And in this one?", len(more)), brought)
-    text_only = Conversation(prompter).ask(prompt, 0)
+    second = _asked(session, talk, "And in this one?", more)
+    text_only = Conversation(session.prompter).ask(prompt, 0)
     turns = [
         Turn("picture", first, (opening,)),
         Turn("second turn", second, more, opens=False),

@@ -215,17 +215,19 @@ class Chat:
         session = self.session
         videos = [[i for i, picture in enumerate(row) if isinstance(picture, Video)] for row in pictures]
         processed = process(session.processor, [picture for row in pictures for picture in row])
-        counts = iter(() if processed is None else processed.tokens)
-        brought = [[next(counts) for _ in row] for row in pictures]
+        ends = [0, *itertools.accumulate(map(len, pictures))]
+        rows = [slice(*pair) for pair in itertools.pairwise(ends)]
+        brought = [() if processed is None else processed.tokens[row] for row in rows]
+        told = [() if processed is None else processed.words[row] for row in rows]
         check_pictures(session.contract, brought)
         asked: list[Conversation] = []
         try:
-            fresh = []
-            for row, question, brings, films in zip(self._rows, questions, pictures, videos, strict=True):
+            expanded = []
+            for row, question, films, tokens, words in zip(self._rows, questions, videos, brought, told, strict=True):
                 asks = question.content() if isinstance(question, Prompt) else question
-                fresh.append(row.ask(asks, len(brings), films))
+                fresh = row.ask(asks, len(tokens), films, words)
                 asked.append(row)
-            expanded = [session.prompter.expand_images(i, t) for i, t in zip(fresh, brought, strict=True)]
+                expanded.append(session.prompter.expand_images(fresh, tokens, words))
             self._feed_cut_short()
             return session.prefill(expanded, processed, guide)
         except BaseException:

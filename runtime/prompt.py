@@ -48,6 +48,22 @@ class Rendered:
     text: str
     spans: tuple[Span, ...]
 
+    def told(self, mark: str, words: Sequence[str]) -> Rendered:
+        """With words in place of the template's marks, in order. Raises RuntimeRefusal where they do not match."""
+        left, at, parts, spans, size = list(reversed(words)), 0, [], [], 0
+        for start, end in (*self.spans, (len(self.text),) * 2):
+            first, *others = self.text[at:start].split(mark)
+            if len(others) > len(left):
+                break
+            written = first + "".join(left.pop() + other for other in others)
+            parts += [written, self.text[start:end]]
+            spans.append((size + len(written), size + len(written) + end - start))
+            at, size = end, spans[-1][1]
+        else:
+            if not left:
+                return Rendered("".join(parts), tuple(spans[:-1]))
+        raise RuntimeRefusal(f"the prompt holds {self.text.count(mark)} {mark} mark(s) for {len(words)} image(s)")
+
     def since(self, start: int) -> Rendered:
         """The part from a character on."""
         spans = tuple((max(a - start, 0), b - start) for a, b in self.spans if b > start)
@@ -146,12 +162,14 @@ class Prompter:
             raise RuntimeRefusal("the bundle's chat template takes texts apart, so they cannot be kept from its marks")
         return pieces
 
-    def encode(self, rendered: Rendered, opening: bool) -> list[int]:
+    def encode(self, rendered: Rendered, opening: bool, words: Sequence[str] = ()) -> list[int]:
         """Token ids; ``opening`` adds the start token that the tokenizer prescribes, unless the text has it already.
+        ``words`` stand in place of the pictures' marks, where the bundle's processor has any.
 
         Where people wrote what the tokenizer takes for a control token, their text is spelled out. The mark of a video
         becomes that of an image: features take their places all the same.
         """
+        rendered = rendered.told(self.image_token, words) if words else rendered
         bos = self.special("bos_token")
         add = opening and not (bos and rendered.text.startswith(bos))
         found = encode(self.tokenizer, rendered.text, add)
@@ -203,8 +221,10 @@ class Prompter:
         """Incremental decoder: holds bytes back until they form characters."""
         return TextStream(self.tokenizer)
 
-    def expand_images(self, ids: list[int], tokens: Sequence[int]) -> list[int]:
-        """Repeat the image token of every picture for each of its visual tokens, ``tokens`` of them by picture."""
+    def expand_images(self, ids: list[int], tokens: Sequence[int], words: Sequence[str] = ()) -> list[int]:
+        """Repeat the image token of every picture for each of its visual tokens, ``tokens`` of them by picture; where
+        ``words`` were encoded, they have them all."""
+        tokens = (1,) * sum(tokens) if words else tokens
         marks = ids.count(self._image_token_id)
         if marks != len(tokens):
             raise RuntimeRefusal(f"the prompt holds {marks} {self.image_token} mark(s) for {len(tokens)} image(s)")
@@ -231,7 +251,13 @@ class Conversation:
         self._before: tuple[list[Message], str] = (self._messages, "")
         self._began = datetime.now()  # another date in a later turn would rewrite the first one
 
-    def ask(self, prompt: str | Sequence[Message], images: int = 0, videos: Collection[int] = ()) -> list[int]:
+    def ask(
+        self,
+        prompt: str | Sequence[Message],
+        images: int = 0,
+        videos: Collection[int] = (),
+        words: Sequence[str] = (),
+    ) -> list[int]:
         """Token ids that continue the caches with a question; image tokens are not repeated yet.
 
         Args:
@@ -239,6 +265,7 @@ class Conversation:
                 ``{"type": "image"}`` or ``{"type": "video"}``.
             images: pictures of a text; they stand where the template puts them.
             videos: numbers of those that are videos.
+            words: what stands in place of each picture's mark; empty for the mark.
 
         Raises RuntimeRefusal where prompt and images do not fit.
         """
@@ -255,7 +282,7 @@ class Conversation:
         fresh = rendered if opening else rendered.since(self._answered(rendered.text))
         self._before = self._messages, self._consumed
         self._messages, self._consumed = messages, rendered.text
-        return self._prompter.encode(fresh, opening)
+        return self._prompter.encode(fresh, opening, words)
 
     def take_back(self) -> None:
         """Forget the question that was just asked: the caches did not take it."""

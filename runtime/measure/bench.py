@@ -114,15 +114,16 @@ class Subject:
             self.session.caching.share = work.cache_share
         self._work = work
         self._pictures = self.session.processor(work.images) if work.images else None
-        tokens = () if self._pictures is None else self._pictures.tokens
+        tokens, words = ((), ()) if self._pictures is None else (self._pictures.tokens, self._pictures.words)
         if max(work.prompt_tokens or 0, work.new_tokens) > self.contract.max_seq_len:  # before anything is filled up
             raise RuntimeRefusal(
                 f"--prompt-tokens {work.prompt_tokens} and --new-tokens {work.new_tokens} do not fit into {folder}, "
                 f"which holds {self.contract.max_seq_len}; give fewer, or export with a larger --max-seq-len"
             )
         self.visual = self.kept = 0  # visual tokens, or image features, as the last prefill had them
-        asked = Conversation(self.session.prompter).ask(work.prompt, len(work.images))
-        self.ids = fill(self.session.prompter.expand_images(asked, tokens), work.prompt_tokens, self.contract)
+        asked = Conversation(self.session.prompter).ask(work.prompt, len(work.images), words=words)
+        asked = self.session.prompter.expand_images(asked, tokens, words)
+        self.ids = fill(asked, work.prompt_tokens, self.contract)
         needed = len(self.ids) + work.new_tokens
         if needed > self.contract.max_seq_len:
             raise RuntimeRefusal(

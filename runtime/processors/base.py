@@ -24,11 +24,14 @@ class Pictures:
         inputs: of the vision graph, by name: float32 (cast to the contract's dtype later) or int64.
         tokens: visual tokens that each picture brings.
         grids: what a family's positions depend on, per picture; empty where they do not.
+        words: what the prompt says of each picture in place of its mark, its image tokens among it; empty where that is
+            the mark alone, once for every token.
     """
 
     inputs: Mapping[str, np.ndarray]
     tokens: tuple[int, ...]
     grids: tuple[tuple[int, ...], ...] = ()
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

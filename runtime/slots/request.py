@@ -88,8 +88,9 @@ class Preparer:
         pictures = process(self._processor, shown)
         brought = () if pictures is None else pictures.tokens
         check_pictures(self._contract, [brought])
-        ids = self._prompter.encode(self._prompter.render(conversation, datetime.now()), opening=True)
-        ids, visual = self._prompter.expand_images(ids, brought), visual_tokens(self._contract, pictures)
+        words = () if pictures is None else pictures.words
+        ids = self._prompter.encode(self._prompter.render(conversation, datetime.now()), True, words)
+        ids, visual = self._prompter.expand_images(ids, brought, words), visual_tokens(self._contract, pictures)
         check_room(self._contract, [np.zeros(1, dtype=np.int64)] * len(self._contract.groups), len(ids), visual)
         return Request(tuple(ids), pictures, max_new_tokens, sampling or Sampling(), stops, top_logprobs, visual)
 

@@ -78,6 +78,23 @@ def test_image_tokens_are_repeated_for_expansion(make):
         prompter.expand_images([256, IMAGE], (3, 2))
 
 
+def test_what_a_processor_says_of_a_picture_stands_in_place_of_its_mark(make):
+    """As transformers does it: in the text, before it is cut into tokens. What people type stays as typed."""
+    parts = [{"type": "image"}, {"type": "text", "text": "<image> of <s>?"}, {"type": "image"}]
+    words = ("[a<image><image>]\n", "\n[b<image>]")
+    prompter = make(GENERATION)
+    ids = Conversation(prompter).ask(parts, 2, words=words)
+    plain = Conversation(prompter).ask(parts, 2)
+    at = [index for index, token in enumerate(plain) if token == IMAGE]
+    first, second = [*spelled("[a"), IMAGE, IMAGE, *spelled("]\n")], [*spelled("\n[b"), IMAGE, *spelled("]")]
+    assert ids == [*plain[: at[0]], *first, *plain[at[0] + 1 : at[1]], *second, *plain[at[1] + 1 :]]
+    assert prompter.expand_images(ids, (2, 1), words) == ids
+    with pytest.raises(RuntimeRefusal, match=r"3 <image> mark\(s\) for 4 image"):
+        prompter.expand_images(ids, (2, 2), words)
+    with pytest.raises(RuntimeRefusal, match=r"mark\(s\) for 1 image"):
+        Conversation(prompter).ask(parts, 2, words=words[:1])
+
+
 def test_images_stand_where_the_parts_of_a_prompt_put_them(make):
     parts = [{"type": "text", "text": "left"}, {"type": "image"}, {"type": "text", "text": "right"}, {"type": "image"}]
     ids = Conversation(make(GENERATION)).ask(parts)
