@@ -348,7 +348,7 @@ class ImageProcessor:
         return square
 
 
-FLOATS = ("pixel_values", "grid_weights")  # inputs of vision graphs that are of the contract's dtype
+FLOATS = ("_values", "_weights")  # how inputs of vision graphs are named that are of the contract's dtype
 
 
 def expect_inputs(files: Folder, contract: Contract, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
@@ -357,10 +357,10 @@ def expect_inputs(files: Folder, contract: Contract, shapes: Mapping[str, tuple[
     Args:
         files: of the bundle.
         contract: its contract.
-        shapes: of every input by name, None for a symbolic dimension; FLOATS are of the contract's dtype, the
-            others int64.
+        shapes: of every input by name, None for a symbolic dimension; those that end in FLOATS are of the contract's
+            dtype, the others int64.
     """
-    made = {name: (contract.dtype if name in FLOATS else "int64", *shape) for name, shape in shapes.items()}
+    made = {name: (contract.dtype if name.endswith(FLOATS) else "int64", *shape) for name, shape in shapes.items()}
     taken = {
         tensor.name: (tensor.dtype, *(None if isinstance(size, str) else size for size in tensor.shape))
         for tensor in contract.graphs["vision"].inputs

@@ -165,7 +165,8 @@ def own_processor(folder: Path) -> Any:
             def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
                 """Take None for a video processor."""
 
-        return WithoutVideo(AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), None)
+        parts = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        return WithoutVideo(image_processor=parts[0], tokenizer=parts[1], video_processor=None)
 
 
 def prepared(processor: Any, text: str, image: Any) -> Any:
@@ -178,4 +179,5 @@ def prepared(processor: Any, text: str, image: Any) -> Any:
 def processed(folder: Path, text: str, image: Any) -> tuple[list[int], np.ndarray]:
     """Token ids and pixel values that the checkpoint's own Hugging Face processor makes of a rendered prompt."""
     inputs = prepared(own_processor(folder), text, image)
-    return inputs["input_ids"][0].tolist(), inputs["pixel_values"].numpy()
+    pixels = next(value for name, value in inputs.items() if name.startswith("pixel_values"))
+    return inputs["input_ids"][0].tolist(), pixels.numpy()

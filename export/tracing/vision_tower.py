@@ -48,13 +48,18 @@ def tile_tokens(config: Any) -> int:
 
 def tile_features(full: Any, pixel_values: Tensor) -> Tensor:
     """pixel_values [T, 3, H, W] -> projected features [T, P, D]; layers and strategy as the config says."""
-    config, model = full.config, full.model
-    states = model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    states = chosen_states(full.model.vision_tower, full.config, pixel_values)
+    if full.config.vision_feature_select_strategy == "default":
+        states = states[:, 1:]
+    return full.model.multi_modal_projector(states)
+
+
+def chosen_states(tower: Any, config: Any, pixel_values: Tensor) -> Tensor:
+    """pixel_values [T, 3, H, W] -> states of the layers that feed the projector, side by side, [T, tokens, n C]."""
+    states = tower(pixel_values, output_hidden_states=True).hidden_states
     layers = config.vision_feature_layer
     chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
-    if config.vision_feature_select_strategy == "default":
-        chosen = [state[:, 1:] for state in chosen]
-    return model.multi_modal_projector(torch.cat(chosen, dim=-1) if len(chosen) > 1 else chosen[0])
+    return torch.cat(chosen, dim=-1) if len(chosen) > 1 else chosen[0]
 
 
 def tiny_vision_config(vision: str = "clip_vision_model") -> Any:
