@@ -48,14 +48,11 @@ class Reference(reference.Reference):
         if not pictures or self._oracle is not None or self._cutting is not None:
             return super()._forward(ids, pictures)
         places = torch.nonzero(ids[0] == self._visual_token)[:, 0]
-        tokens = {False: self._tokens(False, pictures), True: self._tokens(True, pictures)}
-        kinds = torch.cat([torch.full((tokens[is_film],), is_film) for is_film in self._order])
+        vision: Any = self.model.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        films = pictures.get("pixel_values_videos")
+        of_film = 0 if films is None else films.shape[1] * (1 + patches)
+        kinds = torch.cat([torch.full((of_film if film else patches,), film) for film in self._order])
         marked = ids.clone()
         marked[0, places[kinds]] = self.model.config.video_token_id
         return super()._forward(marked, pictures)
-
-    def _tokens(self, is_film: bool, pictures: dict[str, Tensor]) -> int:
-        """Visual tokens of one picture, or of one video."""
-        vision: Any = self.model.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        return pictures["pixel_values_videos"].shape[1] * (1 + patches) if is_film else patches
