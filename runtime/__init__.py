@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vlmtrim.graphs.bundle import BundleError, open_bundle
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.film import read_film
 from vlmtrim.runtime.generate import Chat, Image, Prompt, Step
 from vlmtrim.runtime.guided import Guided
 from vlmtrim.runtime.progress import running
@@ -46,6 +47,7 @@ __all__ = [
     "choose_backend",
     "make_backend",
     "open",
+    "read_film",
 ]
 
 

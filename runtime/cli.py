@@ -40,8 +40,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--image", action="append", default=[], help="picture file, - for stdin, or a data: URL; repeat for several"
     )
-    p.add_argument("--video", nargs="+", default=[], metavar="FRAME", help="frames of a video, or their folder")
-    p.add_argument("--fps", type=float, default=2.0, help="frames a second of --video (default 2)")
+    p.add_argument("--video", nargs="+", default=[], metavar="FRAME", help="a video file, frames, or their folder")
+    p.add_argument(
+        "--fps",
+        type=float,
+        default=2.0,
+        help="frames a second of --video: of frames what they are, of a file what is taken (default 2)",
+    )
     add_arguments(p)
     p.add_argument("--max-new-tokens", type=int, default=128, help="at most so many tokens (default 128)")
     p.add_argument(
@@ -137,12 +142,12 @@ def _run(args: argparse.Namespace) -> int:
         _check_conversation(args)
     pictures = [picture_argument(text) for text in args.image]
     prompt = _stdin_text(args.image) if args.prompt == "-" else args.prompt
-    shown = [*pictures, *([runtime.Video.of(args.video, args.fps)] if args.video else [])]
     start = time.perf_counter()
     with _open(args) as chat:
         opened = time.perf_counter() - start
         settings = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
         chat.reset(args.system)
+        shown = [*pictures, *_videos(args, chat)]
         if prompt is None:
             from vlmtrim.runtime.chat_cli import converse
 
@@ -156,6 +161,18 @@ def _run(args: argparse.Namespace) -> int:
                 write(step.text)
         _finish(args, chat, steps, pictures, opened)
     return 0
+
+
+def _videos(args: argparse.Namespace, chat: Chat | Guided) -> list[Any]:
+    """What --video names: nothing, or one video."""
+    from vlmtrim import runtime
+    from vlmtrim.runtime.film import is_film
+
+    if not args.video:
+        return []
+    if len(args.video) == 1 and is_film(args.video[0]):
+        return [runtime.read_film(args.video[0], chat.session.processor, args.fps)]
+    return [runtime.Video.of(args.video, args.fps)]
 
 
 def _open(args: argparse.Namespace) -> Chat | Guided:

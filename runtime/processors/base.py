@@ -58,6 +58,26 @@ class Processor(ABC):
     def framed(self, image: Image.Image) -> Image.Image:
         """The part of a picture that the model sees, for drawings."""
 
+    def frames(self, total: int, rate: float, fps: float) -> np.ndarray:
+        """Which frames the model is shown of a film.
+
+        Args:
+            total: frames that it has.
+            rate: frames a second that it has.
+            fps: frames a second wanted, for families that take as many as the film is long.
+
+        Returns:
+            Their numbers, int64 [n], ascending, at least one.
+
+        Raises:
+            RuntimeRefusal: the family takes no videos.
+        """
+        raise RuntimeRefusal(f"bundles of {self.contract.family} take no videos; give the frames as pictures")
+
+    def shrunk(self, frame: Image.Image, count: int) -> Image.Image:
+        """One of ``count`` frames of a video at the size that the model sees: what becomes of it is the same."""
+        return self.framed(frame)
+
     def views(self, images: Sequence[Image.Image]) -> list[View]:
         """What to draw of one row's pictures; by default each one framed, with the tokens of the contract's grid."""
         assert self.contract.image_grid is not None

@@ -22,6 +22,7 @@ from vlmtrim.runtime.processors import base
 from vlmtrim.runtime.processors.base import Pictures
 from vlmtrim.runtime.video import Video
 
+LEAST_FRAMES, MOST_FRAMES = 4, 768  # of a film, as transformers has them
 MOST_ELONGATED = 200  # transformers' limit on long side / short side
 
 
@@ -91,6 +92,19 @@ class Processor(base.Processor):
     def framed(self, image: Image.Image) -> Image.Image:
         """The picture at the size that the model sees."""
         return self._resized(image, 1)
+
+    def frames(self, total: int, rate: float, fps: float) -> np.ndarray:
+        """As Qwen2VLVideoProcessor samples them: ``fps`` a second, 4 to 768, full groups of those that share tokens; no
+        more than the bundle has tokens for."""
+        together = self._frames_per_token
+        share = self.contract.image_tokens * (self._patch * self._merge) ** 2 // self._least
+        most = min(MOST_FRAMES, total, together * max(share, 1)) // together * together
+        wanted = min(max(total / rate * fps, LEAST_FRAMES), most, total) // together * together
+        return np.arange(max(1, int(wanted))) * total // max(1, int(wanted))
+
+    def shrunk(self, frame: Image.Image, count: int) -> Image.Image:
+        """As :meth:`framed`, where frames share what a picture may have."""
+        return self._resized(frame, -(-count // self._frames_per_token))
 
     def positions(
         self, ids: np.ndarray, counts: np.ndarray, start: np.ndarray, pictures: Pictures | None

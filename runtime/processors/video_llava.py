@@ -15,6 +15,8 @@ from vlmtrim.runtime.processors import base
 from vlmtrim.runtime.processors.base import Pictures, View
 from vlmtrim.runtime.video import Video
 
+FRAMES = 8  # of a film
+
 
 class Processor(base.Processor):
     """Inputs as :mod:`vlmtrim.export.families.video_llava` states them; frames are prepared as pictures are."""
@@ -54,6 +56,11 @@ class Processor(base.Processor):
     def framed(self, image: Image.Image) -> Image.Image:
         """The picture resized and cropped, without normalisation."""
         return self._image_processor.framed(image)
+
+    def frames(self, total: int, rate: float, fps: float) -> np.ndarray:
+        """FRAMES at equal distances, as the model was trained, or what the bundle takes."""
+        count = max(1, min(FRAMES, total, self.contract.image_tokens // (1 + len(self._patches))))
+        return np.arange(count) * total // count
 
     def views(self, images: Sequence[Image.Image | Video]) -> list[View]:
         """Every picture and every frame framed; class tokens lie nowhere."""
