@@ -196,7 +196,7 @@ Folder Bundle::files() const {
 Bundle open_bundle(const std::filesystem::path& folder, bool verify) {
   Bundle bundle{folder, {}, read_sums(folder)};
   const Folder files = bundle.files();
-  struct stat found {};
+  struct stat found{};
   for (const auto& [name, digest] : bundle.sums) {
     if (lstat((folder / name).c_str(), &found) != 0) {
       throw BundleError(said((folder / name).string(), " is missing; export the model again"));

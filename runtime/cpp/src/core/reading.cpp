@@ -48,7 +48,7 @@ Folder::Folder(std::filesystem::path path, std::optional<std::set<std::string>> 
 
 bool Folder::contains(const std::string& name) const {
   if (!is_plain_name(name)) return false;
-  struct stat found {};
+  struct stat found{};
   return names_ ? names_->count(name) > 0 : lstat((path_ / name).c_str(), &found) == 0;
 }
 
@@ -59,7 +59,7 @@ std::filesystem::path Folder::file(const std::string& name) const {
 
 std::string Folder::bytes(const std::string& name, size_t limit) const {
   const int descriptor = open(name);
-  struct stat found {};
+  struct stat found{};
   const bool known = fstat(descriptor, &found) == 0;
   std::string data(known ? std::min(static_cast<size_t>(found.st_size), limit) + 1 : limit + 1, '\0');
   size_t filled = 0;
@@ -105,7 +105,7 @@ int Folder::open(const std::string& name) const {
     if (reason == ELOOP) throw BundleError(said(path.string(), " is a link; a bundle holds its files itself"));
     throw BundleError(said(path.string(), " cannot be read (", std::strerror(reason), ")"));
   }
-  struct stat found {};
+  struct stat found{};
   if (fstat(descriptor, &found) != 0 || !S_ISREG(found.st_mode)) {
     close(descriptor);
     throw BundleError(said(path.string(), " is no regular file"));

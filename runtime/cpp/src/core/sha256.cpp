@@ -103,7 +103,7 @@ bool has_instructions() { return false; }
 #endif
 
 struct stat state_of(const std::filesystem::path& path) {
-  struct stat found {};
+  struct stat found{};
   if (stat(path.c_str(), &found) != 0) throw BundleError(said(path.string(), " cannot be read"));
   return found;
 }

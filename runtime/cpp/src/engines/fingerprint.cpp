@@ -101,8 +101,7 @@ Fingerprint find_fingerprint(const Bundle& bundle, const std::string& graph, con
 
 std::string kernels_key(const Bundle& bundle, const std::string& graph, const std::string& gpu) {
   std::string kind = gpu;
-  std::replace_if(
-      kind.begin(), kind.end(), [](unsigned char c) { return std::isalnum(c) == 0; }, '-');
+  std::replace_if(kind.begin(), kind.end(), [](unsigned char c) { return std::isalnum(c) == 0; }, '-');
   return said(graph, "-", bundle.sums.at(graph + ".engine").substr(0, 24), "-", kind);
 }
 

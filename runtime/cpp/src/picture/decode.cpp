@@ -34,7 +34,7 @@ class Tiff {
 };
 
 std::string contents(const std::string& path) {
-  struct stat found {};
+  struct stat found{};
   if (stat(path.c_str(), &found) != 0 || !S_ISREG(found.st_mode)) {
     throw Refusal(said("no picture at ", path, "; give the path of an image file"));
   }
