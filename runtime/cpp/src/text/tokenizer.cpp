@@ -160,7 +160,7 @@ std::string Tokenizer::normalized(std::string text) const {
         text = nfc(text);
         break;
       case Normalizer::Kind::kPrepend:
-        if (!text.empty()) text = step.to + text;
+        if (!text.empty()) text.insert(0, step.to);
         break;
       case Normalizer::Kind::kReplace:
         text = replaced(text, step.from, step.to);
