@@ -1,6 +1,6 @@
 """The C++ sources as clang-format has them, and, where there is time, without a finding of clang-tidy.
 
-Both come as Python packages, so that every machine judges alike: clang-format in the extra ``test``; clang-tidy, 150 MB,
+Both come as Python packages, so that all machines judge alike: clang-format in the extra ``test``, clang-tidy (150 MB)
 by hand.
 """
 
