@@ -90,7 +90,8 @@ class Vision(nn.Module):
 def places(side: int) -> Tensor:
     """Row of the position table for each patch of a full square, int64 [side * side].
 
-    A patch has the place that its fraction of the side falls into, in float32: rounding puts some one place early.
+    A patch has the place that its fraction of the side falls into, in float32: where a side has 25 or 41 patches, say,
+    rounding puts some a place early; at the sides of published checkpoints (26, 27, 32) each has its own.
     """
     bounds = torch.arange(1 / side, 1.0, 1 / side)
     fractions = (torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor(side))).clamp(max=1.0 - 1e-6)

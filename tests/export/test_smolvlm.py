@@ -54,9 +54,9 @@ def assert_parity(session, reference, turn, steps=8):
     assert Parity(tuple(compare(turn.name, found, expected, groups, "float32")))
 
 
-@pytest.mark.parametrize("side", [4, 7, 14, 24, 26, 27, 32, 70])
+@pytest.mark.parametrize("side", [4, 19, 25, 26, 27, 32, 41, 70])
 def test_places_are_transformers_to_the_bit(side):
-    """Of full squares; the sums of float32 put some patches a place early."""
+    """Of full squares; float32 puts some patches of four of these a place early."""
     embeddings = SmolVLMVisionEmbeddings(SmolVLMVisionConfig(hidden_size=1, image_size=2 * side, patch_size=2))
     with torch.no_grad():
         for parameter in embeddings.patch_embedding.parameters():
