@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from alone import answer_alone, assert_same
+from transformers import SmolVLMConfig
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionConfig, SmolVLMVisionEmbeddings
 
 from vlmtrim import runtime
@@ -15,6 +16,7 @@ from vlmtrim.export.families import idefics3, smolvlm
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.oracles import reference as references
 from vlmtrim.export.oracles.reference import Reference
+from vlmtrim.export.tracing import smol_vlm
 from vlmtrim.export.weights import large
 from vlmtrim.graphs import FastV
 from vlmtrim.graphs.bundle import open_bundle
@@ -63,7 +65,7 @@ def test_places_are_transformers_to_the_bit(side):
             parameter.zero_()
         embeddings.position_embedding.weight.copy_(torch.arange(side * side)[:, None])
         found = embeddings(torch.zeros(1, 3, 2 * side, 2 * side), torch.ones(1, side, side, dtype=torch.bool))
-    assert found.flatten().long().tolist() == smolvlm.places(side).tolist()
+    assert found.flatten().long().tolist() == smol_vlm.places(side).tolist()
 
 
 def test_the_tower_is_transformers(session, reference):
@@ -137,9 +139,19 @@ def test_a_processor_that_transformers_cannot_make_is_refused(bundle, monkeypatc
         references.own_processor(bundle.folder)
 
 
-def test_patches_that_do_not_shuffle_are_refused():
-    with pytest.raises(Refusal, match="scale_factor 3 does not divide the 4 x 4 patches"):
-        smolvlm.read_shape(type(smolvlm.tiny_config())(**{**smolvlm.tiny_settings(4, 2, 4, False), "scale_factor": 3}))
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scale_factor": 3}, "scale_factor 3 does not divide the 4 x 4 patches"),
+        ({"scale_factor": 0}, "scale_factor 0 does not divide"),
+        ({"vision_config": {"image_size": [56, 56], "patch_size": 14}}, r"image_size is \[56, 56\], patch_size 14"),
+        ({"text_config": {"model_type": "qwen2"}}, "the text model is 'qwen2'"),
+        ({"image_token_id": 272}, "image_token_id 272 lies outside"),
+    ],
+)
+def test_configs_that_are_not_exported_are_refused(change, said):
+    with pytest.raises(Refusal, match=said):
+        smolvlm.read_shape(SmolVLMConfig(**{**smol_vlm.tiny_settings(4, 2, 4, False), **change}))
 
 
 @pytest.mark.parametrize("like", PARAMETERS)
