@@ -14,6 +14,7 @@ import torch
 
 from vlmtrim.export import weights
 from vlmtrim.export.job import Job, Refusal
+from vlmtrim.export.tracing.text_models import in_language_model
 from vlmtrim.export.weights import taking
 from vlmtrim.graphs.contract import DTYPE_BYTES, TOKENS, Contract
 from vlmtrim.graphs.formats import Packing
@@ -90,7 +91,7 @@ def make_plan(
     _check_shards(job, contract)
     sizes = _sizes(model, contract.dtype, tensors, packings)
     total = sum(sizes.values())
-    vision = sum(n for name, n in sizes.items() if "language_model" not in name and "lm_head" not in name)
+    vision = sum(n for name, n in sizes.items() if not in_language_model(name) and "lm_head" not in name)
     embedding = sum(n for name, n in sizes.items() if "embed_tokens" in name)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     reads_embedding = tied and "lm_head.weight" not in packings

@@ -10,12 +10,13 @@ from typing import Any
 import onnx_ir as ir
 
 from vlmtrim.export.job import FLOAT, Job, Refusal
+from vlmtrim.export.tracing.text_models import in_language_model
 from vlmtrim.graphs.formats import Packing, fitting_block, load_format
 from vlmtrim.graphs.packed import HEAD, LAYERS, TOWER, WITHOUT_ENGINES, Packed
 from vlmtrim.graphs.passes.quantise import quantise
 
 # Projectors stay: they are small, and everything that the decoder sees of a picture passes them.
-_PROJECTORS = ("multi_modal_projector", "merger")
+_PROJECTORS = ("multi_modal_projector", "merger", "connector")
 _FULL = "full."  # what initializers of a traced graph begin with
 
 
@@ -23,7 +24,7 @@ def part_of(parameter: str) -> str | None:
     """What a matrix belongs to; None where it is part of a projector."""
     if parameter.startswith("lm_head"):
         return HEAD
-    if "language_model" in parameter:
+    if in_language_model(parameter):
         return LAYERS
     return None if any(name in parameter for name in _PROJECTORS) else TOWER
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, DynamicCache
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+from vlmtrim.export.job import Refusal
 from vlmtrim.export.oracles import Kept, load_oracle, run_layer
 from vlmtrim.export.oracles.cutting import Cutting
 from vlmtrim.export.oracles.formats import unpacked
@@ -41,7 +42,7 @@ class Reference:
     ):
         with unpacked(folder) as plain:
             self.model = model_class.from_pretrained(plain, attn_implementation="eager", dtype=torch.float32).eval()
-        self._text = self.model.model.language_model
+        self._text: Any = self.model.get_decoder()
         vision: Any = self.model.config.vision_config
         side = vision.image_size // vision.patch_size if hasattr(vision, "image_size") else None
         self._oracle = None if selection is None else load_oracle({**selection, "side": side})
@@ -165,8 +166,15 @@ def own_processor(folder: Path) -> Any:
             def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
                 """Take None for a video processor."""
 
-        parts = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        return WithoutVideo(image_processor=parts[0], tokenizer=parts[1], video_processor=None)
+        parts: dict[str, Any] = {
+            "image_processor": AutoImageProcessor.from_pretrained(folder),
+            "tokenizer": AutoTokenizer.from_pretrained(folder),
+            "video_processor": None,
+        }
+        try:
+            return WithoutVideo.from_args_and_dict((), WithoutVideo.get_processor_dict(folder)[0], **parts)
+        except ImportError as error:
+            raise Refusal(f"transformers cannot make the checkpoint's processor: {str(error).strip()}") from error
 
 
 def prepared(processor: Any, text: str, image: Any) -> Any:

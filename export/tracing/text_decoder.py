@@ -1,6 +1,6 @@
 """The language model's half of a family: token embedding and decoder as traced modules, their boundaries and plans.
 
-Any transformers model with ``model.language_model`` and ``lm_head`` fits whose text model is one of
+Any transformers model with ``lm_head`` fits whose decoder (``get_decoder()``) is one of
 :mod:`vlmtrim.export.tracing.text_models`.
 """
 
@@ -77,7 +77,7 @@ class Embed(nn.Module):
     def forward(self, input_ids: Tensor, image_features: Tensor, visual_positions: Tensor) -> tuple[Tensor, ...]:
         """input_ids [B, S], features [B, N, (1 + n) D] -> embeddings [B, S, D], in which their first D replace the
         tokens at visual_positions [B, N], and, where n > 0, [B, S, n D]: the others there, zeros elsewhere."""
-        embeds = self.full.model.language_model.embed_tokens(input_ids)
+        embeds = self.full.get_decoder().embed_tokens(input_ids)
         # expanded by hand: the exporter's own broadcast of [B, 1] and [B, 0] is [B, 1]
         rows = torch.arange(visual_positions.shape[0])[:, None].expand(visual_positions.shape)
         at, width = (rows, visual_positions), embeds.shape[2]
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
 
     def states(self, embeds: Tensor, position_ids: Tensor, mask: Tensor, cache: StaticCache) -> Tensor:
         """Normed states [B, S, D] behind the last layer; mask additive [B, 1, S, W]."""
-        return self.full.model.language_model(
+        return self.full.get_decoder()(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=position_ids,

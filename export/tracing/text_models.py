@@ -57,7 +57,13 @@ TEXT_MODELS = {
     "qwen3_vl_text": TextModel(_HEAD_NORMS, tiny=_in_three_axes(12, 10, 10)),
     "mllama_text_model": TextModel(),  # its cross-attention layers are the family's
 }
+_NAMES = {"language_model", "text_model"}  # of the language model in models of all families
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # a position is one number; families of any tower may have these
+
+
+def in_language_model(parameter: str) -> bool:
+    """Whether a parameter belongs to the language model, by its name in transformers' model; ``lm_head`` is outside."""
+    return not _NAMES.isdisjoint(parameter.split("."))
 
 
 def text_model(config: Any) -> TextModel:

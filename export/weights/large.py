@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmtrim.export.checkpoint import load_family, published_sizes, read_config
+from vlmtrim.export.tracing.text_models import in_language_model
 from vlmtrim.export.weights import make_header
 from vlmtrim.export.weights.tiny import write_processor
 
@@ -113,7 +114,7 @@ def _values(name: str, shape: tuple[int, ...], pool: Tensor, start: int) -> Iter
     if len(shape) < 2 and "class_embedding" not in name:
         yield torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
         return
-    gain = 1.5 if "language_model" in name else 1.0
+    gain = 1.5 if in_language_model(name) else 1.0
     scale = 0.02 if "embed" in name else gain * math.prod(shape[1:]) ** -0.5
     while left:
         piece = pool[start : start + left] * scale

@@ -80,7 +80,7 @@ def pack(
     Returns:
         Parameter -> what reads its arrays; and the largest magnitude that anything in each layer takes.
     """
-    text = model.model.language_model
+    text = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is text)
     outside = [name for name, _ in model.named_parameters() if not name.startswith((f"{prefix}.layers.", "lm_head"))]
     weights.load(outside)

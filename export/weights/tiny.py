@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from vlmtrim.export.tracing.text_models import in_language_model
+
 SPECIALS = ("<s>", "</s>", "<pad>", "<image>")
 SPECIAL_IDS = {token: 256 + index for index, token in enumerate(SPECIALS)}  # behind the bytes
 CLIP_COLOURS = {
@@ -38,7 +40,7 @@ def write_checkpoint(family: Any, folder: Path, seed: int = 0, **variant: Any) -
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # The default initialisation makes attention nearly uniform; wider weights make scores differ.
-            if parameter.ndim >= 2 and "language_model" in name:
+            if parameter.ndim >= 2 and in_language_model(name):
                 parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
             elif parameter.numel() == 1:  # gates start closed, which would hide everything behind them
                 parameter.uniform_(0.3, 1.0)

@@ -180,3 +180,8 @@ def test_processors_are_pythons(family, export_tiny):
             np.testing.assert_array_equal(found["inputs"][name], value, err_msg=f"{name} of {sizes}")
             assert found["inputs"][name].dtype == value.dtype
     native.close()
+
+
+def test_a_family_that_only_python_runs_is_refused(export_tiny):
+    with pytest.raises(ProbeError, match='is of family "smolvlm"; this vlmtrim runs llava, '):
+        Native(export_tiny("words", family="smolvlm"))
