@@ -5,6 +5,7 @@ Nothing here shares code with the graph passes. The layers are transformers' own
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,7 @@ class Reference:
         with unpacked(folder) as plain:
             self.model = model_class.from_pretrained(plain, attn_implementation="eager", dtype=torch.float32).eval()
         self._text = self.model.model.language_model
-        vision: Any = self.model.config.vision_config
-        side = vision.image_size // vision.patch_size if hasattr(vision, "image_size") else None
-        self._oracle = None if selection is None else load_oracle({**selection, "side": side})
+        self._oracle = None if selection is None else load_oracle({**selection, "side": self._side()})
         self._cutting: Cutting | None = None
         if cache is not None:
             self._cutting = Cutting(self._text, cache, cache["share"] if share is None else share)
@@ -98,6 +97,11 @@ class Reference:
             held_ranking=None if held is None else arrays(held.ranking),
             nearest=np.array(nearest),
         ), tokens
+
+    def _side(self) -> int | None:
+        """Visual tokens along a picture, where all have as many."""
+        vision: Any = self.model.config.vision_config
+        return vision.image_size // vision.patch_size if hasattr(vision, "image_size") else None
 
     def _inputs(self, turn: Turn) -> dict[str, Tensor]:
         """What the model's own processor makes of a turn's pictures."""
@@ -158,15 +162,17 @@ def own_processor(folder: Path) -> Any:
     """The checkpoint's Hugging Face processor, without its video part where that lacks torchvision."""
     try:
         return AutoProcessor.from_pretrained(folder)
-    except ImportError:
+    except (ImportError, ValueError):  # which of them is the video part's own choice
         kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder))]
 
         class WithoutVideo(kind):
             def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
                 """Take None for a video processor."""
 
-        parts = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        return WithoutVideo(image_processor=parts[0], tokenizer=parts[1], video_processor=None)
+        parts = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+        given = {**{name: part.from_pretrained(folder) for name, part in parts.items()}, "video_processor": None}
+        settings, taken = kind.get_processor_dict(folder)[0], inspect.signature(kind).parameters
+        return WithoutVideo(**{name: value for name, value in settings.items() if name in taken} | given)
 
 
 def prepared(processor: Any, text: str, image: Any) -> Any:
