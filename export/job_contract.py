@@ -19,7 +19,7 @@ from vlmtrim.graphs.contract import IMAGES, PATCHES, TOKENS, VISION, CacheGroup,
 from vlmtrim.graphs.keeping import CachePolicy
 from vlmtrim.graphs.rules import GRID, PLACES, load_rule, rule_names
 
-_DYNAMIC_ROPE = ("dynamic", "longrope")
+_DYNAMIC_ROPE = ("longrope",)
 # Rows of a prompt whose attention is summed at most, the last ones: they cost rows x window x heads floats in a layer.
 SCORED_ROWS = 256
 

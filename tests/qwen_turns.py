@@ -1,4 +1,4 @@
-"""Conversations with pictures of any size that tests hold Qwen's families to: a bundle's session against the oracle."""
+"""Conversations with pictures of any size that tests hold families to: a bundle's session against the oracle."""
 
 import numpy as np
 
@@ -37,10 +37,10 @@ def assert_turns(session, reference, turns):
         assert len(found.kept) < len(ids) or not images
 
 
-def assert_rows(session, reference, wide, tall):
+def assert_rows(session, reference, wide, tall, write=prompt):
     """Rows that bring as many visual tokens in pictures of other sizes, in other order, and other words."""
     bundle = session.bundle
-    prompts = [prompt(session, [1, 2], wide, tall, [3, 4]), prompt(session, tall, [5, 6, 7, 8], wide, [9, 10, 11])]
+    prompts = [write(session, [1, 2], wide, tall, [3, 4]), write(session, tall, [5, 6, 7, 8], wide, [9, 10, 11])]
     rows, images = zip(*prompts, strict=True)
     batch = Session(bundle, make_backend("ort-cpu"), batch=2)
     prefill = batch.prefill(rows, batch.processor([image for row in images for image in row]))

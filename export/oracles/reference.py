@@ -43,9 +43,7 @@ class Reference:
         with unpacked(folder) as plain:
             self.model = model_class.from_pretrained(plain, attn_implementation="eager", dtype=torch.float32).eval()
         self._text: Any = self.model.get_decoder()
-        vision: Any = self.model.config.vision_config
-        side = vision.image_size // vision.patch_size if hasattr(vision, "image_size") else None
-        self._oracle = None if selection is None else load_oracle({**selection, "side": side})
+        self._oracle = None if selection is None else load_oracle({**selection, "side": self._side()})
         self._cutting: Cutting | None = None
         if cache is not None:
             self._cutting = Cutting(self._text, cache, cache["share"] if share is None else share)
@@ -99,6 +97,11 @@ class Reference:
             held_ranking=None if held is None else arrays(held.ranking),
             nearest=np.array(nearest),
         ), tokens
+
+    def _side(self) -> int | None:
+        """Visual tokens along a picture, where all have as many."""
+        vision: Any = self.model.config.vision_config
+        return vision.image_size // vision.patch_size if hasattr(vision, "image_size") else None
 
     def _inputs(self, turn: Turn) -> dict[str, Tensor]:
         """What the model's own processor makes of a turn's pictures."""
@@ -159,7 +162,7 @@ def own_processor(folder: Path) -> Any:
     """The checkpoint's Hugging Face processor, without its video part where that lacks torchvision."""
     try:
         return AutoProcessor.from_pretrained(folder)
-    except ImportError:
+    except (ImportError, ValueError):  # which of them is the video part's own choice
         kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder))]
 
         class WithoutVideo(kind):

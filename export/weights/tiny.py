@@ -44,6 +44,8 @@ def write_checkpoint(family: Any, folder: Path, seed: int = 0, **variant: Any) -
                 parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
             elif parameter.numel() == 1:  # gates start closed, which would hide everything behind them
                 parameter.uniform_(0.3, 1.0)
+            elif parameter.ndim >= 2 and not parameter.any():  # learned positions that start equal
+                parameter.normal_()
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     write_processor(family, folder, config, SPECIAL_IDS)

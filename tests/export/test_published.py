@@ -21,6 +21,18 @@ PARAMETERS = {
     "qwen2-vl-7b": 8.29,
     "qwen2.5-vl-3b": 3.75,
     "qwen2.5-vl-7b": 8.29,
+    "internvl3-1b": 0.938,
+    "internvl3-2b": 2.09,
+    "internvl3-8b": 7.94,
+    "internvl3-14b": 15.1,
+    "internvl3-38b": 38.4,
+    "internvl3-78b": 78.4,
+    "internvl3.5-1b": 1.06,
+    "internvl3.5-2b": 2.35,
+    "internvl3.5-4b": 4.73,
+    "internvl3.5-8b": 8.53,
+    "internvl3.5-14b": 15.1,
+    "internvl3.5-38b": 38.4,
 }
 LENGTH = 8192
 

@@ -18,7 +18,7 @@ from vlmtrim.graphs.reading import BundleError, Folder
 from vlmtrim.runtime import image as pictures
 from vlmtrim.runtime import open as open_chat
 from vlmtrim.runtime.image import ImageProcessor
-from vlmtrim.runtime.processors import llava, llava_next, mllama, qwen2_5_vl
+from vlmtrim.runtime.processors import internvl, llava, llava_next, mllama, qwen2_5_vl
 
 TOWER = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3}
 LLAVA = {
@@ -29,8 +29,10 @@ LLAVA = {
 }
 NEXT = {**LLAVA, "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
 MLLAMA = {**TOWER, "size": {"height": 56, "width": 56}, "max_image_tiles": 4}
+INTERN = {**TOWER, "size": {"height": 56, "width": 56}, "max_patches": 4}
 QWEN = {**TOWER, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 3136, "max_pixels": 50176}
 FAMILIES = {
+    "internvl": (internvl, INTERN, {"pixel_values": ("T", 3, 56, 56)}),
     "llava": (llava, LLAVA, {"pixel_values": ("I", 3, 56, 56)}),
     "llava_next": (llava_next, NEXT, {"pixel_values": ("T", 3, 56, 56), "feature_index": ("M",)}),
     "mllama": (
@@ -64,7 +66,7 @@ class FakeContract:
         self.dims = {"T": (0, 20)}
 
 
-TOKENS = {"llava": 16, "llava_next": 16 + 8 * 9, "mllama": 4 * 17, "qwen2_5_vl": 64}
+TOKENS = {"internvl": 5 * 16, "llava": 16, "llava_next": 16 + 8 * 9, "mllama": 4 * 17, "qwen2_5_vl": 64}
 
 
 def make(folder, family, settings=None, shapes=None, config=None, name="preprocessor_config.json"):
@@ -122,6 +124,18 @@ FIXED = [
     ("do_pad", 7),
 ]
 OF_FAMILY = {
+    "internvl": [
+        ("size", {}),
+        ("size", {"height": 56}),
+        ("size", {"height": 20000, "width": 56}),
+        ("do_resize", False),
+        ("max_patches", 0),
+        ("max_patches", 5),
+        ("max_patches", 10**9),
+        ("max_patches", 4.0),
+        ("min_patches", -1),
+        ("min_patches", "1"),
+    ],
     "llava": FIXED,
     "llava_next": [
         *FIXED,
@@ -213,6 +227,7 @@ def test_settings_that_nothing_lists_are_not_read(tmp_path):
 
 
 CHANGES = {
+    "internvl": {"pixel_values": ("T", 3, 56, 55)},
     "llava": {"pixel_values": ("I", 3, 56, 55)},
     "llava_next": {"pixel_values": ("T", 1, 56, 56)},
     "mllama": {"aspect_ratio_mask": ("I", 5)},

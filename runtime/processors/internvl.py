@@ -1,0 +1,132 @@
+"""InternVL3: a picture is stretched to a grid of tiles; the whole of it comes last, where there is more than one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmtrim.graphs.contract import Contract
+from vlmtrim.graphs.reading import BundleError, Folder, shown
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import ImageProcessor, expect_inputs
+from vlmtrim.runtime.image_settings import ImageSettings
+from vlmtrim.runtime.processors import base
+from vlmtrim.runtime.processors.base import Pictures, View
+
+MOST_TILES = 12  # max_patches of settings that name none
+LARGEST_GRID = 64  # tiles of any checkpoint
+LONGEST_MARK = 64  # characters of a special token
+MARKS = {"start_image_token": "<img>", "context_image_token": "<IMG_CONTEXT>", "end_image_token": "</img>"}
+
+
+class Processor(base.Processor):
+    """``pixel_values`` float32 [T, 3, H, W], the tiles. In the prompt a picture's tokens stand between two marks.
+
+    The steps are those of transformers' GotOcr2 image processor (Pillow backend) as InternVL's processor calls it: it
+    cuts pictures into tiles whatever ``crop_to_patches`` is in the settings. Bit-equal tiles, in its order.
+    """
+
+    def __init__(self, files: Folder, contract: Contract):
+        super().__init__(files, contract)
+        self._tile = dataclasses.replace(ImageProcessor.from_folder(files), pad_to_square=False)
+        settings = ImageSettings.read(files)
+        self._most = settings.integer("max_patches", 1, LARGEST_GRID, MOST_TILES)
+        self._least = settings.integer("min_patches", 1, LARGEST_GRID, 1)
+        if contract.image_grid is None:
+            raise BundleError(f"{files.path / 'contract.json'}: image_grid is null; internvl needs that of a tile")
+        self._tokens = contract.image_grid  # of one tile
+        expect_inputs(files, contract, {"pixel_values": (None, 3, self._tile.height, self._tile.width)})
+        most = self._most + (self._most > 1)
+        if most * math.prod(self._tokens) > contract.image_tokens or "T" not in contract.dims:
+            raise settings.refuse(
+                f"max_patches is {self._most}, up to {most} tiles a picture; the bundle takes pictures of "
+                f"{contract.image_tokens} tokens, {math.prod(self._tokens)} of them a tile: export the model again"
+            )
+        raw = files.json("tokenizer_config.json") if "tokenizer_config.json" in files else {}
+        where = str(files.path / "tokenizer_config.json")
+        self._start, self._mark, self._end = (_mark(raw, name, usual, where) for name, usual in MARKS.items())
+
+    def __call__(self, images: Sequence[Image.Image]) -> Pictures:
+        """RGB pictures -> inputs of the vision graph. Raises RuntimeRefusal where they are more than it takes."""
+        tiles = [self._tiles(image) for image in images]
+        total, most = sum(map(len, tiles)), self.contract.dims["T"][1]
+        if total > most:
+            raise RuntimeRefusal(
+                f"{len(images)} pictures become {total} tiles, the bundle takes {most} in one step; "
+                "give fewer pictures at once, or export with a larger --max-seq-len"
+            )
+        tokens = tuple(len(cut) * math.prod(self._tokens) for cut in tiles)
+        pixels = np.stack([self._tile(tile) for cut in tiles for tile in cut])
+        words = tuple(f"{self._start}{self._mark * count}{self._end}" for count in tokens)
+        return Pictures({"pixel_values": pixels}, tokens, words=words)
+
+    def framed(self, image: Image.Image) -> Image.Image:
+        """The picture squeezed into one tile."""
+        return self._stretched(image, 1, 1)
+
+    def views(self, images: Sequence[Image.Image]) -> list[View]:
+        """Of every picture what was cut into tiles, and where those are several the squeezed one."""
+        rows, columns = self._tokens
+        views, start = [], 0
+        for image in images:
+            across, down = self._grid(image)
+            for wide, high in ((across, down), (1, 1))[: 1 + (across * down > 1)]:
+                count = wide * high * rows * columns
+                tokens = start + np.arange(count).reshape(high, wide, rows, columns)
+                lines = tokens.transpose(0, 2, 1, 3).reshape(high * rows, wide * columns)
+                views.append(View(self._stretched(image, wide, high), lines))
+                start += count
+        return views
+
+    def _tiles(self, image: Image.Image) -> list[Image.Image]:
+        """The stretched picture's tiles row by row, then the squeezed picture where they are several."""
+        across, down = self._grid(image)
+        if across * down == 1:
+            return [self.framed(image)]
+        whole, width, height = self._stretched(image, across, down), self._tile.width, self._tile.height
+        corners = itertools.product(range(0, whole.height, height), range(0, whole.width, width))
+        cut = [whole.crop((left, top, left + width, top + height)) for top, left in corners]
+        return [*cut, self.framed(image)]
+
+    def _stretched(self, image: Image.Image, across: int, down: int) -> Image.Image:
+        """The picture over so many tiles."""
+        size = (across * self._tile.width, down * self._tile.height)
+        return image.resize(size, resample=self._tile.resample)
+
+    def _grid(self, image: Image.Image) -> tuple[int, int]:
+        """Columns and rows of tiles of a picture."""
+        tile = self._tile.width * self._tile.height
+        return best_grid(image.width, image.height, tile, self._least, self._most)
+
+
+def best_grid(width: int, height: int, tile: int, least: int, most: int) -> tuple[int, int]:
+    """Columns and rows, ``least`` to ``most`` tiles of ``tile`` pixels, that are nearest to a picture's proportions.
+
+    Of grids that are equally near the largest counts whose tiles have less than twice the picture's pixels; where none
+    of them has, the smallest.
+    """
+    if most == 1:
+        return 1, 1
+    grids = [(across, down) for across in range(1, most + 1) for down in range(1, most + 1)]
+    grids = sorted((grid for grid in grids if least <= math.prod(grid) <= most), key=math.prod)
+    distances = [abs(width / height - across / down) for across, down in grids]
+    if not grids:
+        return 1, 1
+    first, *others = [grid for grid, distance in zip(grids, distances, strict=True) if distance == min(distances)]
+    return next((grid for grid in reversed(others) if width * height > 0.5 * tile * math.prod(grid)), first)
+
+
+def _mark(raw: dict[str, Any], role: str, usual: str, where: str) -> str:
+    """The special token of a role, as the tokenizer's settings name it. Raises BundleError."""
+    extra = raw.get("extra_special_tokens")
+    value = (extra if isinstance(extra, dict) else {}).get(role) or raw.get(role) or usual
+    value = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_MARK:
+        raise BundleError(f"{where}: {role} is {shown(value)}; expected a token of at most {LONGEST_MARK} characters")
+    return value
