@@ -163,7 +163,7 @@ def text_plans(
     name = str(dtype).removeprefix("torch.")
     rows, tokens, visual, window = 2, 5, 3, 7
     layers = range(shape.layers)
-    rotary = full.model.language_model.rotary_emb
+    rotary = full.get_decoder().rotary_emb
     if rotary.rope_type == "dynamic":  # the frequencies change beyond max_position_embeddings alone, which is refused
         rotary.rope_type = "default"
     capacity = next(int(t.shape[2]) for t in decoder.inputs if t.name.startswith("past_key_values"))
