@@ -165,8 +165,12 @@ def own_processor(folder: Path) -> Any:
             def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
                 """Take None for a video processor."""
 
-        parts = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        return WithoutVideo(image_processor=parts[0], tokenizer=parts[1], video_processor=None)
+        parts: dict[str, Any] = {
+            "image_processor": AutoImageProcessor.from_pretrained(folder),
+            "tokenizer": AutoTokenizer.from_pretrained(folder),
+            "video_processor": None,
+        }
+        return WithoutVideo.from_args_and_dict([], kind.get_processor_dict(folder)[0], **parts)
 
 
 def prepared(processor: Any, text: str, image: Any) -> Any:
