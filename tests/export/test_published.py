@@ -22,7 +22,7 @@ PARAMETERS = {
     "qwen2.5-vl-3b": 3.75,
     "qwen2.5-vl-7b": 8.29,
 }
-LENGTH = 8192
+LENGTH = 16384
 
 
 @pytest.mark.parametrize("like", published_sizes())
