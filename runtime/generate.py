@@ -214,7 +214,7 @@ class Chat:
     ) -> Prefill:
         session = self.session
         videos = [[i for i, picture in enumerate(row) if isinstance(picture, Video)] for row in pictures]
-        processed = process(session.processor, [picture for row in pictures for picture in row])
+        processed = process(session.processor, *pictures)
         ends = [0, *itertools.accumulate(map(len, pictures))]
         rows = [slice(*pair) for pair in itertools.pairwise(ends)]
         brought = [() if processed is None else processed.tokens[row] for row in rows]
@@ -276,12 +276,13 @@ class Chat:
                 self._rows[row].answer(sayings[row].said)
 
 
-def process(processor: Processor, pictures: Sequence[Picture]) -> Pictures | None:
+def process(processor: Processor, *rows: Sequence[Picture]) -> Pictures | None:
     """What pictures and videos become, or None for none. Raises RuntimeRefusal where one cannot be read or taken."""
-    if processor.contract.video_token_id is None and any(isinstance(picture, Video) for picture in pictures):
+    given = [picture for row in rows for picture in row]
+    if processor.contract.video_token_id is None and any(isinstance(picture, Video) for picture in given):
         raise RuntimeRefusal(f"bundles of {processor.contract.family} take no videos; give the frames as pictures")
-    loaded: list[Any] = [load_picture(picture) for picture in pictures]
-    return processor(loaded) if loaded else None
+    loaded: list[list[Any]] = [[load_picture(picture) for picture in row] for row in rows]
+    return processor.of_rows(loaded) if given else None
 
 
 class _Alone:

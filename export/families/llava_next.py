@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from vlmtrim.export.job import Refusal
 from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
 from vlmtrim.export.tracing.text_decoder import text_numbers, text_plans
 from vlmtrim.export.tracing.text_models import tiny_text
-from vlmtrim.export.tracing.tiles import TiledShape, TiledVision, vision_plan
+from vlmtrim.export.tracing.tiles import TiledShape, TiledVision, tile_grids, vision_plan
 from vlmtrim.export.tracing.tiles import vision_dims as vision_dims
 from vlmtrim.export.tracing.tiles import vision_spec as vision_spec
 from vlmtrim.export.tracing.trace import Plan
-from vlmtrim.export.tracing.vision_tower import CLIP_LARGE, tile_features, tile_tokens, tiny_vision_config
+from vlmtrim.export.tracing.vision_tower import CLIP_LARGE, tile_features, tiny_vision_config
 from vlmtrim.export.tracing.vision_tower import OLD_NAMES as OLD_NAMES
 from vlmtrim.export.weights import tiny
 from vlmtrim.graphs.contract import TOKENS, GraphSpec
@@ -76,34 +75,16 @@ SPECIALS = {"<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}  # of the tok
 
 def read_shape(config: LlavaNextConfig) -> TiledShape:
     """Check the config against what this family exports, and read its numbers. Raises Refusal."""
-    vision: Any = config.vision_config
-    tokens, side = tile_tokens(config), vision.image_size // vision.patch_size
-    if tokens != side * side:
-        raise Refusal(
-            f"the {vision.model_type} tower with vision_feature_select_strategy "
-            f"{config.vision_feature_select_strategy!r} makes {tokens} features of {side} x {side} patches, which "
-            "LLaVA-NeXT cannot lay on a grid; 'default' suits a tower with a class token, 'full' one without"
-        )
-    grids = [_tiles(resolution, vision.image_size) for resolution in config.image_grid_pinpoints or []]
-    if not grids:
-        raise Refusal("image_grid_pinpoints is empty; give the resolutions that a picture may be scaled to")
+    side, grids = tile_grids(config)
     return TiledShape(
         **text_numbers(config),
-        image_size=vision.image_size,
+        image_size=config.vision_config.image_size,  # type: ignore[union-attr]
         # a picture that fills its tiles: every patch, and a newline a row
-        image_tokens=tokens + max(rows * side * (columns * side + 1) for rows, columns in grids),
+        image_tokens=side * side + max(rows * side * (columns * side + 1) for rows, columns in grids),
         image_grid=(side, side),
-        tile_tokens=tokens,
+        tile_tokens=side * side,
         most_tiles=1 + max(rows * columns for rows, columns in grids),
     )
-
-
-def _tiles(resolution: Any, size: int) -> tuple[int, int]:
-    """Rows and columns of tiles of ``size`` pixels that cover a (height, width)."""
-    height, width = resolution
-    if height % size or width % size or not height * width:
-        raise Refusal(f"image_grid_pinpoints holds {height} x {width}, no multiple of the tower's {size} pixels")
-    return height // size, width // size
 
 
 class Vision(TiledVision):

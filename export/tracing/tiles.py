@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from vlmtrim.export.job import Refusal
 from vlmtrim.export.tracing.text_decoder import Shape
 from vlmtrim.export.tracing.trace import Plan
+from vlmtrim.export.tracing.vision_tower import tile_tokens
 from vlmtrim.graphs.contract import GraphSpec, TensorSpec
 
 
@@ -73,3 +75,27 @@ def vision_plan(module: TiledVision, shape: TiledShape, dtype: torch.dtype) -> P
     index = torch.zeros(7, dtype=torch.int64)
     spec = vision_spec(shape, str(dtype).removeprefix("torch."))
     return Plan(module, (pixels, index), ({0: Dim("T", max=4096)}, {0: Dim("M", max=2**20)}), spec)
+
+
+def tile_grids(config: Any) -> tuple[int, list[tuple[int, int]]]:
+    """Patches along the side of a tile, and rows and columns of tiles of every resolution. Raises Refusal."""
+    vision: Any = config.vision_config
+    tokens, side = tile_tokens(config), vision.image_size // vision.patch_size
+    if tokens != side * side:
+        raise Refusal(
+            f"the {vision.model_type} tower with vision_feature_select_strategy "
+            f"{config.vision_feature_select_strategy!r} makes {tokens} features of {side} x {side} patches, which "
+            f"{config.model_type} cannot lay on a grid; 'default' suits a tower with a class token, 'full' one without"
+        )
+    grids = [tile_grid(resolution, vision.image_size) for resolution in config.image_grid_pinpoints or []]
+    if not grids:
+        raise Refusal("image_grid_pinpoints is empty; give the resolutions that a picture may be scaled to")
+    return side, grids
+
+
+def tile_grid(resolution: Any, size: int) -> tuple[int, int]:
+    """Rows and columns of tiles of ``size`` pixels that cover a (height, width). Raises Refusal."""
+    height, width = resolution
+    if height % size or width % size or not height * width:
+        raise Refusal(f"image_grid_pinpoints holds {height} x {width}, no multiple of the tower's {size} pixels")
+    return height // size, width // size

@@ -123,7 +123,7 @@ def record(session: Session, turn: Turn, tokens: int | Sequence[int], row: int =
     """
     if turn.opens:
         session.reset()
-    pictures = session.processor(turn.images * session.batch) if turn.images else None
+    pictures = session.processor.of_rows([turn.images] * session.batch) if turn.images else None
     guide = None if turn.guide is None else np.stack([turn.guide] * session.batch)
     prefill = session.prefill([turn.ids] * session.batch, pictures, guide)
     caches = session.cache_contents(row)

@@ -52,7 +52,11 @@ class Processor(ABC):
 
     @abstractmethod
     def __call__(self, images: Sequence[Image.Image]) -> Pictures:
-        """RGB pictures, at least one -> inputs of the vision graph."""
+        """RGB pictures of one row's prompt, at least one -> inputs of the vision graph."""
+
+    def of_rows(self, rows: Sequence[Sequence[Image.Image]]) -> Pictures:
+        """The same for the pictures of several rows; where a picture's company changes nothing, they are as of one."""
+        return self([image for row in rows for image in row])
 
     @abstractmethod
     def framed(self, image: Image.Image) -> Image.Image:

@@ -17,9 +17,6 @@ from vlmtrim.runtime.image_settings import ImageSettings
 from vlmtrim.runtime.processors import base
 from vlmtrim.runtime.processors.base import Pictures, View
 
-# Resolutions (height, width) of settings that name none.
-PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-
 MOST_PINPOINTS = 256  # LLaVA-OneVision's 36 are the most of any checkpoint
 
 Size = tuple[int, int]  # height, width
@@ -32,33 +29,42 @@ class Processor(base.Processor):
     bit-equal tiles, the same tokens in the same order. Tiles that only pad a batch of pictures are not made.
     """
 
+    # Resolutions (height, width) of settings that name none.
+    PINPOINTS: tuple[Size, ...] = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
     def __init__(self, files: Folder, contract: Contract):
         super().__init__(files, contract)
         # do_pad means padding tiles here, nothing about the picture
         self._tile = dataclasses.replace(ImageProcessor.from_folder(files), pad_to_square=False)
-        self._pinpoints = ImageSettings.read(files).pairs("image_grid_pinpoints", MOST_PINPOINTS) or list(PINPOINTS)
+        named = ImageSettings.read(files).pairs("image_grid_pinpoints", MOST_PINPOINTS)
+        self._pinpoints = named or list(self.PINPOINTS)
         if contract.image_grid is None:
-            raise BundleError(f"{files.path / 'contract.json'}: image_grid is null; llava_next needs that of a tile")
+            where = files.path / "contract.json"
+            raise BundleError(f"{where}: image_grid is null; {contract.family} needs that of a tile")
         self._patches = contract.image_grid  # of one tile
         self._check(files)
 
     def __call__(self, images: Sequence[Image.Image]) -> Pictures:
         """RGB pictures -> inputs of the vision graph. Raises RuntimeRefusal where they are more than it takes."""
         tiles = [self._tiles(image) for image in images]
-        total, most = sum(map(len, tiles)), self.contract.dims["T"][1]
-        if total > most:
-            raise RuntimeRefusal(
-                f"{len(images)} pictures become {total} tiles, the bundle takes {most} in one step; "
-                "give fewer pictures at once, or export with a larger --max-seq-len"
-            )
-        newline = total * math.prod(self._patches)
+        pixels = self._stacked(tiles)
+        newline = len(pixels) * math.prod(self._patches)
         index, first = [], 0
         for image, cut in zip(images, tiles, strict=True):
             index.append(self._feature_index((image.height, image.width), first, newline))
             first += len(cut)
-        pixels = np.stack([self._tile(tile) for cut in tiles for tile in cut])
         inputs = {"pixel_values": pixels, "feature_index": np.concatenate(index)}
         return Pictures(inputs, tuple(len(part) for part in index))
+
+    def _stacked(self, tiles: Sequence[Sequence[Image.Image]]) -> np.ndarray:
+        """Every picture's tiles, as float32 [T, 3, H, W]. Raises RuntimeRefusal where they are more than fit."""
+        total, most = sum(map(len, tiles)), self.contract.dims["T"][1]
+        if total > most:
+            raise RuntimeRefusal(
+                f"{len(tiles)} pictures become {total} tiles, the bundle takes {most} in one step; "
+                "give fewer pictures at once, or export with a larger --max-seq-len"
+            )
+        return np.stack([self._tile(tile) for cut in tiles for tile in cut])
 
     def framed(self, image: Image.Image) -> Image.Image:
         """The picture squeezed into one tile, which is the first of its tiles."""
@@ -75,8 +81,8 @@ class Processor(base.Processor):
             padded = self._padded(image)
             patches = np.indices((padded.height // tall, padded.width // wide)).transpose(1, 2, 0)
             seen = _unpadded(patches, (image.height, image.width))
-            line = seen.shape[1] + 1
-            lines = np.arange(len(seen) * line).reshape(len(seen), line)
+            laid = self._laid(seen.shape[0], seen.shape[1])
+            lines = np.arange(laid[0] * (laid[1] + 1)).reshape(laid[0], laid[1] + 1)
             if seen.size:
                 (top, left), (bottom, right) = seen[0, 0], seen[-1, -1] + 1
                 inner = padded.crop((left * wide, top * tall, right * wide, bottom * tall))
@@ -102,22 +108,44 @@ class Processor(base.Processor):
 
     def _feature_index(self, size: Size, first: int, newline: int) -> np.ndarray:
         """Patches of one picture whose tiles start at number ``first``: the squeezed tile, then the rows, int64 [n]."""
+        grid = self._grid(size, first)
+        lines = np.concatenate([grid, np.full((len(grid), 1), newline)], axis=1)
+        return np.concatenate([self._squeezed(first).ravel(), lines.ravel()]).astype(np.int64)
+
+    def _squeezed(self, first: int) -> np.ndarray:
+        """Numbers of a tile's patches, [rows, columns]."""
+        rows, columns = self._patches
+        return first * rows * columns + np.arange(rows * columns).reshape(rows, columns)
+
+    def _grid(self, size: Size, first: int) -> np.ndarray:
+        """Numbers of the patches that a picture covers of its tiles behind the squeezed one, which is tile ``first``;
+        [rows, columns]."""
         rows, columns = self._patches
         patches = np.arange(rows * columns).reshape(rows, columns)
         height, width = best_resolution(size, self._pinpoints)
         down, across = height // self._tile.height, width // self._tile.width
         tile = first + 1 + np.arange(down * across).reshape(down, across)
         grid = tile[:, None, :, None] * patches.size + patches[None, :, None, :]
-        grid = _unpadded(grid.reshape(down * rows, across * columns), size)
-        lines = np.concatenate([grid, np.full((len(grid), 1), newline)], axis=1)
-        return np.concatenate([first * patches.size + patches.ravel(), lines.ravel()]).astype(np.int64)
+        return _unpadded(grid.reshape(down * rows, across * columns), size)
+
+    def _laid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of tokens that a grid of patches becomes, newlines aside."""
+        return rows, columns
+
+    def _expected(self) -> dict[str, tuple[int | None, ...]]:
+        """Shapes of the vision graph's inputs."""
+        return {"pixel_values": (None, 3, self._tile.height, self._tile.width), "feature_index": (None,)}
+
+    def _most_tokens(self, rows: int, columns: int) -> int:
+        """Of a grid of patches at most, whatever part of it a picture covers."""
+        return rows * (columns + 1)
 
     def _check(self, files: Folder) -> None:
         rows, columns = self._patches
         down, across = self._tile.height, self._tile.width
-        expect_inputs(files, self.contract, {"pixel_values": (None, 3, down, across), "feature_index": (None,)})
+        expect_inputs(files, self.contract, self._expected())
         whole = not any(height % down or width % across for height, width in self._pinpoints)
-        most = max(h // down * rows * (w // across * columns + 1) for h, w in self._pinpoints)
+        most = max(self._most_tokens(h // down * rows, w // across * columns) for h, w in self._pinpoints)
         if not whole or rows * columns + most != self.contract.image_tokens or "T" not in self.contract.dims:
             raise BundleError(
                 f"{files.path}: tiles of {down} x {across} pixels for {list(self._pinpoints)} "

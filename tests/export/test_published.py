@@ -34,7 +34,7 @@ PARAMETERS = {
     "internvl3.5-14b": 15.1,
     "internvl3.5-38b": 38.4,
 }
-LENGTH = 8192
+LENGTH = 16384
 
 
 @pytest.mark.parametrize("like", published_sizes())

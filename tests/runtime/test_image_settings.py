@@ -18,7 +18,7 @@ from vlmtrim.graphs.reading import BundleError, Folder
 from vlmtrim.runtime import image as pictures
 from vlmtrim.runtime import open as open_chat
 from vlmtrim.runtime.image import ImageProcessor
-from vlmtrim.runtime.processors import internvl, llava, llava_next, mllama, qwen2_5_vl
+from vlmtrim.runtime.processors import internvl, llava, llava_next, llava_onevision, mllama, qwen2_5_vl
 
 TOWER = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3}
 LLAVA = {
@@ -28,6 +28,7 @@ LLAVA = {
     "crop_size": {"height": 56, "width": 56},
 }
 NEXT = {**LLAVA, "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
+ONEVISION = {**TOWER, "size": {"height": 56, "width": 56}, "image_grid_pinpoints": NEXT["image_grid_pinpoints"]}
 MLLAMA = {**TOWER, "size": {"height": 56, "width": 56}, "max_image_tiles": 4}
 INTERN = {**TOWER, "size": {"height": 56, "width": 56}, "max_patches": 4}
 QWEN = {**TOWER, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 3136, "max_pixels": 50176}
@@ -35,6 +36,11 @@ FAMILIES = {
     "internvl": (internvl, INTERN, {"pixel_values": ("T", 3, 56, 56)}),
     "llava": (llava, LLAVA, {"pixel_values": ("I", 3, 56, 56)}),
     "llava_next": (llava_next, NEXT, {"pixel_values": ("T", 3, 56, 56), "feature_index": ("M",)}),
+    "llava_onevision": (
+        llava_onevision,
+        ONEVISION,
+        {"pixel_values": ("T", 3, 56, 56), "feature_index": ("M", 4), "feature_weights": ("M", 4)},
+    ),
     "mllama": (
         mllama,
         MLLAMA,
@@ -58,15 +64,21 @@ class FakeContract:
     """As much of a contract as a processor reads; the real ones are in the tests of each family."""
 
     def __init__(self, shapes, tokens):
-        inputs = tuple(
-            TensorSpec(name, "float16" if name == "pixel_values" else "int64", shape) for name, shape in shapes.items()
-        )
+        dtypes = {name: "float16" if name.endswith(pictures.FLOATS) else "int64" for name in shapes}
+        inputs = tuple(TensorSpec(name, dtypes[name], shape) for name, shape in shapes.items())
         self.graphs = {"vision": GraphSpec("vision.onnx", inputs, ())}
         self.dtype, self.image_grid, self.image_tokens, self.image_token_id = "float16", (4, 4), tokens, 5
         self.dims = {"T": (0, 20)}
 
 
-TOKENS = {"internvl": 5 * 16, "llava": 16, "llava_next": 16 + 8 * 9, "mllama": 4 * 17, "qwen2_5_vl": 64}
+TOKENS = {
+    "internvl": 5 * 16,
+    "llava": 16,
+    "llava_next": 16 + 8 * 9,
+    "llava_onevision": 16 + 8 * 9,
+    "mllama": 4 * 17,
+    "qwen2_5_vl": 64,
+}
 
 
 def make(folder, family, settings=None, shapes=None, config=None, name="preprocessor_config.json"):
@@ -123,6 +135,8 @@ FIXED = [
     ("do_resize", False),
     ("do_pad", 7),
 ]
+POINTS = [5, [5], [[56]], [[56, 0]], [[56, 1 << 40]], [[56, 112]] * 1000, [[57, 112]]]
+TILED = [("image_grid_pinpoints", value) for value in POINTS]
 OF_FAMILY = {
     "internvl": [
         ("size", {}),
@@ -137,16 +151,8 @@ OF_FAMILY = {
         ("min_patches", "1"),
     ],
     "llava": FIXED,
-    "llava_next": [
-        *FIXED,
-        ("image_grid_pinpoints", 5),
-        ("image_grid_pinpoints", [5]),
-        ("image_grid_pinpoints", [[56]]),
-        ("image_grid_pinpoints", [[56, 0]]),
-        ("image_grid_pinpoints", [[56, 1 << 40]]),
-        ("image_grid_pinpoints", [[56, 112]] * 1000),
-        ("image_grid_pinpoints", [[57, 112]]),
-    ],
+    "llava_next": [*FIXED, *TILED],
+    "llava_onevision": [*TILED, ("size", {"height": 56}), ("size", {"shortest_edge": 56}), ("do_resize", False)],
     "mllama": [
         ("size", {}),
         ("size", {"height": 56}),
@@ -230,6 +236,7 @@ CHANGES = {
     "internvl": {"pixel_values": ("T", 3, 56, 55)},
     "llava": {"pixel_values": ("I", 3, 56, 55)},
     "llava_next": {"pixel_values": ("T", 1, 56, 56)},
+    "llava_onevision": {"pixel_values": ("T", 1, 56, 56)},
     "mllama": {"aspect_ratio_mask": ("I", 5)},
     "qwen2_5_vl": {"pixel_values": ("M", 4, 1177)},
 }

@@ -18,6 +18,7 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 from vlmtrim.export.families import llava_next
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.job_contract import build_contract
+from vlmtrim.export.tracing import tiles
 from vlmtrim.graphs.reading import BundleError, Folder
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.processors.llava_next import Processor
@@ -85,7 +86,7 @@ def packed(config: LlavaNextConfig, sizes: list[tuple[int, int]]) -> list[int]:
     side = config.vision_config.image_size // config.vision_config.patch_size
     features, first = [], 0
     for height, width in sizes:
-        down, across = llava_next._tiles(
+        down, across = tiles.tile_grid(
             _best(config, height, width), config.vision_config.image_size
         )  # transformers wants the number of tiles to split by
         count = (1 + down * across) * side * side
