@@ -66,13 +66,15 @@ def gpus(args: argparse.Namespace) -> float:
     return float(args.backend != "ort-cpu" and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0)
 
 
-def join(args: argparse.Namespace) -> None:
-    """Start Ray here, with room for all replicas, or join a cluster. Raises RuntimeRefusal."""
+def join(args: argparse.Namespace, shown: bool) -> None:
+    """Start Ray here, with room for all replicas, or join a cluster; ``shown`` brings what they write to stderr.
+
+    Raises RuntimeRefusal."""
     prepare_environment()
     import ray
 
     _, most = replicas(args.replicas)
-    level = {"logging_level": "WARNING", "log_to_driver": not args.quiet}
+    level = {"logging_level": "WARNING", "log_to_driver": shown}
     if args.address is not None:
         _check_address(args.address)
         try:
@@ -95,7 +97,7 @@ def join(args: argparse.Namespace) -> None:
 
 
 def prepare_environment() -> None:
-    """Before Ray is imported: it tells its makers what it is used for, and of log lines that look alike shows one,
+    """Before Ray is imported: it tells its makers what it is used for, shows one of log lines that look alike,
     unless the environment says otherwise."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")

@@ -32,7 +32,7 @@ from vlmtrim.runtime.serve.server import listen
 
 SPARE = 8  # requests a replica takes beyond slots and queue: health checks, and those that it refuses in OpenAI's words
 QUEUED = 64  # that wait at a proxy for a replica with a place; one more is refused there, in Ray's words
-REFUSED = re.compile(r"(?:RuntimeRefusal|BundleError): (.+)")
+REFUSED = re.compile(r"(?:RuntimeRefusal|BundleError): (.+)")  # in what Ray tells of a replica's constructor
 SAID_BY = b"x-vlmtrim-replica"  # header of an answer
 
 
@@ -128,7 +128,7 @@ def serve_with_ray(args: argparse.Namespace) -> None:
     if args.address is None:
         with listen(args.host, port) as tried:
             port = tried.getsockname()[1]
-    cluster.join(args)
+    cluster.join(args, shown=not args.quiet)
     try:
         stop = threading.Event()
         cluster.on_signals(lambda _: stop.set())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
+import processes
 import pytest
 import serving
 import soak_server
@@ -103,18 +103,7 @@ def test_a_client_that_leaves_frees_its_slot(server, started):
 
 
 def replicas_of(started) -> list[int]:
-    """Process ids of the replicas, descendants of serve-vlm."""
-    parents, found = {}, []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if (folder / "cmdline").read_bytes().startswith(b"ray::ServeReplica"):
-                found.append(int(folder.name))
-        except OSError:  # it has ended meanwhile
-            continue
-    return [
-        pid for pid in found if started.process.pid in itertools.accumulate([pid] * 5, lambda p, _: parents.get(p, 0))
-    ]
+    return processes.below(started.process.pid, b"ray::ServeReplica")
 
 
 def test_a_replica_that_dies_is_replaced_while_the_other_answers(server, started, talks):
