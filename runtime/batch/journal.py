@@ -85,7 +85,7 @@ class Journal:
         self._claimed.seek(0)
         before = self._claimed.read()
         text = json.dumps(job, indent=1)
-        if not self.path.exists() or not before:
+        if not before or not self.path.exists() or not self.path.stat().st_size:
             self._claimed.truncate(0)
             self._claimed.write(text)
             self._claimed.flush()

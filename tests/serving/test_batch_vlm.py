@@ -107,3 +107,72 @@ def test_a_job_that_is_killed_goes_on_and_a_worker_that_dies_is_replaced(demo, a
     import pyarrow.parquet
 
     assert pyarrow.parquet.read_table(output).to_pylist() == found
+
+
+def test_what_cannot_be_done_is_said_in_a_sentence(demo, tmp_path, capsys):
+    from vlmtrim.runtime.batch import cli
+
+    output = ["--output", str(tmp_path / "out.jsonl")]
+    folder = str(files("vlmtrim.export.demo") / "examples")
+    for arguments, said in [
+        ([str(demo), folder, *output], "give --prompt TEXT"),
+        ([str(tmp_path), folder, "--prompt", "a", *output], "contract.json"),
+        ([str(demo), str(tmp_path), "--prompt", "a", *output], "holds no pictures"),
+        ([str(demo), folder, "--prompt", "a", "--output", str(tmp_path / "out.txt")], "ends in .jsonl or .parquet"),
+        ([str(demo), folder, "--prompt", "a", "--replicas", "0", *output], "--replicas is 0"),
+        ([str(demo), folder, "--prompt", "a", "--max-new-tokens", "0", *output], "--max-new-tokens is 0"),
+        ([str(demo), folder, "--prompt", "a", "--address", "127.0.0.1:1", *output], "there is no Ray cluster"),
+    ]:
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.startswith("batch-vlm: ") and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_folder_and_an_engine_that_is_refused(demo, tmp_path):
+    folder = files("vlmtrim.export.demo") / "examples"
+    arguments = [demo, folder, "--prompt", "Which word is written?", "--max-new-tokens", 16, "--backend", "ort-cpu"]
+    done = batch(*arguments, "--output", tmp_path / "out.jsonl", "--slots", 3)
+    assert done.returncode == 2 and done.stderr.endswith(
+        "batch 3 is outside the bundle's 1 to 2; export with --max-batch\n"
+    )
+    done = batch(*arguments, "--output", tmp_path / "out.jsonl")
+    assert done.returncode == 0 and done.stdout == "" and " 0 errors" in done.stderr
+    assert {record["id"]: record["answer"] for record in records(tmp_path / "out.jsonl")}["word.png"] == "sun"
+    again = batch(*arguments, "--output", tmp_path / "out.jsonl")
+    assert again.returncode == 0 and "0 rows answered" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_row_that_kills_its_process_is_an_error_and_others_are_answered(demo, tmp_path):
+    """A worker that dies whenever it meets one picture: tries are counted, then its rows are errors."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    word = (files("vlmtrim.export.demo") / "examples" / "word.png").read_bytes()
+    for n in range(12):
+        (folder / f"{n:02}.png").write_bytes(word)
+    program = tmp_path / "deadly.py"
+    program.write_text(DEADLY)
+    arguments = [demo, folder, "--prompt", "Which word is written?", "--output", tmp_path / "out.jsonl"]
+    command = [sys.executable, program, *map(str, [*arguments, "--backend", "ort-cpu"])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = {record["id"]: record for record in records(tmp_path / "out.jsonl")}
+    assert done.returncode == 1 and " 0 missing" in done.stderr and len(found) == 12
+    assert "the process died 3 times" in found["05.png"]["error"]
+    answered = [record["answer"] for record in found.values() if record["error"] is None]
+    assert set(answered) == {"sun"} and len(answered) >= 4
+
+
+DEADLY = """
+import os, sys
+from vlmtrim.runtime.batch import cli, worker
+
+class Deadly(worker.Worker):
+    def _asked(self, engine, row):
+        if row.id == "05.png":
+            os.kill(os.getpid(), 9)
+        return super()._asked(engine, row)
+
+worker.Worker = Deadly
+sys.exit(cli.main(sys.argv[1:]))
+"""
