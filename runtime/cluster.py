@@ -14,7 +14,10 @@ from vlmtrim.runtime.errors import RuntimeRefusal
 
 OBJECTS = 256 << 20  # bytes of shared memory of a Ray that is started here
 SECONDS = 5.0  # for a cluster to answer in
-NO_CLUSTER = "--address: there is no Ray cluster at {}; give its host:port, or auto for this machine's"
+NO_CLUSTER = (
+    "--address: there is no Ray cluster at {}, or it asks for a token; give its host:port, or auto for this machine's, "
+    "and for the token RAY_AUTH_MODE=token"
+)
 OF_RAY = ("replicas", "gpus_per_replica", "address")
 
 

@@ -116,7 +116,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(demo, tmp_path, capsys):
     folder = str(files("vlmtrim.export.demo") / "examples")
     for arguments, said in [
         ([str(demo), folder, *output], "give --prompt TEXT"),
-        ([str(tmp_path), folder, "--prompt", "a", *output], "contract.json"),
+        ([str(tmp_path), folder, "--prompt", "a", *output], "is no bundle"),
         ([str(demo), str(tmp_path), "--prompt", "a", *output], "holds no pictures"),
         ([str(demo), folder, "--prompt", "a", "--output", str(tmp_path / "out.txt")], "ends in .jsonl or .parquet"),
         ([str(demo), folder, "--prompt", "a", "--replicas", "0", *output], "--replicas is 0"),

@@ -178,7 +178,7 @@ def test_arguments_of_ray_want_ray(demo):
 def test_serve_run_on_a_cluster_and_what_a_replica_refuses(demo):
     """Ray's own commands: a cluster is started, an application deployed by our builder, joined by serve-vlm."""
     port, dashboard = "6399", "8299"
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
     folder = Path(sys.executable).parent
     head = ["--head", "--port", port, "--num-cpus", "4", "--dashboard-port", dashboard, "--block"]
     running = subprocess.Popen([folder / "ray", "start", *head], env=environment, stdout=subprocess.DEVNULL)
