@@ -160,4 +160,4 @@ def _say_ready(args: argparse.Namespace, name: str, port: int, low: int, high: i
     number = f"{low}" if low == high else f"{low} to {high}"
     host = f"[{args.host}]" if ":" in args.host else args.host
     where = f"http://{host}:{port}" if args.address is None else f"Ray Serve's port of the cluster at {args.address}"
-    print(f"serve-vlm: {name} is ready on {where} ({number} replicas)", file=sys.stderr, flush=True)
+    print(f"serve-vlm: {name} is ready on {where} ({number} replica{'s' * (high > 1)})", file=sys.stderr, flush=True)
