@@ -100,8 +100,8 @@ def join(args: argparse.Namespace, shown: bool) -> None:
 
 
 def prepare_environment() -> None:
-    """Before Ray is imported: it tells its makers what it is used for, shows one of log lines that look alike,
-    unless the environment says otherwise."""
+    """Before Ray is imported: it tells its makers what it is used for, and shows one of log lines that look
+    alike, unless the environment says otherwise."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
