@@ -18,8 +18,8 @@ pytest_addoption, pytest_sessionfinish = proven.pytest_addoption, proven.pytest_
 LONGEST = """
 test_families test_zipvl test_interrupted test_quantised test_rules test_tensorrt test_demo_accuracy test_packed
 test_engines test_qwen test_mllama test_gptq test_image_settings test_cli test_chat test_parity test_wide_layers
-test_llava_next test_guided test_served_demo test_fuzz test_session test_gpu_report test_run_cli test_large
-test_calibration
+test_llava_next test_guided test_batch_vlm test_ray_serve test_served_demo test_fuzz test_session test_gpu_report
+test_run_cli test_large test_calibration
 """
 
 

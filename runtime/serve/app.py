@@ -6,8 +6,6 @@ import base64
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 
@@ -23,23 +21,9 @@ from vlmtrim.runtime.serve.http import App, Guard
 from vlmtrim.runtime.serve.wire import encoded
 
 
-def make_app(client: EngineClient, lifespan: Callable[[], Any] | None = None) -> App:
-    """An ASGI application around a client.
-
-    Args:
-        client: of the engine; opened and closed by the caller, unless ``lifespan`` does it.
-        lifespan: makes an asynchronous context that the application lives in.
-    """
+def make_app(client: EngineClient) -> App:
+    """An ASGI application around a client of the engine, which the caller opens and closes."""
     routes = Routes(client)
-
-    @asynccontextmanager
-    async def living(_: object) -> AsyncIterator[None]:
-        if lifespan is None:
-            yield
-            return
-        async with lifespan():
-            yield
-
     router = Router(
         [
             Route("/v1/chat/completions", ChatCompletions(client), methods=["POST"]),
@@ -49,8 +33,7 @@ def make_app(client: EngineClient, lifespan: Callable[[], Any] | None = None) ->
             Route("/health/ready", routes.ready),
             Route("/metrics", routes.metrics),
             Route("/", routes.page),
-        ],
-        lifespan=living,
+        ]
     )
     return Guard(router, client.settings.key)
 

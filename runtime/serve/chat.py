@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -69,7 +70,7 @@ class ChatCompletions:
         except ApiError as error:
             status, why = error.status, error.code or ""
             raise
-        except (Gone, OSError):
+        except (Gone, OSError, asyncio.CancelledError):  # Ray Serve cancels the task of a client that is gone
             status, why = GONE, "the client went away"
             raise
         except Exception:

@@ -227,9 +227,9 @@ def test_a_key_protects_all_paths_but_health(bundle, engine):
 
 
 def test_it_listens_on_this_machine_alone_by_default():
-    from vlmtrim.runtime.serve.cli import parser
+    from vlmtrim.runtime.serve.arguments import Parser
 
-    assert parser().parse_args(["b"]).host == "127.0.0.1"
+    assert Parser().parse_args(["b"]).host == "127.0.0.1"
 
 
 def test_a_long_body_is_refused_before_it_is_kept(bundle, engine):
