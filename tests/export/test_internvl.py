@@ -82,6 +82,14 @@ def test_the_large_tower_and_qwen3(export_tiny, capsys):
     assert check_cli.main([str(folder), "--tokens", "8"]) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["cells", "topv"])
+def test_pictures_of_one_tile_lie_on_its_grid(score, export_tiny, capsys):
+    """So scores that need to know where tokens lie are exported: 2 x 2 tokens of 4 x 4 patches."""
+    folder = export_tiny("internvl-tile", family="internvl", image_tokens=4, score=score)
+    assert check_cli.main([str(folder), "--tokens", "4"]) == 0
+
+
 def test_dynamic_rope_is_plain_within_its_limit(tmp_path, capsys):
     """As the hub's configs have it, which say nothing of a tied head beside the head that they store."""
     source = tiny.write_checkpoint(internvl, tmp_path / "checkpoint")
