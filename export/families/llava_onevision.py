@@ -7,7 +7,7 @@ weighted sum of four features. The host says which and how much of each
 
     vision   pixel_values [T, 3, H, W], feature_index [M, 4], feature_weights [M, 4] -> image_features [M, D]
 
-Still pictures; videos, whose frames are pooled, are refused.
+Frames of a video are a tile each, resampled to half of its rows and columns; one newline token follows the last.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SIZES = {
     "llava-onevision-7b": (3584, 18944, 28, 28, 4, 152128, False),
     "llava-onevision-72b": (8192, 29568, 80, 64, 8, 152128, False),
 }
-SPECIALS = {"<s>": 151643, "</s>": 151645, "<pad>": 151644, "<image>": 151646}  # places of the published tokenizer
+SPECIALS = {"<s>": 151643, "</s>": 151645, "<pad>": 151644, "<image>": 151646, "<video>": 151647}  # published places
 CORNERS = 4  # patches that a token lies between
 
 
@@ -73,6 +73,7 @@ def read_shape(config: LlavaOnevisionConfig) -> TiledShape:
         image_grid=(side, side),
         tile_tokens=side * side,
         most_tiles=1 + max(rows * columns for rows, columns in grids),
+        video_token_id=config.video_token_id,
     )
 
 
@@ -124,7 +125,7 @@ def published(like: str) -> dict[str, Any]:
         "model_type": "llava_onevision",
         "image_grid_pinpoints": [[384 * down, 384 * across] for down in range(1, 7) for across in range(1, 7)],
         "image_token_index": SPECIALS["<image>"],
-        "video_token_index": 151647,
+        "video_token_index": SPECIALS["<video>"],
         "projector_hidden_act": "gelu",
         "use_image_newline_parameter": True,
         "vision_aspect_ratio": "anyres_max_9",
@@ -144,6 +145,7 @@ def published(like: str) -> dict[str, Any]:
             "rope_theta": 1e6,
             "bos_token_id": SPECIALS["<s>"],
             "eos_token_id": SPECIALS["</s>"],
+            "pad_token_id": SPECIALS["<pad>"],
             "tie_word_embeddings": tied,
         },
         "vision_config": {
@@ -182,7 +184,8 @@ def tiny_config(
 
 
 def write_tiny_processor(folder: Path, config: LlavaOnevisionConfig) -> None:
-    """Image-processor and processor settings that suit a config."""
+    """Tokenizer with both marks, chat template and processor settings that suit a config."""
+    tiny.write_words_with_videos(folder, config)
     tower: Any = config.vision_config
     size, is_clip = tower.image_size, tower.model_type == "clip_vision_model"
     settings = {

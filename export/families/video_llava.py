@@ -49,13 +49,6 @@ OLD_NAMES = (  # of the checkpoint's files
     ("model.video_tower.", "video_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for content in message['content'] %}"
-    "{% if content['type'] in ('image', 'video') %}{{ '<' + content['type'] + '>\\n' }}"
-    "{% else %}{{ content['text'] + ' ' }}{% endif %}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 
 
 def read_shape(config: VideoLlavaConfig) -> Shape:
@@ -164,10 +157,7 @@ def tiny_config(heads: int = 4, kv_heads: int = 2, layers: int = 4) -> VideoLlav
 
 def write_tiny_processor(folder: Path, config: VideoLlavaConfig) -> None:
     """Tokenizer with both marks, chat template and processor settings that suit a config."""
-    text: Any = config.text_config
-    marks = {"<s>": text.bos_token_id, "</s>": text.eos_token_id, "<pad>": text.pad_token_id}
-    tiny.write_tokenizer(folder, {**marks, "<image>": config.image_token_index, "<video>": config.video_token_index})
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    tiny.write_words_with_videos(folder, config)
     tower: Any = config.vision_config
     settings = {
         "image_processor_type": "VideoLlavaImageProcessor",

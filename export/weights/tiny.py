@@ -31,6 +31,14 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
+VIDEO_TEMPLATE = (  # leaves pictures and videos in their places
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] in ('image', 'video') %}{{ '<' + content['type'] + '>\\n' }}"
+    "{% else %}{{ content['text'] + ' ' }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
 
 def write_checkpoint(family: Any, folder: Path, seed: int = 0, **variant: Any) -> Path:
     """Write a random float32 checkpoint of a family with tokenizer, image-processor settings and chat template."""
@@ -57,6 +65,14 @@ def write_processor(family: Any, folder: Path, config: Any, specials: dict[str, 
     write_tokenizer(folder, specials)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     family.write_tiny_processor(folder, config)  # may replace them
+
+
+def write_words_with_videos(folder: Path, config: Any) -> None:
+    """Tokenizer with a config's marks of pictures and of videos, and a template that writes both."""
+    text = config.text_config
+    marks = {"<s>": text.bos_token_id, "</s>": text.eos_token_id, "<pad>": text.pad_token_id}
+    write_tokenizer(folder, {**marks, "<image>": config.image_token_id, "<video>": config.video_token_id})
+    (folder / "chat_template.jinja").write_text(VIDEO_TEMPLATE)
 
 
 def write_settings(folder: Path, image_processor: dict[str, Any], processor: dict[str, Any]) -> None:

@@ -2,8 +2,9 @@
 tokens than patches; one tile each where it brings several.
 
 A token of a large picture is a weighted sum of four patches, as torch's ``interpolate`` (bilinear, corners not aligned)
-forms it on the CPU. Transformers takes the pictures of a conversation together; here those of a question are, since
-what earlier ones became is in the caches: one picture a question is cut into tiles in every turn.
+forms it on the CPU; so is one of a video, whose frames are a tile each. Transformers takes the pictures of a
+conversation together; here those of a question are, since what earlier ones became is in the caches: one picture a
+question is cut into tiles in every turn.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.reading import BundleError, Folder, shown
 from vlmtrim.runtime.processors import llava_next
 from vlmtrim.runtime.processors.base import Pictures, View
+from vlmtrim.runtime.video import Video
+
+FRAMES = 32  # of a film, as the model was trained
 
 
 class Processor(llava_next.Processor):
@@ -34,27 +38,31 @@ class Processor(llava_next.Processor):
         super().__init__(files, contract)
         self._square = dataclasses.replace(self._tile, pad_to_square=True)
 
-    def __call__(self, images: Sequence[Image.Image]) -> Pictures:
+    def __call__(self, images: Sequence[Image.Image | Video]) -> Pictures:
         """RGB pictures of one prompt -> inputs of the vision graph. Raises RuntimeRefusal where they are too many."""
         return self.of_rows([images])
 
-    def of_rows(self, rows: Sequence[Sequence[Image.Image]]) -> Pictures:
+    def of_rows(self, rows: Sequence[Sequence[Image.Image | Video]]) -> Pictures:
         """The same for several rows, in each of which a picture is alone or not."""
-        images = [(image, len(row) == 1) for row in rows for image in row]
-        tiles = [self._tiles(image) if alone else [self._square.framed(image)] for image, alone in images]
+        images = [(image, sum(not isinstance(other, Video) for other in row) == 1) for row in rows for image in row]
+        tiles = [self._cut(image, alone) for image, alone in images]
         pixels = self._stacked(tiles)
         newline, first = len(pixels) * math.prod(self._patches), 0
-        parts: list[tuple[np.ndarray, np.ndarray]] = []
-        tokens = []
+        index, weights, tokens = [], [], []
         for (image, alone), cut in zip(images, tiles, strict=True):
-            before = sum(len(index) for index, _ in parts)
-            parts.append(_blended(self._squeezed(first), self._patches))
-            grid = self._grid((image.height, image.width), first) if alone else np.zeros((1, 0), dtype=np.int64)
-            parts.append(_blended(grid, self._laid(*grid.shape), newline))
-            tokens.append(sum(len(index) for index, _ in parts) - before)
+            parts = self._tokens(image, alone, range(first, first + len(cut)), newline)
+            index += [part for part, _ in parts]
+            weights += [part for _, part in parts]
+            tokens.append(sum(len(part) for part, _ in parts))
             first += len(cut)
-        index, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return Pictures({"pixel_values": pixels, "feature_index": index, "feature_weights": weights}, tuple(tokens))
+        inputs = {"feature_index": np.concatenate(index), "feature_weights": np.concatenate(weights)}
+        return Pictures({"pixel_values": pixels, **inputs}, tuple(tokens))
+
+    def frames(self, total: int, rate: float, fps: float) -> np.ndarray:
+        """FRAMES at equal distances, or those that the bundle has tokens for."""
+        of_frame = math.prod(self._pooled)
+        count = max(1, min(FRAMES, total, (self.contract.image_tokens - 1) // of_frame))
+        return np.arange(count) * total // count
 
     def views(self, images: Sequence[Image.Image]) -> list[View]:
         """As LLaVA-NeXT's of one picture; each of several whole, on a square."""
@@ -65,6 +73,29 @@ class Processor(llava_next.Processor):
             View(self._square.framed(image), patches + number * (patches.size + 1))
             for number, image in enumerate(images)
         ]
+
+    def _cut(self, image: Image.Image | Video, alone: bool) -> list[Image.Image]:
+        """Tiles of a picture, or of a video, whose frames are squeezed into one each."""
+        if isinstance(image, Video):
+            return [self.framed(frame) for frame in image.frames if isinstance(frame, Image.Image)]
+        return self._tiles(image) if alone else [self._square.framed(image)]
+
+    def _tokens(
+        self, image: Image.Image | Video, alone: bool, tiles: range, newline: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Patches and weights of the tokens of a picture, or of a video, that became these tiles."""
+        nothing = np.zeros((1, 0), dtype=np.int64)
+        if isinstance(image, Video):
+            frames = [_blended(self._squeezed(tile), self._pooled) for tile in tiles]
+            return [*frames, _blended(nothing, (1, 0), newline)]
+        grid = self._grid((image.height, image.width), tiles[0]) if alone else nothing
+        return [_blended(self._squeezed(tiles[0]), self._patches), _blended(grid, self._laid(*grid.shape), newline)]
+
+    @property
+    def _pooled(self) -> tuple[int, int]:
+        """Rows and columns of a frame's tokens."""
+        rows, columns = self._patches
+        return -(-rows // 2), -(-columns // 2)
 
     def _laid(self, rows: int, columns: int) -> tuple[int, int]:
         """Fewer where the patches are more than those of the most tiles, by a fifth or above."""

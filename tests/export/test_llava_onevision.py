@@ -21,6 +21,7 @@ from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.contract import kept_count
 from vlmtrim.runtime import Message, Prompt
 from vlmtrim.runtime.measure.check import Parity, Recording, Turn, compare, record
+from vlmtrim.runtime.processors import llava_onevision as processors
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 from vlmtrim.runtime.slots.request import Preparer
@@ -157,11 +158,6 @@ def test_another_text_model_and_a_tower_with_a_class_token(export_tiny):
     assert parity(session, "clip", found, expected)
 
 
-def test_videos_are_refused(session):
-    with pytest.raises(runtime.RuntimeRefusal, match="llava_onevision take no videos; give the frames as pictures"):
-        runtime.Chat(session).generate("?", [runtime.Video([picture(SQUARE)])])
-
-
 @pytest.mark.parametrize("like", PARAMETERS)
 def test_published_models_are_planned(like, tmp_path):
     """Sizes as the model cards of llava-hf/llava-onevision-qwen2-*-ov-hf say."""
@@ -181,3 +177,49 @@ def test_a_real_config_is_planned(tmp_path, capsys):
     printed = "".join(capsys.readouterr())
     assert f"layers 2-2, {16384 - 8829 + round(8829 / 4)} tokens" in printed
     assert "feature_weights      float16   [M, 4]" in printed and "TopK 2" in printed
+
+
+def film(seed, frames, size=(70, 50)):
+    return runtime.Video(tuple(picture(size, seed + number) for number in range(frames)))
+
+
+@pytest.mark.parametrize("method", ["fastv", "none"])
+def test_videos_beside_a_picture_equal_pytorch(method, export_tiny):
+    """A video, a picture (alone, and so in tiles) before a video, words; 4 tokens a frame and a newline."""
+    bundle = open_bundle(export_tiny("onevision", family="llava_onevision", method=method, max_batch=2))
+    session = Session(bundle, make_backend("ort-cpu"))
+    reference = Reference(llava_onevision.MODEL_CLASS, bundle.folder, bundle.contract.selection)
+    first, second = (film(0, 5),), (picture(WIDE, 9), film(20, 3))
+    turns = [
+        Turn("film", prompt(session, list(range(40, 52)), *first), first),
+        Turn("both", prompt(session, list(range(60, 70)), *second), second, opens=False),
+        Turn("words", [70, 71, 72], opens=False),
+    ]
+    assert [session.processor(turn.images).tokens for turn in turns[:2]] == [(5 * 4 + 1,), (16 + 6 * 10, 3 * 4 + 1)]
+    for turn in turns:
+        expected, tokens = reference.record(turn, 6)
+        found, _ = record(session, turn, tokens)
+        assert parity(session, turn.name, found, expected)
+
+
+def test_tokens_of_frames_are_transformers_at_the_published_size():
+    """27 x 27 patches become 14 x 14 tokens: weights equal torch's interpolate to the bit."""
+    patches = torch.rand(1, 1, 27, 27, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.interpolate(patches, size=[14, 14], mode="bilinear")
+    index, weights = processors._blended(np.arange(27 * 27).reshape(27, 27), (14, 14))
+    found = (patches.numpy().ravel()[index] * weights).sum(1)
+    np.testing.assert_allclose(found, expected.numpy().ravel(), atol=2e-7)
+
+
+def test_frames_of_a_film_are_32_or_what_the_bundle_holds(session):
+    most = (session.contract.image_tokens - 1) // 4
+    assert most < 32
+    assert session.processor.frames(10 * most, 10.0, 2.0).tolist() == list(range(0, 10 * most, 10))
+    assert session.processor.frames(3, 10.0, 2.0).tolist() == [0, 1, 2]
+
+
+def test_a_chat_takes_a_video(bundle):
+    chat = runtime.Chat(Session(bundle, make_backend("ort-cpu")))
+    question = runtime.Prompt(film(0, 3), "and", runtime.Image(picture(DOT)), "?")
+    first = next(iter(chat.generate(question, max_new_tokens=1)))
+    assert first.prefill.visual == 3 * 4 + 1 + chat.session.processor([picture(DOT)]).tokens[0]

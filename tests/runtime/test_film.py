@@ -51,7 +51,7 @@ def film(tmp_path_factory):
 def processors(export_tiny):
     """name -> the processor of a tiny bundle."""
     made = {}
-    for family in ("qwen2_5_vl", "video_llava", "llava"):
+    for family in ("qwen2_5_vl", "video_llava", "llava_onevision", "llava"):
         bundle = open_bundle(export_tiny("film", family=family, method="none"))
         made[family] = load_processor(bundle.files, bundle.contract)
     return made
@@ -94,7 +94,7 @@ def test_eight_frames_of_video_llava_are_those_of_its_authors(processors):
     assert processors["video_llava"].frames(3, 10.0, 2.0).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llava"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llava", "llava_onevision"])
 def test_a_film_is_its_frames_given_one_by_one(processors, film, family):
     """To the bit, though what is held was shrunk to what the model sees."""
     processor = processors[family]

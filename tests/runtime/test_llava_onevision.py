@@ -26,7 +26,9 @@ from vlmtrim.runtime.processors.llava_onevision import Processor
 
 # The published towers: SigLIP at 384 pixels, 36 resolutions, as transformers has them by default.
 REAL = LlavaOnevisionConfig(
-    text_config=Qwen2Config(vocab_size=152000, max_position_embeddings=32768),
+    text_config=Qwen2Config(
+        vocab_size=152000, max_position_embeddings=32768, bos_token_id=1, eos_token_id=2, pad_token_id=3
+    ),
     vision_config=SiglipVisionConfig(image_size=384, patch_size=14),
 )
 
