@@ -10,8 +10,8 @@ from vlmtrim.export.checkpoint import family_names, prunes
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.contract import IMAGES
 
-# Of these every method runs by default. Methods know no family: of the others fastv and none do, the rest is slow.
-THOROUGH = ("llava", "llava_next", "mllama", "qwen2_5_vl", "qwen2_vl")
+# Of these every method runs by default. Methods know no family: of the others fastv and none run, the rest is slow.
+THOROUGH = ("llava", "mllama", "qwen2_5_vl")
 # Of methods that do nothing by default in what tests are made of: 9 of some 60 cache entries.
 FIELDS = {"tidal": {"entries": 9, "selecting": (0, 2)}}
 
