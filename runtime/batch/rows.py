@@ -108,9 +108,7 @@ def rows(piece: Piece, prompt: str | None) -> Iterator[Row]:
         if number in skip:
             continue
         if row.error is None and not row.prompt:
-            row = replace(
-                row, prompt=prompt or "", error=None if prompt else "has no prompt; add one, or give --prompt"
-            )
+            row = replace(row, prompt=prompt or "", error=None if prompt else UNASKED)
         yield row
 
 
