@@ -23,7 +23,7 @@ void keep_pictures(const Pictures& pictures) {
     results()[name].assign(tensor.as<char>(), tensor.nbytes());
     inputs[name] = {{"shape", tensor.shape}, {"dtype", name_of(tensor.dtype)}};
   }
-  results()["json"] = Json{{"inputs", inputs}, {"grids", pictures.grids}}.dump();
+  results()["json"] = Json{{"inputs", inputs}, {"grids", pictures.grids}, {"words", pictures.words}}.dump();
 }
 
 struct Probed {

@@ -99,7 +99,7 @@ class Native:
         call("probe_caches", self._handle, ctypes.c_double(share), ctypes.c_int64(every))
 
     def process(self, images) -> dict:
-        """What the processor makes of Pillow pictures: inputs by name, tokens and grids."""
+        """What the processor makes of Pillow pictures: inputs by name, tokens, grids and words."""
         pixels = np.concatenate([np.asarray(image).reshape(-1) for image in images])
         sizes = np.array([(image.height, image.width) for image in images], dtype=np.int32)
         call("probe_process", self._handle, pointer(pixels), pointer(sizes), len(images))
@@ -107,7 +107,12 @@ class Native:
         inputs = {
             name: array(name, tensor["dtype"]).reshape(tensor["shape"]) for name, tensor in said["inputs"].items()
         }
-        return {"inputs": inputs, "tokens": array("tokens", np.int64).tolist(), "grids": said["grids"]}
+        return {
+            "inputs": inputs,
+            "tokens": array("tokens", np.int64).tolist(),
+            "grids": said["grids"],
+            "words": said["words"],
+        }
 
     def prefill(self, ids, pictures=None, guide=None) -> dict:
         """``pictures`` as Python's processor makes them. Returns what the prefill did, arrays by name."""

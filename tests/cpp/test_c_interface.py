@@ -200,7 +200,7 @@ def seeded(settings):
     return {**settings, "has_seed": 1} if "seed" in settings else settings
 
 
-OFTEN = ("fastv", "zipvl", "trimmed")  # the others are the same code over other processors
+OFTEN = ("fastv", "zipvl", "trimmed", "smol", "intern")  # the others are the same code over other processors
 
 
 @pytest.mark.parametrize(

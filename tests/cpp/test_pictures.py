@@ -162,6 +162,9 @@ FAMILIES = {
     "qwen2_vl": {},
     "qwen2_5_vl": {},
     "mllama": {"images": 3, "method": "none"},
+    "smolvlm": {"max_seq_len": 1024},
+    "idefics3": {"max_seq_len": 1024},
+    "internvl": {"max_seq_len": 1024, "image_tokens": 52},
 }
 
 
@@ -175,6 +178,7 @@ def test_processors_are_pythons(family, export_tiny):
         expected, found = ours(images), native.process(images)
         assert found["tokens"] == list(expected.tokens)
         assert [tuple(grid) for grid in found["grids"]] == list(expected.grids)
+        assert found["words"] == list(expected.words)
         assert found["inputs"].keys() == expected.inputs.keys()
         for name, value in expected.inputs.items():
             np.testing.assert_array_equal(found["inputs"][name], value, err_msg=f"{name} of {sizes}")
@@ -183,5 +187,5 @@ def test_processors_are_pythons(family, export_tiny):
 
 
 def test_a_family_that_only_python_runs_is_refused(export_tiny):
-    with pytest.raises(ProbeError, match='is of family "smolvlm"; this vlmtrim runs llava, '):
-        Native(export_tiny("words", family="smolvlm"))
+    with pytest.raises(ProbeError, match='is of family "video_llava"; this vlmtrim runs idefics3, '):
+        Native(export_tiny("films", family="video_llava"))

@@ -25,19 +25,22 @@ CASES = {
     "next": ("llava_next", {"k": 2, "r": 0.5}),
     "qwen2": ("qwen2_vl", {"k": 1, "r": 0.5}),
     "qwen2_5": ("qwen2_5_vl", {"k": 1, "r": 0.5}),
+    "smol": ("smolvlm", {"k": 2, "r": 0.5}),
+    "idefics": ("idefics3", {"k": 2, "r": 0.5}),
+    "intern": ("internvl", {"k": 2, "r": 0.5}),
     "cross": ("mllama", {"method": "none", "images": 3}),
     "trimmed": ("mllama", {"method": "trimmed-llama", "ratio": 0.25, "images": 3}),
 }
 
 # More of them, which only engines run in pieces. A packed weight is multiplied as the CPU's kernels do, by their own
-# rounding: no engine would.
+# rounding: no engine would. Idefics3 and InternVL differ from SmolVLM in what is before the engines.
 ON_ENGINES = {
     "chained": ("llava", {"k": 2, "r": 0.5, "engine": "tensorrt-rtx", "engine_shards": 2}),
     "crossing-chain": (
         "mllama",
         {"method": "trimmed-llama", "images": 2, "engine": "tensorrt-rtx", "engine_shards": 3},
     ),
-    **{name: case for name, case in CASES.items() if name != "packed"},
+    **{name: case for name, case in CASES.items() if name not in ("packed", "idefics", "intern")},
 }
 
 

@@ -104,6 +104,14 @@ def gpt2():
     return tokenizer
 
 
+def digits(each):
+    """As of SmolLM2: digits apart, or numbers, then GPT-2's pattern."""
+    tokenizer = gpt2()
+    steps = [pre_tokenizers.Digits(individual_digits=each), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return tokenizer
+
+
 KINDS = {
     "demo": lambda: Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")),
     "llama3": lambda: byte_level(LLAMA3, forms=False),
@@ -111,6 +119,8 @@ KINDS = {
     "llama": lambda: llama(legacy=False),
     "llama-legacy": lambda: llama(legacy=True),
     "gpt2": gpt2,
+    "smollm2": lambda: digits(each=True),
+    "numbers": lambda: digits(each=False),
 }
 
 

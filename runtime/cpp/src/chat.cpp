@@ -31,8 +31,7 @@ Answer Chat::generate(const std::vector<Part>& parts, const std::vector<Picture>
   Prefill prefill;
   const std::vector<int64_t> fresh = conversation_->ask(parts);
   try {
-    const std::vector<int64_t> tokens = prepared ? prepared->tokens : std::vector<int64_t>{};
-    prefill = fed(expand_images(fresh, session_.contract().image_token_id, tokens), prepared, options);
+    prefill = fed(expanded(fresh, prepared), prepared, options);
   } catch (...) {
     conversation_->take_back();
     throw;
@@ -52,8 +51,7 @@ Answer Chat::generate_ids(const std::vector<int64_t>& ids, const std::vector<Pic
                           const GenerateOptions& options, const Listener& listener) {
   cancelled_ = false;
   const auto prepared = this->prepared(pictures);
-  const std::vector<int64_t> tokens = prepared ? prepared->tokens : std::vector<int64_t>{};
-  const auto expanded = expand_images(ids, session_.contract().image_token_id, tokens);
+  const auto expanded = this->expanded(ids, prepared);
   std::shared_ptr<const Tokenizer> tokenizer;
   try {
     tokenizer = session_.model().tokenizer();
@@ -62,6 +60,13 @@ Answer Chat::generate_ids(const std::vector<int64_t>& ids, const std::vector<Pic
   Answer answer;
   speak(fed(expanded, prepared, options), options, listener, tokenizer, answer);
   return answer;
+}
+
+std::vector<int64_t> Chat::expanded(const std::vector<int64_t>& ids, const std::optional<Pictures>& pictures) {
+  const int64_t image = session_.contract().image_token_id;
+  if (!pictures) return expand_images(ids, image, {});
+  if (pictures->words.empty()) return expand_images(ids, image, pictures->tokens);
+  return tell_images(ids, image, pictures->words, pictures->tokens, *session_.model().tokenizer());
 }
 
 std::optional<Pictures> Chat::prepared(const std::vector<Picture>& pictures) const {

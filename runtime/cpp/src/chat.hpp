@@ -60,6 +60,8 @@ class Chat {
   void cancel() { cancelled_ = true; }
 
  private:
+  // Ids with the tokens of all pictures in place of their marks.
+  std::vector<int64_t> expanded(const std::vector<int64_t>& ids, const std::optional<Pictures>& pictures);
   std::optional<Pictures> prepared(const std::vector<Picture>& pictures) const;
   Prefill fed(const std::vector<int64_t>& ids, const std::optional<Pictures>& pictures, const GenerateOptions& options);
   // Fills `answer` as far as it gets.

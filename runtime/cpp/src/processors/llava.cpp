@@ -19,7 +19,7 @@ class Llava final : public Processor {
     for (int64_t i = 0; i < count; ++i) {
       image_.apply(pictures[static_cast<size_t>(i)], pixels.as<float>() + i * each);
     }
-    return {{{"pixel_values", pixels}}, std::vector<int64_t>(pictures.size(), contract_.image_tokens), {}};
+    return {{{"pixel_values", pixels}}, std::vector<int64_t>(pictures.size(), contract_.image_tokens), {}, {}};
   }
 
  private:

@@ -56,6 +56,7 @@ class Mllama final : public Processor {
              {"aspect_ratio_ids", Tensor::of(ids, {count})},
              {"aspect_ratio_mask", Tensor::of(mask, {count, tiles_})}},
             std::vector<int64_t>(pictures.size(), 1),
+            {},
             {}};
   }
 

@@ -16,6 +16,9 @@ struct Pictures {
   Tensors inputs;               // of the vision graph: float32 (cast to the contract's dtype later) or int64
   std::vector<int64_t> tokens;  // visual tokens that each picture brings
   std::vector<std::vector<int64_t>> grids;  // what a family's positions depend on, per picture
+  // What the prompt says of each picture in place of its mark, from a control token to a control token; empty where
+  // that is the mark alone, once for every token.
+  std::vector<std::string> words;
 };
 
 struct Positions {

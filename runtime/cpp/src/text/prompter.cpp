@@ -140,6 +140,34 @@ std::vector<int64_t> expand_images(const std::vector<int64_t>& ids, int64_t imag
   return expanded;
 }
 
+std::vector<int64_t> tell_images(const std::vector<int64_t>& ids, int64_t image_token,
+                                 const std::vector<std::string>& words, const std::vector<int64_t>& tokens,
+                                 const Tokenizer& tokenizer) {
+  const auto is_mark = [&](int64_t id) { return id == image_token; };
+  const auto marks = static_cast<size_t>(std::count_if(ids.begin(), ids.end(), is_mark));
+  if (marks != words.size()) {
+    throw Refusal(said("the prompt holds ", marks, " image mark(s) for ", words.size(), " image(s)"));
+  }
+  std::vector<int64_t> told;
+  size_t picture = 0;
+  for (const int64_t id : ids) {
+    if (!is_mark(id)) {
+      told.push_back(id);
+      continue;
+    }
+    // Between control tokens: cut alone as among the words around it.
+    const std::vector<int64_t> own = tokenizer.encode(words[picture], false);
+    const int64_t found = std::count_if(own.begin(), own.end(), is_mark);
+    if (found != tokens[picture]) {
+      throw Refusal(said("the tokenizer makes ", found, " image tokens of a picture of ", tokens[picture],
+                         "; export the model again from one checkpoint"));
+    }
+    told.insert(told.end(), own.begin(), own.end());
+    ++picture;
+  }
+  return told;
+}
+
 Conversation::Conversation(const Prompter& prompter, std::string system)
     : prompter_(prompter), system_(std::move(system)) {
   if (first_bad_utf8(system_)) throw Refusal("the system text is no valid Unicode text; give UTF-8");

@@ -62,6 +62,11 @@ class Prompter {
 std::vector<int64_t> expand_images(const std::vector<int64_t>& ids, int64_t image_token,
                                    const std::vector<int64_t>& tokens);
 
+// Puts what the prompt says of every picture, which has all its image tokens, in place of its mark. Throws Refusal.
+std::vector<int64_t> tell_images(const std::vector<int64_t>& ids, int64_t image_token,
+                                 const std::vector<std::string>& words, const std::vector<int64_t>& tokens,
+                                 const Tokenizer& tokenizer);
+
 // The turns of a conversation; knows what the caches already hold of it.
 class Conversation {
  public:

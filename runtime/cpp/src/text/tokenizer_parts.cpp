@@ -248,6 +248,12 @@ std::vector<PreTokenizer> read_pre_tokenizers(const Json& part, const std::strin
       steps.push_back(metaspace_of(step, where));
     } else if (type == "Split") {
       steps.push_back(split_of(step, where));
+    } else if (type == "Digits") {
+      PreTokenizer made{};
+      made.kind = PreTokenizer::Kind::kSplit;
+      const bool each = flag_of(step, "individual_digits", where, false);
+      made.pattern = std::make_shared<const Regex>(each ? "\\p{N}" : "\\p{N}+");
+      steps.push_back(made);
     } else {
       refuse(where, shown(type));
     }

@@ -1,0 +1,141 @@
+// InternVL3: a picture is stretched to a grid of tiles; the whole of it comes last, where there is more than one.
+// Mirrors runtime/processors/internvl.py.
+#include <algorithm>
+#include <cmath>
+
+#include "core/error.hpp"
+#include "picture/settings.hpp"
+#include "processors/families.hpp"
+
+namespace vlmtrim {
+namespace {
+
+constexpr int64_t kMostTiles = 12;    // max_patches of settings that name none
+constexpr int64_t kLargestGrid = 64;  // tiles of any checkpoint
+constexpr size_t kLongestMark = 64;   // characters of a special token
+
+struct Grid {
+  int across, down;
+  int64_t tiles() const { return int64_t{across} * down; }
+};
+
+// Columns and rows, `least` to `most` tiles of `tile` pixels, that are nearest to a picture's proportions. Of grids
+// that are equally near the largest counts whose tiles have less than twice the picture's pixels; where none of them
+// has, the smallest.
+Grid best_grid(const Picture& picture, double tile, int64_t least, int64_t most) {
+  if (most == 1) return {1, 1};
+  std::vector<Grid> grids;
+  for (int across = 1; across <= most; ++across) {
+    for (int down = 1; down <= most; ++down) {
+      const int64_t count = int64_t{across} * down;
+      if (least <= count && count <= most) grids.push_back({across, down});
+    }
+  }
+  if (grids.empty()) return {1, 1};
+  std::stable_sort(grids.begin(), grids.end(), [](Grid a, Grid b) { return a.tiles() < b.tiles(); });
+  const double wide = picture.width, high = picture.height;
+  const auto distance = [&](Grid grid) { return std::abs(wide / high - static_cast<double>(grid.across) / grid.down); };
+  double nearest = distance(grids.front());
+  for (const Grid grid : grids) nearest = std::min(nearest, distance(grid));
+  std::vector<Grid> equal;
+  for (const Grid grid : grids) {
+    if (distance(grid) == nearest) equal.push_back(grid);
+  }
+  for (size_t i = equal.size() - 1; i > 0; --i) {
+    if (wide * high > 0.5 * tile * static_cast<double>(equal[i].tiles())) return equal[i];
+  }
+  return equal.front();
+}
+
+// The special token of a role, as the tokenizer's settings name it.
+std::string mark_of(const Json& raw, const char* role, const char* usual, const std::string& where) {
+  const auto named = [&](const Json& place) {
+    const auto found = place.is_object() ? place.find(role) : place.end();
+    const bool none = !place.is_object() || found == place.end() || found->is_null() || *found == "";
+    return none ? Json() : Json(*found);
+  };
+  const auto extra = raw.find("extra_special_tokens");
+  Json value = extra == raw.end() ? Json() : named(*extra);
+  if (value.is_null()) value = named(raw);
+  if (value.is_null()) value = usual;
+  if (value.is_object()) value = value.value("content", Json());
+  return text_value(value, said(where, ": ", role), kLongestMark);
+}
+
+class InternVl final : public Processor {
+ public:
+  InternVl(const Folder& files, const Contract& contract)
+      : Processor(contract), tile_(ImageProcessor::from_folder(files)) {
+    tile_.pad_to_square = false;
+    const ImageSettings settings = ImageSettings::read(files);
+    most_ = settings.integer("max_patches", 1, kLargestGrid, kMostTiles);
+    least_ = settings.integer("min_patches", 1, kLargestGrid, 1);
+    if (!contract.image_grid) {
+      throw BundleError(
+          said((files.path() / "contract.json").string(), ": image_grid is null; internvl needs that of a tile"));
+    }
+    each_ = contract.image_grid->first * contract.image_grid->second;
+    expect_inputs(files, contract, {{"pixel_values", {-1, 3, tile_.height, tile_.width}}});
+    const int64_t most = most_ + (most_ > 1 ? 1 : 0);
+    if (most * each_ > contract.image_tokens || contract.dims.count("T") == 0) {
+      settings.refuse(said("max_patches is ", most_, ", up to ", most,
+                           " tiles a picture; the bundle takes pictures of ", contract.image_tokens, " tokens, ", each_,
+                           " of them a tile: export the model again"));
+    }
+    const std::string name = "tokenizer_config.json", where = (files.path() / name).string();
+    const Json raw = files.contains(name) ? files.json(name) : Json::object();
+    start_ = mark_of(raw, "start_image_token", "<img>", where);
+    mark_ = mark_of(raw, "context_image_token", "<IMG_CONTEXT>", where);
+    end_ = mark_of(raw, "end_image_token", "</img>", where);
+  }
+
+  Pictures prepare(const std::vector<Picture>& pictures) const override {
+    std::vector<Picture> tiles;
+    Pictures made;
+    for (const Picture& picture : pictures) {
+      const size_t before = tiles.size();
+      add_tiles(picture, tiles);
+      made.tokens.push_back(static_cast<int64_t>(tiles.size() - before) * each_);
+      std::string words = start_;
+      for (int64_t i = 0; i < made.tokens.back(); ++i) words += mark_;
+      made.words.push_back(words + end_);
+    }
+    const auto total = static_cast<int64_t>(tiles.size());
+    if (const int64_t most = contract_.dims.at("T").second; total > most) {
+      throw Refusal(said(pictures.size(), " pictures become ", total, " tiles, the bundle takes ", most,
+                         " in one step; give fewer pictures at once, or export with a larger --max-seq-len"));
+    }
+    Tensor pixels = Tensor::empty(DType::kFloat32, {total, 3, tile_.height, tile_.width});
+    const int64_t size = int64_t{3} * tile_.height * tile_.width;
+    for (int64_t i = 0; i < total; ++i) tile_.apply(tiles[static_cast<size_t>(i)], pixels.as<float>() + i * size);
+    made.inputs["pixel_values"] = pixels;
+    return made;
+  }
+
+ private:
+  // The stretched picture's tiles row by row, then the squeezed picture where they are several.
+  void add_tiles(const Picture& picture, std::vector<Picture>& tiles) const {
+    const Grid grid = best_grid(picture, static_cast<double>(tile_.width) * tile_.height, least_, most_);
+    if (grid.tiles() > 1) {
+      const Picture whole = resized(picture, grid.across * tile_.width, grid.down * tile_.height, tile_.filter);
+      for (int row = 0; row < grid.down; ++row) {
+        for (int column = 0; column < grid.across; ++column) {
+          tiles.push_back(cropped(whole, column * tile_.width, row * tile_.height, tile_.width, tile_.height));
+        }
+      }
+    }
+    tiles.push_back(resized(picture, tile_.width, tile_.height, tile_.filter));
+  }
+
+  ImageProcessor tile_;
+  int64_t most_, least_, each_;  // tiles of a picture; tokens of a tile
+  std::string start_, mark_, end_;
+};
+
+}  // namespace
+
+std::unique_ptr<Processor> make_internvl(const Folder& files, const Contract& contract) {
+  return std::make_unique<InternVl>(files, contract);
+}
+
+}  // namespace vlmtrim
