@@ -2,10 +2,13 @@
 """Requests at once on slots beside one after the other, for bundles of the demo task, in turns and in one process.
 
     python scripts/bench_slots.py BUNDLE... --clients 1 2 4 8
+    python scripts/bench_slots.py BUNDLE... --steps 12
 
 Every client asks test questions one after the other, each with its picture; answers are cut at ``--tokens`` and never
 end before. "alone" is a Chat that answers the same questions one at a time. Medians over the rounds; ratios are of
 requests a second against alone, of the same round.
+
+With ``--steps``, of bundles of any model: what a decode step costs by the rows that are live, behind a picture each.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ import numpy as np
 from vlmtrim import runtime
 from vlmtrim.export.demo import task
 from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.runtime.image import generated_picture
+from vlmtrim.runtime.slots.request import Preparer
+from vlmtrim.runtime.slots.rows import Rows
 
 
 def main() -> None:
@@ -32,7 +38,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32, help="of all clients together, a round")
     parser.add_argument("--tokens", type=int, default=32, help="of every answer")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=0, help="measure so many decode steps by live rows instead")
     args = parser.parse_args()
+    if args.steps:
+        by_rows(args.bundles, args.steps)
+        return
     examples = list(task.examples("test", args.requests))
     runs: dict[str, Callable[[], list[list[float]]]] = {}
     for folder in args.bundles:
@@ -65,6 +75,34 @@ def main() -> None:
         between = ", ".join(f"{np.percentile(gaps, q):.1f}" for q in (50, 99))
         rate = args.requests / statistics.median(seconds[name])
         print(f"| {name} | {rate:.1f} | {ratio:.2f} | {said} | {between} |")
+
+
+def by_rows(folders: list[Path], steps: int) -> None:
+    """Print medians of decode steps of 1, 2, ... rows, in turns."""
+    parts: dict[tuple[str, int], runtime.Session] = {}
+    tokens: dict[str, int] = {}
+    for folder in folders:
+        bundle = open_bundle(folder)
+        most = bundle.contract.dims["B"][1]
+        whole = runtime.Session(bundle, runtime.make_backend("ort-cpu"), most)
+        picture = runtime.Prompt(runtime.Image(generated_picture(1).resize((800, 600))), "What is it?")
+        prepare = Preparer(bundle.contract, whole.prompter, whole.processor)
+        request = prepare([runtime.Message("user", picture)], None, None, (), None)
+        rows = Rows(whole)
+        for single in rows.single:
+            single.prefill([request.ids], request.pictures)
+        tokens[folder.name] = len(request.ids)
+        parts |= {(folder.name, count): rows.first(count) for count in range(1, most + 1)}
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in parts}
+    for _ in range(steps + 1):
+        for (name, count), part in parts.items():
+            start = time.perf_counter()
+            part.decode(np.full(count, 40), np.ones(count, dtype=bool))
+            seconds[name, count].append(time.perf_counter() - start)
+    print("| | prompt | rows | step, ms | tokens/s against one row |\n|---|---|---|---|---|")
+    for (name, count), found in seconds.items():
+        step, one = statistics.median(found[1:]), statistics.median(seconds[name, 1][1:])
+        print(f"| {name} | {tokens[name]} | {count} | {1e3 * step:.2f} | {count * one / step:.2f} |")
 
 
 def alone(chat: runtime.Chat, examples: list[task.Example], tokens: int) -> list[list[float]]:
