@@ -93,7 +93,7 @@ class Engine:
         with self.changed:
             if not self.open:
                 raise Closed("the engine is closed")
-            if len(self.waiting) >= self.queue:
+            if len(self.waiting) >= self.queue + self.slots - self.live:  # those that a free slot will take, too
                 raise Busy("full")
             answer = Answer(request)
             self.waiting.append(answer)

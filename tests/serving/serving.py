@@ -104,7 +104,7 @@ def text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def eventually(condition, seconds: float = 5.0) -> None:
+def eventually(condition, seconds: float = 30.0) -> None:
     """Wait for something that another thread brings about."""
     end = time.monotonic() + seconds
     while not condition():
