@@ -22,6 +22,7 @@ BUNDLES = {
     "llava none": {"method": "none"},
     "llava zipvl": {"method": "zipvl"},
     "llava pyramid": {"method": "pyramid"},
+    "llava tidal": {"method": "tidal", "entries": 9, "selecting": (0, 2)},
     "llava_next fastv": {"family": "llava_next", **ANY_SIZE},
     "qwen2_5_vl fastv": {"family": "qwen2_5_vl", **ANY_SIZE},
     "mllama trimmed-llama": {"family": "mllama", "method": "trimmed-llama", "images": 3},
