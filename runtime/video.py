@@ -37,6 +37,11 @@ class Video:
         """A video of the files in the order given; folders stand for their files by name. Raises RuntimeRefusal."""
         return Video([file for name in paths for file in _files(name)], fps)
 
+    @property
+    def opened(self) -> list[Image.Image]:
+        """The frames of one that :meth:`load` made."""
+        return [frame for frame in self.frames if isinstance(frame, Image.Image)]
+
     def load(self) -> Video:
         """The same with every frame opened as RGB. Raises RuntimeRefusal where they cannot be one video."""
         if not self.frames:

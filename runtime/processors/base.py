@@ -62,6 +62,15 @@ class Processor(ABC):
     def framed(self, image: Image.Image) -> Image.Image:
         """The part of a picture that the model sees, for drawings."""
 
+    def check_tiles(self, pictures: int, tiles: int) -> None:
+        """Raise RuntimeRefusal where so many pictures become more tiles than the vision graph takes in a step (T)."""
+        most = self.contract.dims["T"][1]
+        if tiles > most:
+            raise RuntimeRefusal(
+                f"{pictures} pictures become {tiles} tiles, the bundle takes {most} in one step; "
+                "give fewer pictures at once, or export with a larger --max-seq-len"
+            )
+
     def frames(self, total: int, rate: float, fps: float) -> np.ndarray:
         """Which frames the model is shown of a film.
 
@@ -104,6 +113,11 @@ class Processor(ABC):
             position_ids as the contract states them, and each row's first free position after the step.
         """
         return start[:, None] + np.arange(ids.shape[1]), start + counts
+
+
+def evenly(total: int, count: int) -> np.ndarray:
+    """Numbers of ``count`` frames at equal distances of ``total``, int64, from the first on."""
+    return np.arange(count) * total // count
 
 
 def load_processor(files: Folder, contract: Contract) -> Processor:

@@ -13,7 +13,6 @@ from PIL import Image
 
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.reading import BundleError, Folder, shown
-from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import ImageProcessor, expect_inputs
 from vlmtrim.runtime.image_settings import ImageSettings
 from vlmtrim.runtime.processors import base
@@ -55,12 +54,7 @@ class Processor(base.Processor):
     def __call__(self, images: Sequence[Image.Image]) -> Pictures:
         """RGB pictures -> inputs of the vision graph. Raises RuntimeRefusal where they are more than it takes."""
         tiles = [self._tiles(image) for image in images]
-        total, most = sum(map(len, tiles)), self.contract.dims["T"][1]
-        if total > most:
-            raise RuntimeRefusal(
-                f"{len(images)} pictures become {total} tiles, the bundle takes {most} in one step; "
-                "give fewer pictures at once, or export with a larger --max-seq-len"
-            )
+        self.check_tiles(len(images), sum(map(len, tiles)))
         tokens = tuple(len(cut) * math.prod(self._tokens) for cut in tiles)
         pixels = np.stack([self._tile(tile) for cut in tiles for tile in cut])
         words = tuple(f"{self._start}{self._mark * count}{self._end}" for count in tokens)

@@ -11,7 +11,6 @@ from PIL import Image
 
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.reading import BundleError, Folder
-from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import ImageProcessor, expect_inputs
 from vlmtrim.runtime.image_settings import ImageSettings
 from vlmtrim.runtime.processors import base
@@ -58,12 +57,7 @@ class Processor(base.Processor):
 
     def _stacked(self, tiles: Sequence[Sequence[Image.Image]]) -> np.ndarray:
         """Every picture's tiles, as float32 [T, 3, H, W]. Raises RuntimeRefusal where they are more than fit."""
-        total, most = sum(map(len, tiles)), self.contract.dims["T"][1]
-        if total > most:
-            raise RuntimeRefusal(
-                f"{len(tiles)} pictures become {total} tiles, the bundle takes {most} in one step; "
-                "give fewer pictures at once, or export with a larger --max-seq-len"
-            )
+        self.check_tiles(len(tiles), sum(map(len, tiles)))
         return np.stack([self._tile(tile) for cut in tiles for tile in cut])
 
     def framed(self, image: Image.Image) -> Image.Image:

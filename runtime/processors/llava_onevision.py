@@ -20,7 +20,7 @@ from PIL import Image
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.reading import BundleError, Folder, shown
 from vlmtrim.runtime.processors import llava_next
-from vlmtrim.runtime.processors.base import Pictures, View
+from vlmtrim.runtime.processors.base import Pictures, View, evenly
 from vlmtrim.runtime.video import Video
 
 FRAMES = 32  # of a film, as the model was trained
@@ -62,7 +62,7 @@ class Processor(llava_next.Processor):
         """FRAMES at equal distances, or those that the bundle has tokens for."""
         of_frame = math.prod(self._pooled)
         count = max(1, min(FRAMES, total, (self.contract.image_tokens - 1) // of_frame))
-        return np.arange(count) * total // count
+        return evenly(total, count)
 
     def views(self, images: Sequence[Image.Image]) -> list[View]:
         """As LLaVA-NeXT's of one picture; each of several whole, on a square."""
@@ -77,7 +77,7 @@ class Processor(llava_next.Processor):
     def _cut(self, image: Image.Image | Video, alone: bool) -> list[Image.Image]:
         """Tiles of a picture, or of a video, whose frames are squeezed into one each."""
         if isinstance(image, Video):
-            return [self.framed(frame) for frame in image.frames if isinstance(frame, Image.Image)]
+            return [self.framed(frame) for frame in image.opened]
         return self._tiles(image) if alone else [self._square.framed(image)]
 
     def _tokens(

@@ -19,7 +19,7 @@ from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import expect_inputs, normalised
 from vlmtrim.runtime.image_settings import LARGEST_PATCH, MOST_PIXELS, MOST_TOGETHER, ImageSettings
 from vlmtrim.runtime.processors import base
-from vlmtrim.runtime.processors.base import Pictures
+from vlmtrim.runtime.processors.base import Pictures, evenly
 from vlmtrim.runtime.video import Video
 
 LEAST_FRAMES, MOST_FRAMES = 4, 768  # of a film, as transformers has them
@@ -100,7 +100,7 @@ class Processor(base.Processor):
         share = self.contract.image_tokens * (self._patch * self._merge) ** 2 // self._least
         most = min(MOST_FRAMES, total, together * max(share, 1)) // together * together
         wanted = min(max(total / rate * fps, LEAST_FRAMES), most, total) // together * together
-        return np.arange(max(1, int(wanted))) * total // max(1, int(wanted))
+        return evenly(total, max(1, int(wanted)))
 
     def shrunk(self, frame: Image.Image, count: int) -> Image.Image:
         """As :meth:`framed`, where frames share what a picture may have."""
@@ -134,7 +134,7 @@ class Processor(base.Processor):
         """(patches [tokens, G, C T p p], grid) of a picture or a video."""
         together = self._frames_per_token
         if isinstance(image, Video):
-            frames = [frame for frame in image.frames if isinstance(frame, Image.Image)]
+            frames = image.opened
             frames += frames[-1:] * (-len(frames) % together)
             count = len(frames) // together
             times = (np.arange(count) * self._interval(image.fps)).astype(np.int64)

@@ -10,7 +10,6 @@ from PIL import Image
 
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.reading import BundleError, Folder
-from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import expect_inputs, normalised
 from vlmtrim.runtime.image_settings import LANCZOS, ImageSettings
 from vlmtrim.runtime.processors import base
@@ -60,11 +59,7 @@ class Processor(base.Processor):
         scaled = [self.framed(image) for image in images]
         grids = [self._tiled(image) for image in scaled]
         tiles = [rows * columns + 1 if rows else 1 for rows, columns in grids]
-        if sum(tiles) > (most := self.contract.dims["T"][1]):
-            raise RuntimeRefusal(
-                f"{len(images)} pictures become {sum(tiles)} tiles, the bundle takes {most} in one step; "
-                "give fewer pictures at once, or export with a larger --max-seq-len"
-            )
+        self.check_tiles(len(images), sum(tiles))
         pixels = [
             self._pixels(tile) for image, grid in zip(scaled, grids, strict=True) for tile in self._cut(image, grid)
         ]

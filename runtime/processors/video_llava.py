@@ -12,7 +12,7 @@ from vlmtrim.graphs.reading import BundleError, Folder
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import ImageProcessor, expect_inputs
 from vlmtrim.runtime.processors import base
-from vlmtrim.runtime.processors.base import Pictures, View
+from vlmtrim.runtime.processors.base import Pictures, View, evenly
 from vlmtrim.runtime.video import Video
 
 FRAMES = 8  # of a film
@@ -36,7 +36,7 @@ class Processor(base.Processor):
     def __call__(self, images: Sequence[Image.Image | Video]) -> Pictures:
         """RGB pictures and videos -> inputs of the vision graph. Raises RuntimeRefusal where a video is too long."""
         pictures = [image for image in images if not isinstance(image, Video)]
-        films = [_frames(image) for image in images if isinstance(image, Video)]
+        films = [image.opened for image in images if isinstance(image, Video)]
         self._check([len(film) for film in films])
         still, frame = len(self._patches), 1 + len(self._patches)
         first, after = 0, max(1, len(pictures)) * still  # in the table of features
@@ -60,7 +60,7 @@ class Processor(base.Processor):
     def frames(self, total: int, rate: float, fps: float) -> np.ndarray:
         """FRAMES at equal distances, as the model was trained, or what the bundle takes."""
         count = max(1, min(FRAMES, total, self.contract.image_tokens // (1 + len(self._patches))))
-        return np.arange(count) * total // count
+        return evenly(total, count)
 
     def views(self, images: Sequence[Image.Image | Video]) -> list[View]:
         """Every picture and every frame framed; class tokens lie nowhere."""
@@ -68,7 +68,7 @@ class Processor(base.Processor):
         views, start = [], 0
         for image in images:
             class_tokens = int(isinstance(image, Video))
-            for part in _frames(image) if isinstance(image, Video) else (image,):
+            for part in image.opened if isinstance(image, Video) else (image,):
                 start += class_tokens
                 views.append(View(self.framed(part), start + self._patches.reshape(rows, columns)))
                 start += len(self._patches)
@@ -87,7 +87,3 @@ class Processor(base.Processor):
                 f"a video of {max(films)} frames, {1 + len(self._patches)} visual tokens each; the bundle takes {most} "
                 "frames of one: give fewer, or export with more --image-tokens"
             )
-
-
-def _frames(film: Video) -> list[Image.Image]:
-    return [frame for frame in film.frames if isinstance(frame, Image.Image)]

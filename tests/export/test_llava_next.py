@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from tiled_turns import picture, prompt
 
 from vlmtrim.export import cli
-from vlmtrim.export.check_cli import generated_picture
 from vlmtrim.export.families import llava_next
 from vlmtrim.export.oracles.reference import Reference
 from vlmtrim.export.weights import large
@@ -26,18 +26,6 @@ WIDE, TALL, SQUARE, THIN = (112, 56), (56, 112), (130, 125), (400, 9)
 @pytest.fixture(scope="module")
 def next_bundle(export_tiny):
     return open_bundle(export_tiny("next", family="llava_next", k=2, r=0.5, max_batch=2))
-
-
-def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    return generated_picture(seed).resize(size, Image.Resampling.BICUBIC)
-
-
-def prompt(session: Session, text: list[int], *images: Image.Image) -> list[int]:
-    """Two tokens of text, then a picture and a token, and so on, then the other tokens."""
-    ids, rest = [256, *text[:2]], text[2:]
-    for tokens in session.processor(images).tokens:
-        ids += [session.contract.image_token_id] * tokens + [rest.pop()]
-    return ids + rest
 
 
 def groups_of(session: Session) -> list[tuple[int, ...]]:

@@ -5,12 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiled_turns import picture, prompt
 from transformers import AutoImageProcessor
 
 from vlmtrim import runtime
 from vlmtrim.export import cli, pipeline
-from vlmtrim.export.check_cli import generated_picture
 from vlmtrim.export.families import llava_onevision
 from vlmtrim.export.job import Job
 from vlmtrim.export.oracles.reference import own_processor, prepared
@@ -44,18 +43,6 @@ def session(bundle):
 @pytest.fixture(scope="module")
 def reference(bundle):
     return Reference(llava_onevision.MODEL_CLASS, bundle.folder, dict(bundle.contract.selection))
-
-
-def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    return generated_picture(seed).resize(size, Image.Resampling.BICUBIC)
-
-
-def prompt(session: Session, text: list[int], *images: Image.Image) -> list[int]:
-    """Two tokens of text, then a picture and a token, and so on, then the other tokens."""
-    ids, rest = [256, *text[:2]], text[2:]
-    for tokens in session.processor(images).tokens:
-        ids += [session.contract.image_token_id] * tokens + [rest.pop()]
-    return ids + rest
 
 
 def parity(session, name, found, expected):
