@@ -17,7 +17,7 @@ import uvicorn
 from PIL import Image
 
 from vlmtrim.runtime.serve.app import make_app
-from vlmtrim.runtime.serve.client import EngineClient
+from vlmtrim.runtime.serve.client import READY, EngineClient
 from vlmtrim.runtime.serve.server import listen
 
 
@@ -113,8 +113,8 @@ def eventually(condition, seconds: float = 30.0) -> None:
 
 
 @contextmanager
-def running(settings, bundle, engine):
-    """A server in a thread, around an engine that is there or that a function makes."""
+def running(settings, bundle, engine, ready=True):
+    """A server in a thread, around an engine that is there or that a function makes; ``ready`` waits for the engine."""
     client = EngineClient(settings, bundle, engine if callable(engine) else lambda: engine)
     opened = listen("127.0.0.1", 0)
     config = uvicorn.Config(make_app(client), lifespan="off", ws="none", log_config=None, access_log=False)
@@ -130,7 +130,7 @@ def running(settings, bundle, engine):
     port = opened.getsockname()[1]
     thread.start()
     try:
-        eventually(lambda: server.started)
+        eventually(lambda: server.started and (not ready or client.status == READY))
         yield Server(port, client)
     finally:
         server.should_exit = True

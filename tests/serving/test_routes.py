@@ -199,7 +199,7 @@ def test_not_ready_is_503(bundle):
         opening.wait(10)
         return scripted.Engine()
 
-    with serving.running(Settings("tiny"), bundle, open_slowly) as server:
+    with serving.running(Settings("tiny"), bundle, open_slowly, ready=False) as server:
         assert server.get("/health").status == 200 and server.get("/health/ready").status == 503
         refused = server.ask("say 2")
         assert refused.status == 503 and refused.headers["retry-after"] and refused.error["code"] == "starting"
