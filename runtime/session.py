@@ -93,7 +93,7 @@ class Session:
     def close(self) -> None:
         """Free graphs, weights and caches. What is run afterwards is refused."""
         self._graphs.clear()
-        self.caches = {}
+        self.caches.clear()
         return_memory()
 
     def part(self, first: int, count: int) -> Session:

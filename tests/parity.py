@@ -28,9 +28,11 @@ COMBINATIONS = [
 ]
 
 
-def images_of(family):
-    """Fields of a job whose caches hold all pictures of a conversation."""
-    return {"images": 3} if IMAGES in prunes(family) else {}
+def room_of(family):
+    """Fields of a job in which three turns of two rows with a picture each fit; one set of them, one trace a family."""
+    return {"images": 3, "max_batch": 2} | (
+        {} if IMAGES in prunes(family) else {"max_seq_len": 1024, "image_tokens": 0}
+    )
 
 
 def assert_parity(folder, capsys, *arguments):

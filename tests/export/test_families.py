@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from parity import COMBINATIONS, FIELDS, assert_parity, images_of
+from parity import COMBINATIONS, FIELDS, assert_parity, room_of
 
 from vlmtrim.export import check_cli
 from vlmtrim.runtime.engines import fingerprint
@@ -12,9 +12,7 @@ from vlmtrim.runtime.engines import fingerprint
 @pytest.mark.parametrize(("family", "method"), COMBINATIONS)
 def test_prefill_decode_and_second_turn_equal_pytorch(family, method, export_tiny, capsys, proves):
     """Float32 against the unpatched model and the family's oracle, within 1e-4."""
-    folder = export_tiny(
-        "parity", family=family, method=method, max_batch=2, **images_of(family), **FIELDS.get(method, {})
-    )
+    folder = export_tiny("chat", family=family, method=method, **room_of(family), **FIELDS.get(method, {}))
     assert_parity(folder, capsys)
     proves(family, method, "ONNX Runtime CPU")
 

@@ -3,11 +3,12 @@
 import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 from fake_machine import Machine
-from parity import COMBINATIONS, FIELDS, images_of
+from parity import COMBINATIONS, FIELDS, room_of
 
 from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle, seal
@@ -107,9 +108,7 @@ def test_a_conversation_of_every_family_equals_ort_cpu_to_the_bit(
     export_tiny, machine, tmp_path, picture, family, method, proves
 ):
     """Two rows; tiles and patches of any number, three position axes, features that only cross-attention takes."""
-    sizes = {} if images_of(family) else {"max_seq_len": 1024, "image_tokens": 0}
-    sizes |= FIELDS.get(method, {})
-    bundle = export_tiny("chat", family=family, method=method, max_batch=2, images=2, **sizes)
+    bundle = export_tiny("chat", family=family, method=method, **room_of(family), **FIELDS.get(method, {}))
     folder = machine.with_engines(bundle, tmp_path / "bundle")
     found = conversation(tensorrt.TrtBackend("tensorrt"), folder, picture, batch=2)
     assert_equal(found, conversation(ort_cpu(), folder, picture, batch=2))
@@ -313,6 +312,18 @@ def test_memory_is_told_by_use(machine, fastv_bundle, tmp_path, picture):
     del chat, session, backend, picture
     gc.collect()
     assert not any(device.used.values()) and not machine.cuda.device
+
+
+def test_what_is_closed_is_freed_at_once(machine, fastv_bundle, tmp_path, picture, request):
+    """Graphs and caches are in no cycle that only a search for garbage would free."""
+    session = open_session(machine, fastv_bundle, tmp_path / "bundle")
+    list(runtime.Chat(session).generate("What is it?", [picture], max_new_tokens=3))
+    graphs = [weakref.ref(graph) for graph in session._graphs.values()]
+    assert len(graphs) == 3 and session.backend.memory()["caches"] > 0
+    request.addfinalizer(gc.enable)
+    gc.disable()
+    session.close()
+    assert session.backend.memory()["caches"] == 0 and not any(graph() for graph in graphs)
 
 
 def test_a_step_outside_the_profiles_is_refused_before_the_launch(machine, fastv_bundle, tmp_path):
