@@ -152,6 +152,9 @@ def check_method(job: Job, family: str) -> None:
     _check_cache(job, family)
     if job.method is None or job.method.name in methods_of(family):
         return
+    given = " or ".join((*methods_of(family), "none"))
+    if (why := checkpoints.without(family).get(job.method.name)) is not None:
+        raise Refusal(f"method {job.method.name} is not for the family {family}: it {why}; give --method {given}")
     names = {
         TOKENS: "visual tokens of the sequence",
         PATCHES: "patches that leave the vision tower one for one as visual tokens",
@@ -161,7 +164,7 @@ def check_method(job: Job, family: str) -> None:
     verb = "is for" if job.method.prunes is None else "removes"
     raise Refusal(
         f"method {job.method.name} {verb} {names[job.method.prunes or TOKENS]}, the pictures of the family {family} "
-        f"are {has} (export-vlm --list); give --method {' or '.join((*methods_of(family), 'none'))}"
+        f"are {has} (export-vlm --list); give --method {given}"
     )
 
 
@@ -186,7 +189,9 @@ def _check_cache(job: Job, family: str) -> None:
 def methods_of(family: str) -> tuple[str, ...]:
     """Methods that prune what a family has: visual tokens of the sequence, patches, features of cross-attention."""
     prunes = checkpoints.prunes(family)
-    return tuple(name for name in method_names() if (load_method(name).prunes or TOKENS) in prunes)
+    others = checkpoints.without(family)
+    named = (name for name in method_names() if name not in others)
+    return tuple(name for name in named if (load_method(name).prunes or TOKENS) in prunes)
 
 
 def _family_and_text(model: str) -> tuple[str | None, dict[str, Any]]:

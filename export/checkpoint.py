@@ -60,6 +60,13 @@ def prunes(family: str) -> tuple[str, ...]:
     return tuple(kinds[name.id] for name in ast.walk(_assigned(family, "PRUNES")) if isinstance(name, ast.Name))
 
 
+def without(family: str) -> dict[str, str]:
+    """Methods that do not go with a family, and why (its WITHOUT, where it says any), without importing it."""
+    said = [node for node in _read_family(family).body if isinstance(node, ast.Assign)]
+    found = next((node.value for node in said if ast.unparse(node.targets[0]) == "WITHOUT"), None)
+    return {} if found is None else ast.literal_eval(found)
+
+
 def tiny_layers(family: str) -> int:
     """Decoder layers of ``tiny:<family>``, without importing the family. Raises Refusal."""
     for node in _read_family(family).body:

@@ -53,6 +53,7 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
         selects=method is not None and method.prunes in (TOKENS, IMAGES),
         position_axes=shape.position_axes,
         deepstack=shape.deepstack,
+        sees_ahead=shape.sees_ahead,
         guided=guide is not None,
         emits=job.emit_guide,
         query_heads=0 if cache is None else heads,
@@ -225,6 +226,7 @@ def plain_decoder(contract: Contract, config: Any, family: Any) -> Any:
         selects=False,
         position_axes=shape.position_axes,
         deepstack=shape.deepstack,
+        sees_ahead=shape.sees_ahead,
     )
 
 

@@ -122,7 +122,7 @@ class _Finder:
         for cut in range(len(whole), -1, -1):
             for end in range(cut, len(whole) + 1):
                 start, image, text = whole[:cut], whole[cut:end], whole[end:]
-                if image.count(self._prompter.image_token) == 1 and all(
+                if image.count(self._prompter.mark) == 1 and all(
                     heads[count] == start + image * count + text for count in (1, 2, 3)
                 ):
                     return image, text

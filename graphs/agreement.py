@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vlmtrim.graphs.boundary import cache_specs, compacts, decoder_spec
-from vlmtrim.graphs.contract import DEEPSTACK, TOKENS, VISION, Contract, GraphSpec, TensorSpec
+from vlmtrim.graphs.contract import DEEPSTACK, LAST_SEEN, TOKENS, VISION, Contract, GraphSpec, TensorSpec
 from vlmtrim.graphs.keeping import POLICY
 from vlmtrim.graphs.reading import BundleError, is_plain_name, shown
 
@@ -133,6 +133,7 @@ def _decoder(contract: Contract) -> Iterator[str]:
         query_heads=_query_heads(contract),
         rings=contract.cache is not None and contract.cache.ring > 0,
         deepstack=(added or 0) // hidden,
+        sees_ahead=LAST_SEEN in inputs,
     )
     for kind, found, wanted in (
         ("inputs", spec.inputs, expected.inputs),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmtrim.graphs.contract import DEEPSTACK, IMAGES, CacheGroup, GraphSpec, TensorSpec, cache_names
+from vlmtrim.graphs.contract import DEEPSTACK, IMAGES, LAST_SEEN, CacheGroup, GraphSpec, TensorSpec, cache_names
 from vlmtrim.graphs.keeping import COMPACT, POLICY, SCORE, CachePolicy
 
 _ENDS = ("past_key_values", "present")
@@ -26,6 +26,7 @@ def decoder_spec(
     query_heads: int = 0,
     rings: bool = False,
     deepstack: int = 0,
+    sees_ahead: bool = False,
 ) -> GraphSpec:
     """The decoder's boundary as the table above states it; the exporter's lint holds the graph to it.
 
@@ -33,7 +34,7 @@ def decoder_spec(
     ``guided``: whether it selects by scores that it is given. ``emits``: whether it returns attention as such scores.
     ``query_heads``: heads of the queries that it returns (:mod:`vlmtrim.graphs.keeping`); 0 where it returns none.
     ``rings``: whether what tokens see is told apart from where they are written. ``deepstack``: first layers behind
-    which features are added to visual tokens.
+    which features are added to visual tokens. ``sees_ahead``: whether visual tokens attend to those behind them.
     """
     inputs = [
         TensorSpec("inputs_embeds", dtype, ("B", "S", hidden)),
@@ -70,6 +71,8 @@ def decoder_spec(
             outputs.append(TensorSpec(f"score_queries.{layer}", dtype, ("B", query_heads, "R", groups[0].head_size)))
     if deepstack:
         inputs.append(TensorSpec(DEEPSTACK, dtype, ("B", "S", deepstack * hidden)))
+    if sees_ahead:
+        inputs.append(TensorSpec(LAST_SEEN, "int64", ("B", "S")))
     _add_caches(inputs, outputs, groups, dtype, rings)
     return GraphSpec("decoder.onnx", tuple(inputs), tuple(outputs))
 

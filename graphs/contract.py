@@ -31,6 +31,10 @@ Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C
     deepstack_features              [B, S, n D]               model     what is added behind layer 0, 1, .. n-1 to each
                                                                         token's states: features of visual tokens, 0
                                                                         for others (DeepStack, arXiv 2406.04334)
+    last_seen                       [B, S]                    int64     index in S of the last token that each one
+                                                                        attends to: itself, or the end of the run of
+                                                                        visual tokens that it is in (only in graphs
+                                                                        whose pictures attend to themselves both ways)
     write_indices.g                 [B]                       int64     where this step's keys go in group g
     key_positions.g                 [W_g]                     int64     0, 1, 2, ...; its length is the live window
     past_key_values.L.key/.value    [B, KV, C_g, Dh]          model     caches of layer L
@@ -92,7 +96,7 @@ _PLAIN = re.compile(r"--[a-z]{1,16} [a-z0-9.-]{1,32}").fullmatch
 
 # What fills the caches of a group, one entry each.
 TOKENS, IMAGES = "tokens", "images"
-DEEPSTACK = "deepstack_features"
+DEEPSTACK, LAST_SEEN = "deepstack_features", "last_seen"
 # What a method may remove before there are visual tokens: patches of the vision tower.
 PATCHES = "patches"
 # Who provides guide_scores: the bundle's own vision graph, or another bundle.

@@ -87,7 +87,7 @@ class Prompter:
         self._image_token_id = contract.image_token_id
         self._video_token_id = contract.video_token_id
         video = None if self._video_token_id is None else self.tokenizer.id_to_token(self._video_token_id)
-        self._marks = {"image": token, "video": video or token}
+        self._video_mark = video or token
         self.most_characters = CHARACTERS_A_TOKEN * contract.max_seq_len
         self._settings = files.json("tokenizer_config.json") if "tokenizer_config.json" in files else {}
         template = _template_text(files, self._settings)
@@ -127,18 +127,29 @@ class Prompter:
             return content
         text, typed = "", []
         for part in content:
-            words = part["text"] if part["type"] == "text" else self._marks[part["type"]]
+            mark = self._video_mark if part["type"] == "video" else self.mark
+            words = part["text"] if part["type"] == "text" else mark
             if part["type"] == "text":
                 typed.append((len(text), len(text) + len(words)))
             text += words
         return [{"type": "text", "text": text, "typed": typed}]
 
     @cached_property
+    def mark(self) -> str:
+        """What the template writes for a picture: the image token, or one that words stand in place of."""
+        words, now = {"type": "text", "text": "words"}, datetime.now()
+        shown, plain = (
+            self.write([{"role": "user", "content": content}], now) for content in ([{"type": "image"}, words], [words])
+        )
+        new = [text for text in self.control_texts if shown.count(text) > plain.count(text)]
+        return new[0] if len(new) == 1 else self.image_token
+
+    @cached_property
     def _keeps_order(self) -> bool:
         """Whether the template writes a picture between two texts there."""
         words = {"type": "text", "text": "words"}
         pieces = self.pieces([{"role": "user", "content": [words, {"type": "image"}, words]}], datetime.now())
-        return pieces[1::2] == [" 0 ", " 1 "] and self.image_token in pieces[2]
+        return pieces[1::2] == [" 0 ", " 1 "] and self.mark in pieces[2]
 
     def write(self, messages: list[Message], now: datetime) -> str:
         """What the template makes of a conversation."""
@@ -169,7 +180,7 @@ class Prompter:
         Where people wrote what the tokenizer takes for a control token, their text is spelled out. The mark of a video
         becomes that of an image: features take their places all the same.
         """
-        rendered = rendered.told(self.image_token, words) if words else rendered
+        rendered = rendered.told(self.mark, words) if words else rendered
         bos = self.special("bos_token")
         add = opening and not (bos and rendered.text.startswith(bos))
         found = encode(self.tokenizer, rendered.text, add)

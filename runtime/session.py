@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmtrim.graphs.bundle import Bundle
-from vlmtrim.graphs.contract import BUNDLE, TOKENS, VISION, cache_names
+from vlmtrim.graphs.contract import BUNDLE, LAST_SEEN, TOKENS, VISION, cache_names
 from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.attention import Attention
 from vlmtrim.runtime.backends.base import Backend, Chain, Graph, Tensor
@@ -19,6 +19,7 @@ from vlmtrim.runtime.choosing import Choosing
 from vlmtrim.runtime.crossing import Crossing, CrossProcessor
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.fitting import check_kept, check_room, visual_tokens
+from vlmtrim.runtime.looking_ahead import last_seen
 from vlmtrim.runtime.measure.machine import return_memory
 from vlmtrim.runtime.processors.base import Pictures, load_processor
 from vlmtrim.runtime.prompt import Prompter
@@ -73,7 +74,8 @@ class Session:
         # The vision graph is opened with the first image: text-only use should not pay for it.
         self._graphs = {name: backend.open(bundle.folder, self.contract, name) for name in ("embed", "decoder")}
         self.caches = backend.make_caches(self.contract, batch)
-        self._selects = any(tensor.name == "visual_positions" for tensor in self.contract.graphs["decoder"].inputs)
+        taken = {tensor.name for tensor in self.contract.graphs["decoder"].inputs}
+        self._selects, self._sees_ahead = "visual_positions" in taken, LAST_SEEN in taken
         self._choosing = Choosing(self.contract, backend)
         self.attention = Attention(self.contract, backend)
         self.caching = Caching(self.contract, backend, self.caches)
@@ -328,6 +330,8 @@ class Session:
         }
         if self._selects:
             feeds["visual_positions"] = visual_positions
+        if self._sees_ahead:
+            feeds[LAST_SEEN] = last_seen(tokens, visual_positions)
         grown = [group.length(tokens, visual) for group in self.contract.groups]
         windows = [
             self.backend.window(max(1, int(entries.max()) + n), group.capacity)

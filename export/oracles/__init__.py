@@ -42,6 +42,32 @@ def load_oracle(selection: Mapping[str, Any]) -> Any:
 ADDS: WeakKeyDictionary[Any, Callable[[int, Tensor, Tensor], Tensor]] = WeakKeyDictionary()
 
 
+# Text model -> what its layers take in place of the tables and the mask that all others share.
+FORMS: WeakKeyDictionary[Any, Form] = WeakKeyDictionary()
+
+
+class Form:
+    """How a text model's layers are called where not all are alike."""
+
+    def tables(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [1, S, Dh] of a layer."""
+        raise NotImplementedError
+
+    def mask(self, layer: int, positions: Tensor, past: int) -> Tensor:
+        """Additive [1, 1, S, past + S] of a layer whose cache holds ``past`` entries, for tokens at these positions."""
+        raise NotImplementedError
+
+
+def tables(text: Any, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [1, S, Dh] of a layer."""
+    return FORMS[text].tables(layer, hidden, positions) if text in FORMS else text.rotary_emb(hidden, positions)
+
+
+def mask(text: Any, layer: int, positions: Tensor, past: int) -> Tensor:
+    """Additive [1, 1, S, past + S] of a layer whose cache holds ``past`` entries, for tokens at these positions."""
+    return FORMS[text].mask(layer, positions, past) if text in FORMS else causal(positions.shape[-1], past)
+
+
 def added(text: Any, index: int, hidden: Tensor, positions: Tensor) -> Tensor:
     """Hidden states [1, S, D] behind layer ``index``, with what the model adds to them there."""
     return ADDS[text](index, hidden, positions) if text in ADDS else hidden
@@ -51,9 +77,9 @@ def run_layer(text: Any, index: int, cache: Any, hidden: Tensor, positions: Tens
     """Hidden states [1, S, D] behind layer ``index`` of transformers' text model, which appends to its cache."""
     output = text.layers[index](
         hidden,
-        attention_mask=causal(hidden.shape[1], cache.get_seq_length(index)),
+        attention_mask=mask(text, index, positions, cache.get_seq_length(index)),
         position_ids=positions,
-        position_embeddings=text.rotary_emb(hidden, positions),
+        position_embeddings=tables(text, index, hidden, positions),
         past_key_values=cache,
         use_cache=True,
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmtrim.export.oracles import Kept, causal, run_layer
+from vlmtrim.export.oracles import Kept, causal, run_layer, tables
 from vlmtrim.export.oracles.rules import Seen, load_rule
 
 
@@ -34,6 +34,7 @@ class Oracle:
         watched = text.layers[max(self._k - 1, 0)]
         seen = Seen(
             watched.self_attn.head_dim,
+            watched.self_attn.scaling,
             embeds=hidden[0],
             positions=positions.squeeze(-2),
             removed=self._r,
@@ -85,7 +86,7 @@ def attention(text: Any, layer: Any, hidden: Tensor, positions: Tensor) -> Tenso
     """Probabilities [H, S, S] of a layer on these tokens alone; its hooks and caches see nothing of it."""
     return layer.self_attn(
         hidden_states=layer.input_layernorm(hidden),
-        position_embeddings=text.rotary_emb(hidden, positions),
+        position_embeddings=tables(text, layer.self_attn.layer_idx, hidden, positions),
         attention_mask=causal(hidden.shape[1], 0),
         past_key_values=None,
     )[1][0]

@@ -44,7 +44,7 @@ class Oracle:
                 is_visual[left] = True
                 left = torch.nonzero(is_visual[~goes])[:, 0]
                 hidden, positions, kept = hidden[:, ~goes], positions[..., ~goes], kept[~goes]
-            seen = Seen(layer.self_attn.head_dim)
+            seen = Seen(layer.self_attn.head_dim, layer.self_attn.scaling)
             handles = watch(layer, seen)
             hidden = run_layer(text, index, cache, hidden, positions)
             for handle in handles:

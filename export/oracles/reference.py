@@ -127,7 +127,12 @@ class Reference:
         self._position = int(positions.max()) + 1
         if self._oracle is None and self._cutting is None:
             output = self.model(
-                input_ids=ids, **pictures, position_ids=positions, past_key_values=self._cache, use_cache=True
+                input_ids=ids,
+                **pictures,
+                **self._told(ids, pictures),
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
             )
             return output.logits[0, -1], Kept()
         hidden = self._text.embed_tokens(ids)
@@ -145,6 +150,10 @@ class Reference:
         else:
             hidden, kept = self._oracle.layers(self._text, self._cache, hidden, positions, visual)
         return self.model.lm_head(self._text.norm(hidden))[0, -1], kept
+
+    def _told(self, ids: Tensor, pictures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What else the model is told of a step's tokens."""
+        return {}
 
     def _positions(self, ids: Tensor, pictures: dict[str, Tensor]) -> Tensor:
         """[1, S], or [3, 1, S] by the model's own rule, which counts every turn from 0."""

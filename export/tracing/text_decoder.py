@@ -27,7 +27,8 @@ class Shape:
 
     ``any_size``: pictures keep their proportions, and ``image_tokens`` is the most that the model takes of one.
     ``position_axes``: numbers that a token's position consists of. ``cross_layers``: layers that attend to pictures.
-    ``deepstack``: first layers behind which features are added to visual tokens.
+    ``deepstack``: first layers behind which features are added to visual tokens. ``sees_ahead``: whether visual tokens
+    attend to those of their picture that are behind them.
     """
 
     hidden: int
@@ -45,6 +46,7 @@ class Shape:
     position_axes: int = 1
     cross_layers: tuple[int, ...] = ()
     deepstack: int = 0
+    sees_ahead: bool = False
 
 
 def text_numbers(config: Any, models: Sequence[str] = PLAIN) -> dict[str, Any]:
@@ -115,22 +117,32 @@ class Decoder(nn.Module):
         write_indices: Tensor,
         key_positions: Tensor,
         past: list[tuple[Tensor, Tensor]],
+        last_seen: Tensor | None = None,
         **more: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The same; ``more`` is what :meth:`states` takes beside it."""
+        """The same; ``last_seen`` [B, S] is the last token that each one attends to, itself where it is None; ``more``
+        is what :meth:`states` takes beside it."""
         tokens = torch.arange(inputs_embeds.shape[1])
-        query_positions = write_indices[:, None] + tokens
-        visible = key_positions[None, None, :] <= query_positions[:, :, None]
-        lowest = torch.finfo(inputs_embeds.dtype).min
-        mask = torch.where(visible, 0.0, lowest).to(inputs_embeds.dtype)[:, None]
+        own = write_indices[:, None] + tokens
+        last = own if last_seen is None else write_indices[:, None] + last_seen
+        visible = key_positions[None, None, :] <= last[:, :, None]
+        mask = self.mask(visible, own, key_positions, inputs_embeds.dtype)
         cache = StaticCache(past, write_indices, key_positions.shape[0])
         hidden = self.states(inputs_embeds, position_ids, mask, cache, **more)
         index = last_index[:, None, None].expand(-1, 1, hidden.shape[2])
         logits = self.full.lm_head(hidden.gather(1, index)[:, 0])
         return logits, [tensor for pair in cache.present for tensor in pair]
 
-    def states(self, embeds: Tensor, position_ids: Tensor, mask: Tensor, cache: StaticCache) -> Tensor:
-        """Normed states [B, S, D] behind the last layer; mask additive [B, 1, S, W]."""
+    def mask(self, visible: Tensor, own: Tensor, key_positions: Tensor, dtype: torch.dtype) -> Any:
+        """Additive [B, 1, S, W]: 0 where a token sees an entry, ``visible`` [B, S, W].
+
+        Families whose layers differ return what those take; ``own`` [B, S] are the tokens' slots, ``key_positions`` [W]
+        those of the entries.
+        """
+        return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+    def states(self, embeds: Tensor, position_ids: Tensor, mask: Any, cache: StaticCache) -> Tensor:
+        """Normed states [B, S, D] behind the last layer; ``mask`` as :meth:`mask` makes it."""
         return self.full.get_decoder()(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -180,7 +192,7 @@ def text_plans(
     def states(length: int, parts: int) -> Tensor:
         return torch.zeros(rows, length, parts * shape.hidden, dtype=dtype)
 
-    added = [states(tokens, shape.deepstack)] * (shape.deepstack > 0)
+    added = [states(tokens, shape.deepstack)] * (shape.deepstack > 0) + [zeros(rows, tokens)] * shape.sees_ahead
     axes = () if shape.position_axes == 1 else (shape.position_axes,)
     return [
         Plan(

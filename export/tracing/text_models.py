@@ -55,6 +55,18 @@ TEXT_MODELS = {
     "qwen2_vl_text": TextModel(window=_sees_window, tiny=_in_three_axes(8, 12, 12)),
     "qwen2_5_vl_text": TextModel(window=_sees_window, tiny=_in_three_axes(8, 12, 12)),
     "qwen3_vl_text": TextModel(_HEAD_NORMS, tiny=_in_three_axes(12, 10, 10)),
+    "gemma3_text": TextModel(  # which layers see a window is the family's
+        6,
+        tiny={
+            "sliding_window": 24,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 48,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+        },
+    ),
     "mllama_text_model": TextModel(),  # its cross-attention layers are the family's
 }
 _NAMES = {"language_model", "text_model"}  # of the language model in models of all families

@@ -54,6 +54,8 @@ def write_checkpoint(family: Any, folder: Path, seed: int = 0, **variant: Any) -
                 parameter.uniform_(0.3, 1.0)
             elif parameter.ndim >= 2 and not parameter.any():  # learned positions that start equal
                 parameter.normal_()
+            elif name.endswith("norm.weight") and not parameter.any():  # of norms that scale by 1 + weight
+                parameter.uniform_(-0.5, 0.5)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     write_processor(family, folder, config, SPECIAL_IDS)

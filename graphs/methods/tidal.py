@@ -116,6 +116,8 @@ class Tidal:
         self._check_capacity(split.common_capacity(layers))
         if any(node.op_type == "GatherND" for layer in layers if (node := layer.key.producer()) is not None):
             raise GraphError("a layer attends to chosen entries already; start from the unpruned export")
+        if len({layer.mask for layer in layers[:-1]}) > 1:  # the last one's is of one row
+            raise GraphError("layers attend under masks of several kinds; tidal reads the same entries in all of them")
         reading = _Reading(model, layers, self.entries)
         entries = None
         for layer in layers:

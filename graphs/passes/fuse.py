@@ -50,7 +50,10 @@ def fuse(model: ir.Model, expected: Mapping[str, int]) -> None:
 
 
 def fuse_rms_norm(model: ir.Model) -> Fired:
-    """``w * cast(x32 * rsqrt(mean(x32 ** 2) + eps))`` with ``x32 = float32(x)`` -> RMSNormalization(x, w)."""
+    """``w * cast(x32 * rsqrt(mean(x32 ** 2) + eps))`` with ``x32 = float32(x)`` -> RMSNormalization(x, w).
+
+    Where weights are float32 as the norm is, and what is scaled is cast behind them: RMSNormalization(x32, w).
+    """
     return _each(model, "ReduceMean", _rms_norm)
 
 
@@ -108,6 +111,8 @@ def _rms_norm(mean: ir.Node) -> None:
     weight = _other(reader, scaled)
     if weight.shape is None or len(weight.shape) != 1:
         raise Miss(f"{weight.name} is no vector of weights")
+    if weight.dtype == wide.dtype and scaled is normal.outputs[0]:
+        narrow = wide
     if weight.dtype != narrow.dtype:
         raise Miss(f"the weights are {weight.dtype}, the input is {narrow.dtype}")
     _replace(

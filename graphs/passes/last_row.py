@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from vlmtrim.graphs.contract import DEEPSTACK
+from vlmtrim.graphs.contract import DEEPSTACK, LAST_SEEN
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.anatomy import find_layers, graph_input, graph_output, seam_before
@@ -49,6 +49,10 @@ def last_row(model: ir.Model) -> ir.Model:
         value = next((v for v in model.graph.inputs if v.name == name), None)
         if value is not None:
             roots[value] = _of_last(ops, value, index, axis)
+    seen = next((v for v in model.graph.inputs if v.name == LAST_SEEN), None)
+    if seen is not None:  # of the only token, which is the last one and so sees none behind it
+        roots[seen] = ops("Sub", index, index)
+        roots[seen].type, roots[seen].shape = seen.type, ir.Shape(("B", 1))
     side = SideInputs(roots, shape_only=None if seam is embeds else embeds, suffix=".last")
     side.rewire(region)
 

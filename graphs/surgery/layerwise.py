@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from vlmtrim.graphs.contract import most_features
+from vlmtrim.graphs.contract import LAST_SEEN, most_features
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.anatomy import Layer, graph_input
@@ -41,6 +41,8 @@ class Layerwise:
     def __init__(self, model: ir.Model, layers: list[Layer]):
         if any(value.name == "visual_positions" for value in model.graph.inputs):
             raise GraphError("the decoder already selects visual tokens; start from the unpruned export")
+        if any(value.name == LAST_SEEN for value in model.graph.inputs):
+            raise GraphError("visual tokens attend to later ones; choosing layer by layer is for causal decoders")
         self._model, self._layers = model, layers
         self.most_visual = common_capacity(layers)
         self._parts = [parts_of(model, layers, layer) for layer in layers]

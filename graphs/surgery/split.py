@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from vlmtrim.graphs.contract import DEEPSTACK
+from vlmtrim.graphs.contract import DEEPSTACK, LAST_SEEN
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
+from vlmtrim.graphs.surgery import select
 from vlmtrim.graphs.surgery.anatomy import Layer, graph_input
 from vlmtrim.graphs.surgery.region import SideInputs, downstream
 from vlmtrim.graphs.surgery.select import Survivors, gather_tokens
@@ -28,6 +29,7 @@ class Running:
         tokens: name of its dimension of tokens, S or Sk...
         rows: tokens whose queries are returned, int64 [B, R]; None where none are.
         added: what layers add to tokens' states, [B, S or T, n]; None where they add nothing.
+        seen: the last token that each one attends to, int64 [B, S or T]; None where that is itself.
     """
 
     embeds: ir.Value
@@ -37,6 +39,7 @@ class Running:
     tokens: str = "S"
     rows: ir.Value | None = None
     added: ir.Value | None = None
+    seen: ir.Value | None = None
 
 
 def whole(model: ir.Model) -> Running:
@@ -44,7 +47,8 @@ def whole(model: ir.Model) -> Running:
     embeds, positions = graph_input(model, "inputs_embeds"), graph_input(model, "position_ids")
     named = {value.name: value for value in model.graph.inputs}
     last_index = graph_input(model, "last_index")
-    return Running(embeds, positions, last_index, rows=named.get("score_rows"), added=named.get(DEEPSTACK))
+    rows, added, seen = (named.get(name) for name in ("score_rows", DEEPSTACK, LAST_SEEN))
+    return Running(embeds, positions, last_index, rows=rows, added=added, seen=seen)
 
 
 def split_at(
@@ -80,11 +84,13 @@ def split_at(
     suffix = "" if group < 2 else f".{group}"
     kept_positions.name, last_index.name = f"kept_position_ids{suffix}", f"kept_last_index{suffix}"
     roots = {seam: gathered, embeds: gathered, positions: kept_positions, running.last_index: last_index}
-    rows, added = running.rows, running.added
+    rows, added, seen = running.rows, running.added, running.seen
     if rows is not None:
         roots[rows] = _rows_left(ops, rows, survivors.kept_indices)
     if added is not None:
         roots[added] = _gathered(ops, added, kept, tokens)
+    if seen is not None:
+        roots[seen] = _seen_left(ops, seen, survivors, tokens, suffix)
     rename: dict[str, str | int] = {running.tokens: tokens}
     if first:
         window = graph_input(model, f"key_positions.{running.group}")
@@ -104,7 +110,7 @@ def split_at(
     for node in [*order, *side.cloned]:
         rename_dims(node, rename)
     graph.sort()
-    left = (None if value is None else roots[value] for value in (rows, added))
+    left = (None if value is None else roots[value] for value in (rows, added, seen))
     return Running(gathered, kept_positions, last_index, group, tokens, *left)
 
 
@@ -113,6 +119,19 @@ def _gathered(ops: Ops, states: ir.Value, kept: ir.Value, tokens: str) -> ir.Val
     found = gather_tokens(ops, states, kept)
     found.type, found.shape = states.type, ir.Shape(("B", tokens, *list(states.shape or ())[2:]))
     return found
+
+
+def _seen_left(ops: Ops, seen: ir.Value, survivors: Survivors, tokens: str, suffix: str) -> ir.Value:
+    """The last survivor that each survivor attends to, [B, T], where ``seen`` [B, S] is the last token.
+
+    Survivors are counted before they are moved to their slots: TensorRT-RTX 1.7 cannot build a gather of what was
+    gathered.
+    """
+    rank = ops("CumSum", survivors.keep, ops.const(1))
+    last = ops("Sub", ops("GatherElements", rank, seen, axis=1), ops.const([1]))
+    left = select.moved(ops, last, survivors.slots, survivors.size)
+    left.name, left.type, left.shape = f"kept_last_seen{suffix}", seen.type, ir.Shape(("B", tokens))
+    return left
 
 
 def _rows_left(ops: Ops, rows: ir.Value, kept_indices: ir.Value) -> ir.Value:

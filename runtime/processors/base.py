@@ -12,8 +12,10 @@ import numpy as np
 from PIL import Image
 
 from vlmtrim.graphs.contract import Contract
-from vlmtrim.graphs.reading import Folder
+from vlmtrim.graphs.reading import BundleError, Folder, shown
 from vlmtrim.runtime.errors import RuntimeRefusal
+
+LONGEST_MARK = 64  # characters of a special token
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,27 @@ class Processor(ABC):
 def evenly(total: int, count: int) -> np.ndarray:
     """Numbers of ``count`` frames at equal distances of ``total``, int64, from the first on."""
     return np.arange(count) * total // count
+
+
+def special_tokens(files: Folder, usual: Mapping[str, str]) -> list[str]:
+    """The special tokens of some roles, as the tokenizer's settings name them; ``usual`` by role where they do not.
+
+    Raises BundleError.
+    """
+    raw = files.json("tokenizer_config.json") if "tokenizer_config.json" in files else {}
+    extra = raw.get("extra_special_tokens")
+    named = [{} if not isinstance(extra, dict) else extra, raw]
+    found = []
+    for role, token in usual.items():
+        value = next((settings[role] for settings in named if settings.get(role)), token)
+        value = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(value, str) or not 0 < len(value) <= LONGEST_MARK:
+            raise BundleError(
+                f"{files.path / 'tokenizer_config.json'}: {role} is {shown(value)}; expected a token of at most "
+                f"{LONGEST_MARK} characters"
+            )
+        found.append(value)
+    return found
 
 
 def load_processor(files: Folder, contract: Contract) -> Processor:

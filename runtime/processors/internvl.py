@@ -6,13 +6,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vlmtrim.graphs.contract import Contract
-from vlmtrim.graphs.reading import BundleError, Folder, shown
+from vlmtrim.graphs.reading import BundleError, Folder
 from vlmtrim.runtime.image import ImageProcessor, expect_inputs
 from vlmtrim.runtime.image_settings import ImageSettings
 from vlmtrim.runtime.processors import base
@@ -20,7 +19,6 @@ from vlmtrim.runtime.processors.base import Pictures, View
 
 MOST_TILES = 12  # max_patches of settings that name none
 LARGEST_GRID = 64  # tiles of any checkpoint
-LONGEST_MARK = 64  # characters of a special token
 MARKS = {"start_image_token": "<img>", "context_image_token": "<IMG_CONTEXT>", "end_image_token": "</img>"}
 
 
@@ -47,9 +45,7 @@ class Processor(base.Processor):
                 f"max_patches is {self._most}, up to {most} tiles a picture; the bundle takes pictures of "
                 f"{contract.image_tokens} tokens, {math.prod(self._tokens)} of them a tile: export the model again"
             )
-        raw = files.json("tokenizer_config.json") if "tokenizer_config.json" in files else {}
-        where = str(files.path / "tokenizer_config.json")
-        self._start, self._mark, self._end = (_mark(raw, name, usual, where) for name, usual in MARKS.items())
+        self._start, self._mark, self._end = base.special_tokens(files, MARKS)
 
     def __call__(self, images: Sequence[Image.Image]) -> Pictures:
         """RGB pictures -> inputs of the vision graph. Raises RuntimeRefusal where they are more than it takes."""
@@ -114,13 +110,3 @@ def best_grid(width: int, height: int, tile: int, least: int, most: int) -> tupl
         return 1, 1
     first, *others = [grid for grid, distance in zip(grids, distances, strict=True) if distance == min(distances)]
     return next((grid for grid in reversed(others) if width * height > 0.5 * tile * math.prod(grid)), first)
-
-
-def _mark(raw: dict[str, Any], role: str, usual: str, where: str) -> str:
-    """The special token of a role, as the tokenizer's settings name it. Raises BundleError."""
-    extra = raw.get("extra_special_tokens")
-    value = (extra if isinstance(extra, dict) else {}).get(role) or raw.get(role) or usual
-    value = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_MARK:
-        raise BundleError(f"{where}: {role} is {shown(value)}; expected a token of at most {LONGEST_MARK} characters")
-    return value

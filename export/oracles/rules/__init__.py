@@ -19,7 +19,7 @@ class Seen:
     """What a step and its scoring layer did.
 
     Attributes:
-        head_size: Dh.
+        head_size, scale: Dh, and the factor on products of queries and keys.
         attention: probabilities of the layer [H, S, past + S].
         query, key: of the layer before their rotary embedding, [S, H Dh] and [S, KV Dh].
         rotated: keys of this step as the layer caches them, [KV, S, Dh].
@@ -34,6 +34,7 @@ class Seen:
     """
 
     head_size: int
+    scale: float = 1.0
     attention: Tensor | None = None
     query: Tensor | None = None
     key: Tensor | None = None

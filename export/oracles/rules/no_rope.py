@@ -13,5 +13,5 @@ def rank(seen: Seen, visual: Tensor, count: int, seed: int) -> tuple[list[int], 
     assert seen.query is not None and seen.key is not None
     heads, groups = (states.unflatten(1, (-1, seen.head_size)) for states in (seen.query, seen.key))
     groups = groups.repeat_interleave(heads.shape[1] // groups.shape[1], dim=1)
-    logits = torch.einsum("hd,shd->hs", heads[-1], groups) * seen.head_size**-0.5
+    logits = torch.einsum("hd,shd->hs", heads[-1], groups) * seen.scale
     return [], logits.softmax(-1).mean(0)[visual]
