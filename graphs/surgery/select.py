@@ -98,32 +98,20 @@ def _mark(ops: Ops, visual_positions: ir.Value, chosen: ir.Value, mark: int) -> 
 
 @dataclass(frozen=True)
 class Survivors:
-    """kept_indices int64 [B, T] into S, ascending, and each row's last real token among them, int64 [B].
-
-    keep int64 [B, S]: 1 for survivors, else 0; slots int64 [B, S]: where tokens go, survivors first; size: T, [1].
-    """
+    """kept_indices int64 [B, T] into S, ascending, each row's last real token among them, int64 [B], and what they come
+    from: 1 for survivors, 0 for others, int64 [B, S]."""
 
     kept_indices: ir.Value
     last_index: ir.Value
     keep: ir.Value
-    slots: ir.Value
-    size: ir.Value
 
 
 def compact(ops: Ops, keep: ir.Value, last_index: ir.Value, sizes: Counts) -> Survivors:
     """Indices of the ones in ``keep``, and where the last real token went."""
-    slots, number = slots_of(ops, keep, sizes.tokens, sizes.survivors)
-    numbers = ops("Expand", number, ops("Shape", keep))
-    kept_indices = moved(ops, numbers, slots, sizes.survivors)
+    kept_indices = ops.slice(kept_first(ops, keep, sizes.tokens, sizes.survivors), ops.const([0]), sizes.survivors, 1)
     # No visual token comes after the last real one, so every removed token lies before it. Reading its rank out of
     # slot_kept would say the same, but TensorRT-RTX 1.7 cannot build a gather at an index that was itself gathered.
-    last = ops("Sub", last_index, ops("Sub", sizes.tokens, sizes.survivors))
-    return Survivors(kept_indices, last, keep, slots, sizes.survivors)
-
-
-def moved(ops: Ops, values: ir.Value, slots: ir.Value, size: ir.Value) -> ir.Value:
-    """``values`` [B, S] at their ``slots``, the first ``size`` of them: [B, T]."""
-    return ops.slice(ops("ScatterElements", values, slots, values, axis=1), ops.const([0]), size, 1)
+    return Survivors(kept_indices, ops("Sub", last_index, ops("Sub", sizes.tokens, sizes.survivors)), keep)
 
 
 def kept_first(
@@ -135,15 +123,6 @@ def kept_first(
     every row has as many, else [B, 1]. ``clip``: with fewer ones than that, as when engines are asked for their shapes
     with positions that repeat, some of the others share a slot. ``axis`` is n's, the last.
     """
-    slot, number = slots_of(ops, keep, size, count, clip, axis)
-    numbers = ops("Expand", number, ops("Shape", keep))
-    return ops("ScatterElements", numbers, slot, numbers, axis=axis)
-
-
-def slots_of(
-    ops: Ops, keep: ir.Value, size: ir.Value, count: ir.Value, clip: bool = False, axis: int = 1
-) -> tuple[ir.Value, ir.Value]:
-    """(where each of a row goes so that the ones in ``keep`` come first, as in :func:`kept_first`; 0 .. n-1)."""
     rank = ops("CumSum", keep, ops.const(axis))
     number = ops("Range", ops.const(0), ops("Squeeze", size, ops.const([0])), ops.const(1))
     slot_kept = ops("Sub", rank, ops.const([1]))
@@ -151,7 +130,8 @@ def slots_of(
     slot = ops("Where", ops("Cast", keep, to=ir.DataType.BOOL), slot_kept, slot_removed)
     if clip:
         slot = ops("Min", slot, ops("Sub", size, ops.const([1])))
-    return slot, number
+    numbers = ops("Expand", number, ops("Shape", keep))
+    return ops("ScatterElements", numbers, slot, numbers, axis=axis)
 
 
 def gather_tokens(ops: Ops, hidden: ir.Value, kept_indices: ir.Value) -> ir.Value:

@@ -11,7 +11,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from vlmtrim.graphs.contract import DEEPSTACK, LAST_SEEN
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
-from vlmtrim.graphs.surgery import select
 from vlmtrim.graphs.surgery.anatomy import Layer, graph_input
 from vlmtrim.graphs.surgery.region import SideInputs, downstream
 from vlmtrim.graphs.surgery.select import Survivors, gather_tokens
@@ -124,12 +123,11 @@ def _gathered(ops: Ops, states: ir.Value, kept: ir.Value, tokens: str) -> ir.Val
 def _seen_left(ops: Ops, seen: ir.Value, survivors: Survivors, tokens: str, suffix: str) -> ir.Value:
     """The last survivor that each survivor attends to, [B, T], where ``seen`` [B, S] is the last token.
 
-    Survivors are counted before they are moved to their slots: TensorRT-RTX 1.7 cannot build a gather of what was
-    gathered.
+    TensorRT-RTX 1.7 cannot build a second selection of what is scattered to the survivors' places; gathered it does.
     """
     rank = ops("CumSum", survivors.keep, ops.const(1))
-    last = ops("Sub", ops("GatherElements", rank, seen, axis=1), ops.const([1]))
-    left = select.moved(ops, last, survivors.slots, survivors.size)
+    ends = ops("GatherElements", ops("GatherElements", rank, seen, axis=1), survivors.kept_indices, axis=1)
+    left = ops("Sub", ends, ops.const([1]))
     left.name, left.type, left.shape = f"kept_last_seen{suffix}", seen.type, ir.Shape(("B", tokens))
     return left
 
