@@ -72,11 +72,19 @@ def watch(layer: Any, seen: Seen) -> list[Any]:
     """Hooks that note what a layer does, to be removed."""
     attention = layer.self_attn
     parts = dict(attention.named_children())
-    last = {part: parts.get(f"{part}_norm", parts[f"{part}_proj"]) for part in "qk"}  # norms of single heads, if any
+
+    def note(name: str, part: str) -> Any:
+        norm = parts.get(f"{part}_norm", lambda heads: heads)  # of single heads, if any
+
+        def projected(_: Any, __: Any, output: Tensor) -> None:
+            setattr(seen, name, norm(output[0].unflatten(1, (-1, attention.head_dim))).flatten(1))
+
+        return parts[f"{part}_proj"].register_forward_hook(projected)
+
     return [
         attention.register_forward_hook(lambda _, __, output: setattr(seen, "attention", output[1][0])),
-        last["q"].register_forward_hook(lambda _, __, output: setattr(seen, "query", output[0].flatten(1))),
-        last["k"].register_forward_hook(lambda _, __, output: setattr(seen, "key", output[0].flatten(1))),
+        note("query", "q"),
+        note("key", "k"),
         layer.input_layernorm.register_forward_pre_hook(lambda _, args: setattr(seen, "entered", args[0][0])),
         layer.post_attention_layernorm.register_forward_hook(lambda _, __, output: setattr(seen, "normed", output[0])),
     ]
