@@ -31,10 +31,7 @@ LONGEST = 128  # prompts; more change little and cost memory (GPTQ's own number)
 FLOAT16, NEAR = 65504.0, 0.5  # its largest value, and the share of it from which other pictures may pass it
 
 Packer = Callable[[], tuple[np.ndarray, ...]]
-
-
-class _Caught(Exception):
-    """The first layer was reached."""
+Arguments = list[dict[str, Any]]  # of every layer, besides the states
 
 
 class Weights:
@@ -84,7 +81,7 @@ def pack(
     prefix = next(name for name, module in model.named_modules() if module is text)
     outside = [name for name, _ in model.named_parameters() if not name.startswith((f"{prefix}.layers.", "lm_head"))]
     weights.load(outside)
-    states = [_entering(model, text.layers[0], prompt) for prompt in prompts]
+    states = [_entering(model, text.layers, prompt) for prompt in prompts]
     weights.drop(outside)
     ready: dict[str, Packer] = {}
     largest: list[float] = []
@@ -97,12 +94,12 @@ def pack(
         arrays: dict[str, np.ndarray] = {}
         if chosen:
             file = folder / f"packed-{index}.safetensors"
-            for name, hessian in _hessians(layer, matrices, states):
+            for name, hessian in _hessians(layer, index, matrices, states):
                 packed = _pack(name, matrices[name], hessian, chosen[name], dtype)
                 arrays |= packed
                 ready[name] = _reader(file, list(packed))
             save_file(arrays, file)
-        states, most = _passed(layer, states)
+        states, most = _passed(layer, index, states)
         largest.append(most)
         weights.drop(names)
         progress(index + 1, len(text.layers))
@@ -123,29 +120,29 @@ def say_ranges(largest: Sequence[float], job: Job) -> None:
         )
 
 
-def _entering(model: Any, layer: nn.Module, prompt: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-    """States [1, S, D] that enter the first layer, and the other arguments of every layer."""
-    caught: list[tuple[Tensor, dict[str, Any]]] = []
+def _entering(model: Any, layers: nn.ModuleList, prompt: Mapping[str, Tensor]) -> tuple[Tensor, Arguments]:
+    """States [1, S, D] that enter the first layer, and the other arguments of each one, which may differ."""
+    entered: list[Tensor] = []
+    arguments: Arguments = []
 
-    def catch(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = dict(kwargs)
-        hidden = args[0] if args else given.pop("hidden_states")
-        caught.append((hidden, given))
-        raise _Caught
+    def note(hidden_states: Tensor, *_: Any, **given: Any) -> Tensor:
+        entered.append(hidden_states)
+        arguments.append(given)
+        return hidden_states
 
-    handle = layer.register_forward_pre_hook(catch, with_kwargs=True)
+    for layer in layers:
+        layer.forward = note
     try:
         model.model(**prompt, use_cache=False)
-    except _Caught:
-        return caught[0]
     finally:
-        handle.remove()
-    raise AssertionError("the language model has no layers")
+        for layer in layers:
+            del layer.forward
+    return entered[0], arguments
 
 
 def _passed(
-    layer: nn.Module, states: Sequence[tuple[Tensor, dict[str, Any]]]
-) -> tuple[list[tuple[Tensor, dict[str, Any]]], float]:
+    layer: nn.Module, index: int, states: Sequence[tuple[Tensor, Arguments]]
+) -> tuple[list[tuple[Tensor, Arguments]], float]:
     """States behind a layer, and the largest magnitude that it or a part of it read or returned."""
     most = [0.0]
 
@@ -155,7 +152,7 @@ def _passed(
                 most[0] = max(most[0], float(values.abs().max()))
 
     handles = [module.register_forward_hook(watch) for module in layer.modules()]
-    passed = [(_states(layer(hidden, **others)), others) for hidden, others in states]
+    passed = [(_states(layer(hidden, **others[index])), others) for hidden, others in states]
     for handle in handles:
         handle.remove()
     return passed, most[0]
@@ -166,7 +163,7 @@ def _states(output: Any) -> Tensor:
 
 
 def _hessians(
-    layer: nn.Module, matrices: Mapping[str, nn.Module], states: Sequence[tuple[Tensor, dict[str, Any]]]
+    layer: nn.Module, index: int, matrices: Mapping[str, nn.Module], states: Sequence[tuple[Tensor, Arguments]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, sum of x x^T over all inputs [K, K]) of every matrix, a copy that may be overwritten. Matrices that
     read the same values, such as those of queries, keys and values, share one sum until then."""
@@ -186,7 +183,7 @@ def _hessians(
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in matrices.items()]
     for hidden, others in states:
-        layer(hidden, **others)
+        layer(hidden, **others[index])
     for handle in handles:
         handle.remove()
     last[0] = None

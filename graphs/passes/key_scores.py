@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.ops import Ops
+from vlmtrim.graphs.passes.last_row import SUFFIX
 from vlmtrim.graphs.surgery import attention
 from vlmtrim.graphs.surgery.anatomy import Layer, find_layers, graph_input
 from vlmtrim.graphs.surgery.parts import parts_of, queries_at
@@ -69,7 +70,15 @@ class Watched:
             self._model, ops, layer, parts, self._rows, self._batch, lambda table, rows: gather_tokens(ops, table, rows)
         )
         self._derived += cloned
-        return attention.scaled(ops, layer, queries), self.layers[-2].mask
+        return attention.scaled(ops, layer, queries), self._whole_mask(layer)
+
+    def _whole_mask(self, layer: Layer) -> ir.Value:
+        """The mask of all tokens that the one of the layer's last row was derived from; other layers have it."""
+        masks = {str(other.mask.name): other.mask for other in self.layers[:-1]}
+        found = masks.get(str(layer.mask.name).removesuffix(SUFFIX), self.layers[-2].mask if len(masks) == 1 else None)
+        if found is None:
+            raise GraphError("no other layer attends under the last layer's mask; emit attention of a deeper decoder")
+        return found
 
     def _limit(self, mask: ir.Value) -> ir.Value:
         """Rows [B, 1, R, W] of a mask [B, 1, S, W]."""

@@ -18,6 +18,7 @@ from vlmtrim.graphs.surgery.anatomy import find_layers, graph_input, graph_outpu
 from vlmtrim.graphs.surgery.region import SideInputs, downstream, upstream
 from vlmtrim.graphs.surgery.split import rename_dims
 
+SUFFIX = ".last"  # of names of what is derived for the last row
 _ALONG = ("axis", "batch_dims")  # what says of a gather that it runs along the tokens
 
 
@@ -53,7 +54,7 @@ def last_row(model: ir.Model) -> ir.Model:
     if seen is not None:  # of the only token, which is the last one and so sees none behind it
         roots[seen] = ops("Sub", index, index)
         roots[seen].type, roots[seen].shape = seen.type, ir.Shape(("B", 1))
-    side = SideInputs(roots, shape_only=None if seam is embeds else embeds, suffix=".last")
+    side = SideInputs(roots, shape_only=None if seam is embeds else embeds, suffix=SUFFIX)
     side.rewire(region)
 
     picked = pick.inputs[0]

@@ -201,6 +201,7 @@ def test_a_cache_policy_that_does_not_agree_is_refused(change, said, export_tiny
         opened(folder)
 
 
-def test_features_that_layers_add_are_refused(export_tiny):
-    with pytest.raises(ProbeError, match="takes deepstack_features, which only the Python runtime provides"):
-        opened(export_tiny("added", family="qwen3_vl"))
+@pytest.mark.parametrize(("family", "name"), [("qwen3_vl", "deepstack_features"), ("gemma3", "last_seen")])
+def test_what_only_the_python_runtime_provides_is_refused(family, name, export_tiny):
+    with pytest.raises(ProbeError, match=f"takes {name}, which only the Python runtime provides"):
+        opened(export_tiny("added", family=family))

@@ -37,6 +37,7 @@ def sums(folder, family, ids, images):
         output = reference.model(
             input_ids=tensor,
             **brought,
+            **reference._told(tensor, brought),
             position_ids=positions,
             past_key_values=reference._cache,
             use_cache=True,
@@ -63,7 +64,7 @@ def prompts(session, lengths):
     return rows, images
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
 def test_what_is_summed_is_transformers_attention(family, export_tiny):
     """Two rows of different length, each as if alone; prompt and three generated tokens."""
     folder = emitting(export_tiny, family=family)

@@ -144,9 +144,10 @@ int64_t query_heads(const Contract& c) {
 // The decoder's boundary follows from the groups and four numbers; those are read off it, the rest must match.
 void check_decoder(const Contract& c) {
   const GraphSpec& spec = c.graph("decoder");
-  if (spec.input("deepstack_features") != nullptr) {
-    throw Refusal(said("the decoder of the family ", shown(c.family),
-                       " takes deepstack_features, which only the Python runtime provides; run it with run-vlm"));
+  for (const char* name : {"deepstack_features", "last_seen"}) {
+    if (spec.input(name) == nullptr) continue;
+    throw Refusal(said("the decoder of the family ", shown(c.family), " takes ", name,
+                       ", which only the Python runtime provides; run it with run-vlm"));
   }
   const int64_t hidden = width(spec.input("inputs_embeds")), vocabulary = width(spec.output("logits"));
   const TensorSpec* positions = spec.input("position_ids");
