@@ -1,6 +1,7 @@
 """Gemma 3 beyond what every family is tested for: masks against transformers' own, windows, prompts, sizes."""
 
 import json
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +19,7 @@ from vlmtrim.export.oracles.reference import own_processor
 from vlmtrim.export.oracles.reference_gemma3 import Reference
 from vlmtrim.export.tracing import trace
 from vlmtrim.export.tracing.attention import IMPLEMENTATION
-from vlmtrim.export.weights import StoredTensor, large, match_parameters
+from vlmtrim.export.weights import StoredTensor, large, layerwise, match_parameters
 from vlmtrim.graphs import FastV
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.methods.tidal import Tidal
@@ -190,6 +191,21 @@ def test_pan_and_scan_is_turned_off_in_the_bundle(bundle, tmp_path, capsys):
     gemma3.adapt_settings(tmp_path, bundle.contract)
     assert "give crops as further pictures" in capsys.readouterr().err
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["do_pan_and_scan"] is False
+
+
+def test_calibration_passes_states_through_layers_of_both_kinds(dense):
+    """Each under its own mask and tables, as the model's own forward has them."""
+    model: Any = Gemma3ForConditionalGeneration.from_pretrained(dense.folder).eval()
+    text = "<start_of_image>" + "What is this? " * 3
+    given = dict(own_processor(dense.folder)(text=text, images=sized(240, 200), return_tensors="pt"))
+    with torch.no_grad():
+        expected = model.model(**given, output_hidden_states=True, use_cache=False).hidden_states
+        layers = model.get_decoder().layers
+        states = [layerwise._entering(model, layers, given)]
+        for index, layer in enumerate(layers[:3]):
+            torch.testing.assert_close(states[0][0], expected[index])
+            states, _ = layerwise._passed(layer, index, states)
+    torch.testing.assert_close(states[0][0], expected[3])
 
 
 def test_videos_are_refused(session):
