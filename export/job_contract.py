@@ -28,7 +28,6 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     """The contract of a job's bundle, from the config alone. Raises Refusal where the job does not fit the model."""
     check_method(job, family.__name__.rpartition(".")[2])
     shape, method = _shape(job, family.read_shape(config)), job.method
-    check_numbers(job)
     _check_limits(job, shape, config)
     name, capacity = str(dtype).removeprefix("torch."), job.max_seq_len
     groups = _groups(job, shape)
@@ -196,6 +195,7 @@ def dense_groups(shape: Any, capacity: int, images: int) -> tuple[CacheGroup, ..
 
 
 def _check_limits(job: Job, shape: Any, config: Any) -> None:
+    check_numbers(job)
     if not 1 < job.max_seq_len <= shape.max_positions:
         raise Refusal(f"--max-seq-len is {job.max_seq_len}; the model takes 2 to {shape.max_positions} tokens")
     if not shape.cross_layers and job.images * shape.image_tokens >= job.max_seq_len:

@@ -69,10 +69,8 @@ def decoder_spec(
         inputs.append(TensorSpec("score_rows", "int64", ("B", "R")))
         for layer in range(sum(len(group.layers) for group in groups)):
             outputs.append(TensorSpec(f"score_queries.{layer}", dtype, ("B", query_heads, "R", groups[0].head_size)))
-    if deepstack:
-        inputs.append(TensorSpec(DEEPSTACK, dtype, ("B", "S", deepstack * hidden)))
-    if sees_ahead:
-        inputs.append(TensorSpec(LAST_SEEN, "int64", ("B", "S")))
+    inputs += [TensorSpec(DEEPSTACK, dtype, ("B", "S", deepstack * hidden))] * bool(deepstack)
+    inputs += [TensorSpec(LAST_SEEN, "int64", ("B", "S"))] * sees_ahead
     _add_caches(inputs, outputs, groups, dtype, rings)
     return GraphSpec("decoder.onnx", tuple(inputs), tuple(outputs))
 

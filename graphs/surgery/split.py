@@ -83,13 +83,12 @@ def split_at(
     suffix = "" if group < 2 else f".{group}"
     kept_positions.name, last_index.name = f"kept_position_ids{suffix}", f"kept_last_index{suffix}"
     roots = {seam: gathered, embeds: gathered, positions: kept_positions, running.last_index: last_index}
-    rows, added, seen = running.rows, running.added, running.seen
-    if rows is not None:
-        roots[rows] = _rows_left(ops, rows, survivors.kept_indices)
-    if added is not None:
-        roots[added] = _gathered(ops, added, kept, tokens)
-    if seen is not None:
-        roots[seen] = _seen_left(ops, seen, survivors, tokens, suffix)
+    if running.rows is not None:
+        roots[running.rows] = _rows_left(ops, running.rows, survivors.kept_indices)
+    if running.added is not None:
+        roots[running.added] = _gathered(ops, running.added, kept, tokens)
+    if running.seen is not None:
+        roots[running.seen] = _seen_left(ops, running.seen, survivors, tokens, suffix)
     rename: dict[str, str | int] = {running.tokens: tokens}
     if first:
         window = graph_input(model, f"key_positions.{running.group}")
@@ -109,7 +108,7 @@ def split_at(
     for node in [*order, *side.cloned]:
         rename_dims(node, rename)
     graph.sort()
-    left = (None if value is None else roots[value] for value in (rows, added, seen))
+    left = (None if value is None else roots[value] for value in (running.rows, running.added, running.seen))
     return Running(gathered, kept_positions, last_index, group, tokens, *left)
 
 
