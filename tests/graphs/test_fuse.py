@@ -20,17 +20,23 @@ def model(ops, inputs, output, dtype):
     return ir.Model(ir.Graph(inputs, [output], nodes=ops.nodes, opset_imports={"": 24}, name="g"), ir_version=10)
 
 
-def norm(dtype=ir.DataType.FLOAT, exponent=2.0, axis=-1, root="Sqrt"):
-    """The spelling of transformers' Llama: all in float32, the weight applied in the model's dtype."""
+def norm(dtype=ir.DataType.FLOAT, exponent=2.0, axis=-1, root="Sqrt", one_plus=False):
+    """The spelling of transformers' Llama: all in float32, the weight applied in the model's dtype; or of its Gemma 3,
+    which scales by 1 + weight in float32 (``one_plus``)."""
     ops = Ops("norm")
     x = ir.val("x", dtype=dtype, shape=("B", "S", WIDTH))
     wide = ops("Cast", x, to=ir.DataType.FLOAT)
     wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), x.shape
     mean = ops("ReduceMean", ops("Pow", wide, ops.const(exponent, np.float32)), ops.const([axis]))
     inverse = ops("Reciprocal", ops(root, ops("Add", mean, ops.const(EPSILON, np.float32))))
-    narrow = ops("Cast", ops("Mul", wide, inverse), to=dtype)
-    weight = ops.const(WEIGHT, dtype.numpy())
+    normal = ops("Mul", wide, inverse)
+    weight = ops.const(WEIGHT - one_plus, dtype.numpy())
     weight.type, weight.shape = ir.TensorType(dtype), ir.Shape([WIDTH])
+    if one_plus:
+        scale = ops("Add", ops.const(1.0, np.float32), ops("Cast", weight, to=ir.DataType.FLOAT))
+        scale.type, scale.shape = ir.TensorType(ir.DataType.FLOAT), weight.shape
+        return model(ops, [x], ops("Cast", ops("Mul", normal, scale), to=dtype), dtype)
+    narrow = ops("Cast", normal, to=dtype)
     return model(ops, [x], ops("Mul", weight, narrow), dtype)
 
 
@@ -70,6 +76,19 @@ def test_norm_is_numpys(evaluator, dtype):
     expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + EPSILON) * WEIGHT
     tolerance = 1e-6 if dtype == ir.DataType.FLOAT else 4e-3
     np.testing.assert_allclose(run(graph, evaluator, x=x), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+def test_a_norm_that_scales_by_one_plus_its_weight_stays_in_float32(dtype):
+    graph = norm(dtype, one_plus=True)
+    fuse(graph, {"RMSNormalization": 1})
+    assert operators(graph)[-2:] == ["RMSNormalization", "Cast"] and "Reciprocal" not in operators(graph)
+    x = RANDOM.normal(size=(2, 5, WIDTH)).astype(dtype.numpy())
+    wide, weight = x.astype(np.float64), 1 + (WEIGHT - 1).astype(dtype.numpy()).astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + EPSILON) * weight
+    np.testing.assert_allclose(
+        run(graph, "onnxruntime", x=x), expected, rtol=1e-5 if dtype == ir.DataType.FLOAT else 1e-3
+    )
 
 
 @pytest.mark.parametrize("evaluator", ["onnxruntime", "reference"])
