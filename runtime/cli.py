@@ -44,8 +44,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--fps",
         type=float,
-        default=2.0,
-        help="frames a second of --video: of frames what they are, of a file what is taken (default 2)",
+        default=None,
+        help="frames a second of --video: of frames what they are (default 2), of a file what is taken (default: what "
+        "the family takes)",
     )
     add_arguments(p)
     p.add_argument("--max-new-tokens", type=int, default=128, help="at most so many tokens (default 128)")
@@ -172,7 +173,7 @@ def _videos(args: argparse.Namespace, chat: Chat | Guided) -> list[Any]:
         return []
     if len(args.video) == 1 and is_film(args.video[0]):
         return [runtime.read_film(args.video[0], chat.session.processor, args.fps)]
-    return [runtime.Video.of(args.video, args.fps)]
+    return [runtime.Video.of(args.video, 2.0 if args.fps is None else args.fps)]
 
 
 def _open(args: argparse.Namespace) -> Chat | Guided:

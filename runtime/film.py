@@ -5,7 +5,6 @@ Reads with PyAV, which brings FFmpeg's libraries (extra ``video``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,13 @@ def is_film(path: str | Path) -> bool:
         return not stream.read(4).startswith(_PICTURES)
 
 
-def read_film(path: str | Path, processor: Processor, fps: float = 2.0) -> Video:
+def read_film(path: str | Path, processor: Processor, fps: float | None = None) -> Video:
     """Frames of a video file; no more than these are held, at the size that the model sees.
 
     Args:
         path: a file that FFmpeg reads.
         processor: of the session that is asked (``chat.session.processor``); its family says which frames are taken.
-        fps: frames a second wanted, for families that take as many as the video is long.
+        fps: frames a second wanted, for families that take as many as the video is long; None for what they take.
 
     Raises:
         RuntimeRefusal: the file is no video, the family takes none, or PyAV is not installed.
@@ -45,6 +44,7 @@ def read_film(path: str | Path, processor: Processor, fps: float = 2.0) -> Video
         raise RuntimeRefusal(
             "reading a video file takes PyAV: pip install 'vlmtrim[video]', or give a folder of frames"
         ) from None
+    fps = processor.film_fps if fps is None else fps
     if not SLOWEST <= fps <= FASTEST:
         raise RuntimeRefusal(f"{fps!r} frames a second; give a number from {SLOWEST:g} to {FASTEST:g}")
     try:
@@ -54,13 +54,15 @@ def read_film(path: str | Path, processor: Processor, fps: float = 2.0) -> Video
                 raise RuntimeRefusal(f"{path} has no moving picture; give a video file, or a folder of frames")
             total, rate = _counted(container)
             chosen = processor.frames(total, rate, fps).tolist()
-            frames = list(_taken(container, chosen, processor))
+            frames, size = _taken(container, chosen, processor)
     except (OSError, FFmpegError) as error:
         reason = error.strerror or type(error).__name__
         raise RuntimeRefusal(f"{path} cannot be read as a video ({reason}); give another file") from error
     if not frames:
         raise RuntimeRefusal(f"{path} cannot be read as a video (no frame in it); give another file")
-    return Video(frames, min(max(len(chosen) / total * rate, SLOWEST), FASTEST))
+    taken = min(max(len(chosen) / total * rate, SLOWEST), FASTEST)
+    times = [number / rate for number in chosen[: len(frames)]]
+    return Video(frames, taken, times, duration=total / rate, shrunk_from=size)
 
 
 def _counted(container: Any) -> tuple[int, float]:
@@ -73,14 +75,17 @@ def _counted(container: Any) -> tuple[int, float]:
     return max(total, 1), float(stream.average_rate or stream.guessed_rate or 24)
 
 
-def _taken(container: Any, chosen: list[int], processor: Processor) -> Iterator[Image.Image]:
-    """The frames of these numbers, ascending."""
+def _taken(container: Any, chosen: list[int], processor: Processor) -> tuple[list[Image.Image], tuple[int, int] | None]:
+    """The frames of these numbers, ascending, and the size that they had."""
     wanted, last = set(chosen), max(chosen)
+    frames, size = [], None
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     for number, frame in enumerate(container.decode(stream)):
         if number in wanted:
             upright = frame.to_image().rotate(frame.rotation, expand=True)
-            yield processor.shrunk(upright, len(chosen))
+            size = size or upright.size
+            frames.append(processor.shrunk(upright, len(chosen)))
         if number == last:
-            return
+            break
+    return frames, size

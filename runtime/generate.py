@@ -279,7 +279,7 @@ class Chat:
 def process(processor: Processor, *rows: Sequence[Picture]) -> Pictures | None:
     """What pictures and videos become, or None for none. Raises RuntimeRefusal where one cannot be read or taken."""
     given = [picture for row in rows for picture in row]
-    if processor.contract.video_token_id is None and any(isinstance(picture, Video) for picture in given):
+    if not processor.takes_videos and any(isinstance(picture, Video) for picture in given):
         raise RuntimeRefusal(f"bundles of {processor.contract.family} take no videos; give the frames as pictures")
     loaded: list[list[Any]] = [[load_picture(picture) for picture in row] for row in rows]
     return processor.of_rows(loaded) if given else None

@@ -8,6 +8,7 @@ from typing import Any
 from vlmtrim.graphs.reading import BundleError, Folder, boolean, integer, number, shown
 
 FILES = ("preprocessor_config.json", "processor_config.json")  # the first that has settings counts
+VIDEO_FILE = "video_preprocessor_config.json"
 LONGEST_EDGE = 4096  # pixels of what a model sees; towers take 224 to 1120
 MOST_PIXELS = 2**31 - 1
 LARGEST_PATCH = 256
@@ -56,6 +57,21 @@ class ImageSettings:
             if raw:
                 return ImageSettings(raw, where)
         raise BundleError(f"{files.path} has no image-processor settings ({FILES[0]}); export the model again")
+
+    @staticmethod
+    def of_videos(files: Folder) -> ImageSettings:
+        """As transformers finds them: the ``video_processor`` part of ``processor_config.json``, else
+        ``video_preprocessor_config.json``, else those of pictures. Raises BundleError.
+        """
+        nested = files.json(FILES[1]).get("video_processor") if FILES[1] in files else None
+        where = f"{files.path / FILES[1]}: video_processor"
+        if nested is None and VIDEO_FILE in files:
+            nested, where = files.json(VIDEO_FILE), str(files.path / VIDEO_FILE)
+        if nested is None:
+            return ImageSettings.read(files)
+        if not isinstance(nested, dict):
+            raise BundleError(f"{where} is {shown(nested)}; expected an object")
+        return ImageSettings(nested, where)
 
     def refuse(self, problem: str) -> BundleError:
         """To raise: what is wrong in the settings."""

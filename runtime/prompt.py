@@ -6,6 +6,7 @@ nobody forges a turn or moves a picture. The template alone writes control token
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,11 +49,12 @@ class Rendered:
     text: str
     spans: tuple[Span, ...]
 
-    def told(self, mark: str, words: Sequence[str]) -> Rendered:
+    def told(self, marks: Collection[str], words: Sequence[str]) -> Rendered:
         """With words in place of the template's marks, in order. Raises RuntimeRefusal where they do not match."""
+        mark = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
         left, at, parts, spans, size = list(reversed(words)), 0, [], [], 0
         for start, end in (*self.spans, (len(self.text),) * 2):
-            first, *others = self.text[at:start].split(mark)
+            first, *others = mark.split(self.text[at:start])
             if len(others) > len(left):
                 break
             written = first + "".join(left.pop() + other for other in others)
@@ -62,7 +64,8 @@ class Rendered:
         else:
             if not left:
                 return Rendered("".join(parts), tuple(spans[:-1]))
-        raise RuntimeRefusal(f"the prompt holds {self.text.count(mark)} {mark} mark(s) for {len(words)} image(s)")
+        count, names = len(mark.findall(self.text)), " or ".join(sorted(set(marks)))
+        raise RuntimeRefusal(f"the prompt holds {count} {names} mark(s) for {len(words)} image(s)")
 
     def since(self, start: int) -> Rendered:
         """The part from a character on."""
@@ -73,10 +76,15 @@ class Rendered:
 class Prompter:
     """Tokenizer and chat template of a bundle.
 
+    Args:
+        files: of the bundle.
+        contract: its contract.
+        video_mark: what templates write for a video where the processor has words for it.
+
     Raises BundleError or RuntimeRefusal where a file of them is missing, damaged or asks for too much.
     """
 
-    def __init__(self, files: Folder, contract: Contract):
+    def __init__(self, files: Folder, contract: Contract, video_mark: str | None = None):
         self._source = files.bytes("tokenizer.json")
         self._file = files.path / "tokenizer.json"
         self.tokenizer = load(self._source, str(self._file))
@@ -87,7 +95,8 @@ class Prompter:
         self._image_token_id = contract.image_token_id
         self._video_token_id = contract.video_token_id
         video = None if self._video_token_id is None else self.tokenizer.id_to_token(self._video_token_id)
-        self._video_mark = video or token
+        self._video_mark = video_mark or video or token
+        self._video_words = video_mark
         self.most_characters = CHARACTERS_A_TOKEN * contract.max_seq_len
         self._settings = files.json("tokenizer_config.json") if "tokenizer_config.json" in files else {}
         template = _template_text(files, self._settings)
@@ -120,17 +129,21 @@ class Prompter:
         """A question's parts so that the template leaves its pictures where they are.
 
         Templates that write pictures first, as LLaVA's do, get one text with the marks in it; ``typed`` are the spans
-        of that text which people wrote.
+        of that text which people wrote. So do those that know no videos, for each of these.
         """
+        if any(part["type"] == "video" for part in content) and not self._knows_videos:
+            mark = {"type": "text", "text": self._video_mark, "typed": []}
+            content = [mark if part["type"] == "video" else part for part in content]
         kinds = [part["type"] for part in content]
-        if self._keeps_order or kinds == sorted(kinds, key="text".__eq__):
+        if kinds == sorted(kinds, key="text".__eq__) or self._keeps_order:
             return content
         text, typed = "", []
         for part in content:
+            is_text = part["type"] == "text"
             mark = self._video_mark if part["type"] == "video" else self.mark
-            words = part["text"] if part["type"] == "text" else mark
-            if part["type"] == "text":
-                typed.append((len(text), len(text) + len(words)))
+            words = part["text"] if is_text else mark
+            spans = part.get("typed", [(0, len(words))] if is_text else [])
+            typed += [(len(text) + start, len(text) + end) for start, end in spans]
             text += words
         return [{"type": "text", "text": text, "typed": typed}]
 
@@ -150,6 +163,15 @@ class Prompter:
         words = {"type": "text", "text": "words"}
         pieces = self.pieces([{"role": "user", "content": [words, {"type": "image"}, words]}], datetime.now())
         return pieces[1::2] == [" 0 ", " 1 "] and self.mark in pieces[2]
+
+    @cached_property
+    def _knows_videos(self) -> bool:
+        """Whether the template writes the mark of a video."""
+        content = [{"type": "video"}, {"type": "text", "text": "words"}]
+        try:
+            return self._video_mark in self.pieces([{"role": "user", "content": content}], datetime.now())[0]
+        except RuntimeRefusal:  # it takes every other part for a text
+            return False
 
     def write(self, messages: list[Message], now: datetime) -> str:
         """What the template makes of a conversation."""
@@ -180,7 +202,7 @@ class Prompter:
         Where people wrote what the tokenizer takes for a control token, their text is spelled out. The mark of a video
         becomes that of an image: features take their places all the same.
         """
-        rendered = rendered.told(self.mark, words) if words else rendered
+        rendered = rendered.told({self.mark, self._video_words or self.mark}, words) if words else rendered
         bos = self.special("bos_token")
         add = opening and not (bos and rendered.text.startswith(bos))
         found = encode(self.tokenizer, rendered.text, add)
@@ -284,7 +306,8 @@ class Conversation:
             content: list[Message] = [{"type": "video" if i in videos else "image"} for i in range(images)]
             content.append({"type": "text", "text": prompt})
         else:
-            content = self._prompter.placed(list(prompt))
+            content = list(prompt)
+        content = self._prompter.placed(content)
         if self._messages and self._messages[-1]["role"] == "user":
             self.answer("")  # nobody waited for it
         opening = self._messages == self._system

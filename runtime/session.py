@@ -69,8 +69,8 @@ class Session:
             raise RuntimeRefusal(f"batch {batch} is outside the bundle's {low} to {high}; export with --max-batch")
         backend.check(bundle.folder, self.contract)
         self.batch = batch
-        self.prompter = Prompter(bundle.files, self.contract)
         self.processor = load_processor(bundle.files, self.contract)
+        self.prompter = Prompter(bundle.files, self.contract, self.processor.video_mark)
         # The vision graph is opened with the first image: text-only use should not pay for it.
         self._graphs = {name: backend.open(bundle.folder, self.contract, name) for name in ("embed", "decoder")}
         self.caches = backend.make_caches(self.contract, batch)

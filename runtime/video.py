@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,16 @@ class Video:
     Attributes:
         frames: pictures as :func:`load_image` takes them, at least one and at most MOST_FRAMES.
         fps: frames a second, as they are given here (of a film, those that were taken out of it).
+        times: seconds of the film at which each frame is shown; empty where they follow from ``fps``.
+        duration: seconds of the whole film; None where nobody says.
+        shrunk_from: width and height of the film, where its frames have the size that a model sees already.
     """
 
     frames: Sequence[Picture]
     fps: float = 2.0
+    times: Sequence[float] = ()
+    duration: float | None = None
+    shrunk_from: tuple[int, int] | None = None
 
     @staticmethod
     def of(paths: Sequence[str | Path], fps: float) -> Video:
@@ -42,6 +49,16 @@ class Video:
         """The frames of one that :meth:`load` made."""
         return [frame for frame in self.frames if isinstance(frame, Image.Image)]
 
+    @property
+    def seconds(self) -> list[float]:
+        """When each frame is shown."""
+        return list(self.times) or [number / self.fps for number in range(len(self.frames))]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height that the frames had before anything was done to them."""
+        return self.shrunk_from or self.opened[0].size
+
     def load(self) -> Video:
         """The same with every frame opened as RGB. Raises RuntimeRefusal where they cannot be one video."""
         if not self.frames:
@@ -52,6 +69,8 @@ class Video:
             raise RuntimeRefusal(
                 f"a video of {self.fps!r} frames a second; give a number above 0, from {SLOWEST:g} to {FASTEST:g}"
             )
+        if self.times and len(self.times) != len(self.frames):
+            raise RuntimeRefusal(f"a video of {len(self.frames)} frames with {len(self.times)} times; give one of each")
         frames: list[Image.Image] = []
         for number, source in enumerate(self.frames, 1):
             try:
@@ -67,7 +86,7 @@ class Video:
             if frames[-1].size != (width, height):
                 sizes = [(width, height), frames[-1].size]
                 raise RuntimeRefusal(f"the frames of a video have 2 sizes or more, among them {sorted(sizes)}")
-        return Video(tuple(frames), float(self.fps))
+        return dataclasses.replace(self, frames=tuple(frames), fps=float(self.fps))
 
 
 def load_picture(source: Picture | Video) -> Image.Image | Video:

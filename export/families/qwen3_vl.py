@@ -9,12 +9,15 @@ the first decoder layers (DeepStack, Meng et al. 2024, arXiv 2406.04334). Graphs
              -> image_features [M, (1 + n) D]
     embed    ..., image_features [B, N, (1 + n) D] -> inputs_embeds [B, S, D], deepstack_features [B, S, n D]
 
-Still pictures; videos, whose frames stand between timestamps in words, are refused.
+Every two frames of a video are a picture to these graphs; the prompt has their times in words
+(:mod:`vlmtrim.runtime.processors.qwen3_vl`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +29,11 @@ from vlmtrim.export.job import Refusal
 from vlmtrim.export.tracing import qwen_vl, text_decoder
 from vlmtrim.export.tracing.attention import StaticCache
 from vlmtrim.export.tracing.qwen_vl import SPECIALS as SPECIALS
-from vlmtrim.export.tracing.qwen_vl import adapt_settings as adapt_settings
 from vlmtrim.export.tracing.qwen_vl import vision_dims as vision_dims
-from vlmtrim.export.tracing.qwen_vl import write_tiny_processor as write_tiny_processor
 from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
 from vlmtrim.export.tracing.trace import Plan
-from vlmtrim.graphs.contract import TOKENS, GraphSpec, TensorSpec
+from vlmtrim.graphs.contract import TOKENS, Contract, GraphSpec, TensorSpec
+from vlmtrim.runtime.processors.qwen3_vl import LEAST_OF_ALL, MOST_OF_ALL
 
 MODEL_CLASS = Qwen3VLForConditionalGeneration
 PRUNES = TOKENS  # what methods remove of its pictures
@@ -57,7 +59,7 @@ def read_shape(config: Qwen3VLConfig) -> qwen_vl.QwenShape:
     deepstack = len(vision.deepstack_visual_indexes)  # type: ignore[union-attr]
     if deepstack > shape.layers:
         raise Refusal(f"deepstack_visual_indexes has {deepstack} entries, the decoder {shape.layers} layers")
-    return dataclasses.replace(shape, deepstack=deepstack, video_token_id=None)
+    return dataclasses.replace(shape, deepstack=deepstack)
 
 
 class Vision(nn.Module):
@@ -155,6 +157,19 @@ def plans(full: Any, shape: qwen_vl.QwenShape, dtype: torch.dtype, decoder: Grap
     return [qwen_vl.vision_plan(Vision(full), spec, dtype), *text]
 
 
+def adapt_settings(folder: Path, contract: Contract) -> None:
+    """As :func:`qwen_vl.adapt_settings`; a video's pixels, of all frames together, are two for each of a picture's."""
+    qwen_vl.adapt_settings(folder, contract)
+    for name, key in (("processor_config.json", "video_processor"), ("video_preprocessor_config.json", None)):
+        content = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        settings = content if key is None else content.get(key)
+        if settings:
+            pixels = 2 * contract.image_tokens * (settings.get("patch_size", 16) * settings.get("merge_size", 2)) ** 2
+            size = {"shortest_edge": LEAST_OF_ALL, "longest_edge": MOST_OF_ALL, **(settings.get("size") or {})}
+            settings["size"] = {edge: min(most, pixels) for edge, most in size.items()}
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
 def published(like: str) -> dict[str, Any]:
     """``config.json`` of one of SIZES, as the hub's is written."""
     (hidden, mlp, layers, heads, tied), (width, inner, depth, levels) = SIZES[like]
@@ -197,3 +212,18 @@ def tiny_config(heads: int = 4, kv_heads: int = 2, layers: int = 4, tied: bool =
             "deepstack_visual_indexes": [0, 1],
         },
     )
+
+
+def write_tiny_processor(folder: Path, config: Any) -> None:
+    """As :func:`qwen_vl.write_tiny_processor`, with settings for videos."""
+    qwen_vl.write_tiny_processor(folder, config)
+    settings = {
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "size": {"shortest_edge": 4096, "longest_edge": 2 * qwen_vl.MOST_TOKENS * 32**2},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(settings, indent=2))

@@ -49,8 +49,17 @@ class View:
 class Processor(ABC):
     """The pictures' way into a bundle of one family; does what the checkpoint's Hugging Face processor does."""
 
+    film_fps = 2.0  # frames a second of a film, where nobody wants others
+    # What templates write for a video where the processor has words for it; None where that is a token of the contract.
+    video_mark: str | None = None
+
     def __init__(self, files: Folder, contract: Contract):
         self.contract = contract
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether videos may stand among the pictures."""
+        return self.video_mark is not None or self.contract.video_token_id is not None
 
     @abstractmethod
     def __call__(self, images: Sequence[Image.Image]) -> Pictures:
@@ -88,6 +97,10 @@ class Processor(ABC):
             RuntimeRefusal: the family takes no videos.
         """
         raise RuntimeRefusal(f"bundles of {self.contract.family} take no videos; give the frames as pictures")
+
+    def most_frames(self, tokens: int) -> int:
+        """Frames of so many visual tokens that half of a conversation holds and the vision graph takes as tiles."""
+        return max(1, min(self.contract.max_seq_len // 2 // tokens, self.contract.dims["T"][1]))
 
     def shrunk(self, frame: Image.Image, count: int) -> Image.Image:
         """One of ``count`` frames of a video at the size that the model sees: what becomes of it is the same."""

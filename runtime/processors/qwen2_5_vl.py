@@ -17,7 +17,7 @@ from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.reading import BundleError, Folder, number, shown
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import expect_inputs, normalised
-from vlmtrim.runtime.image_settings import LARGEST_PATCH, MOST_PIXELS, MOST_TOGETHER, ImageSettings
+from vlmtrim.runtime.image_settings import LARGEST_PATCH, MOST_PIXELS, MOST_TOGETHER, ImageSettings, Normalisation
 from vlmtrim.runtime.processors import base
 from vlmtrim.runtime.processors.base import Pictures, evenly
 from vlmtrim.runtime.video import Video
@@ -52,6 +52,7 @@ class Processor(base.Processor):
         self._least = settings.integer("min_pixels", 1, MOST_PIXELS, size.get("shortest_edge", 56 * 56))
         self._most = settings.integer("max_pixels", 1, MOST_PIXELS, size.get("longest_edge", 28 * 28 * 1280))
         self._resample, self._values = settings.resample(), settings.normalisation()
+        self._frame_resample, self._frame_values = self._resample, self._values
         config = files.json("config.json").get("vision_config")
         where = f"{files.path / 'config.json'}: vision_config"
         if not isinstance(config, dict):
@@ -91,20 +92,19 @@ class Processor(base.Processor):
 
     def framed(self, image: Image.Image) -> Image.Image:
         """The picture at the size that the model sees."""
-        return self._resized(image, 1)
+        return image.resize(self._size(*image.size, 1), resample=self._resample)
 
     def frames(self, total: int, rate: float, fps: float) -> np.ndarray:
         """As Qwen2VLVideoProcessor samples them: ``fps`` a second, 4 to 768, full groups of those that share tokens; no
         more than the bundle has tokens for."""
         together = self._frames_per_token
-        share = self.contract.image_tokens * (self._patch * self._merge) ** 2 // self._least
-        most = min(MOST_FRAMES, total, together * max(share, 1)) // together * together
+        most = min(MOST_FRAMES, total, self._most_frames) // together * together
         wanted = min(max(total / rate * fps, LEAST_FRAMES), most, total) // together * together
         return evenly(total, max(1, int(wanted)))
 
     def shrunk(self, frame: Image.Image, count: int) -> Image.Image:
         """As :meth:`framed`, where frames share what a picture may have."""
-        return self._resized(frame, -(-count // self._frames_per_token))
+        return frame.resize(self._frame_size(*frame.size, count), resample=self._frame_resample)
 
     def positions(
         self, ids: np.ndarray, counts: np.ndarray, start: np.ndarray, pictures: Pictures | None
@@ -125,6 +125,12 @@ class Processor(base.Processor):
             after[row] = found.max() + 1
         return positions, after
 
+    @property
+    def _most_frames(self) -> int:
+        """Of a video, each group of those that share tokens as large as the smallest picture."""
+        share = self.contract.image_tokens * (self._patch * self._merge) ** 2 // self._least
+        return self._frames_per_token * max(share, 1)
+
     def _interval(self, fps: float) -> np.float32:
         """Positions between two frames of a video."""
         seconds = np.float32(self._frames_per_token / fps)
@@ -134,14 +140,15 @@ class Processor(base.Processor):
         """(patches [tokens, G, C T p p], grid) of a picture or a video."""
         together = self._frames_per_token
         if isinstance(image, Video):
-            frames = image.opened
+            frames, size = image.opened, self._frame_size(*image.size, len(image.frames))
             frames += frames[-1:] * (-len(frames) % together)
             count = len(frames) // together
             times = (np.arange(count) * self._interval(image.fps)).astype(np.int64)
-            pixels = np.stack([self._pixels(frame, count) for frame in frames])
+            frames = [frame.resize(size, resample=self._frame_resample) for frame in frames]
+            pixels = np.stack([self._pixels(frame, self._frame_values) for frame in frames])
         else:
             count, times = 1, np.zeros(1, dtype=np.int64)
-            pixels = np.repeat(self._pixels(image, 1)[None], together, axis=0)
+            pixels = np.repeat(self._pixels(self.framed(image), self._values)[None], together, axis=0)
         side = self._patch * self._merge
         rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
         split = pixels.reshape(
@@ -150,25 +157,32 @@ class Processor(base.Processor):
         grid = _Grid(rows, columns, tuple(times.tolist()))
         return split.reshape(grid.tokens, self._merge**2, -1), grid
 
-    def _pixels(self, image: Image.Image, frames: int) -> np.ndarray:
+    @staticmethod
+    def _pixels(image: Image.Image, values: Normalisation) -> np.ndarray:
         """float32 [3, height, width]."""
-        values = self._values
-        return normalised(np.asarray(self._resized(image, frames)), values.scale, values.mean, values.std)
+        return normalised(np.asarray(image), values.scale, values.mean, values.std)
 
-    def _resized(self, image: Image.Image, frames: int) -> Image.Image:
-        """The picture at a size that tokens fill; ``frames`` of them share what the bundle takes of one picture."""
-        side = self._patch * self._merge
-        share = self.contract.image_tokens // frames
+    def _frame_size(self, width: int, height: int, count: int) -> tuple[int, int]:
+        """Width and height that the model sees of one of ``count`` frames; they share what a picture may have."""
+        return self._size(width, height, -(-count // self._frames_per_token))
+
+    def _size(self, width: int, height: int, frames: int) -> tuple[int, int]:
+        """Width and height that tokens fill; ``frames`` of them share what the bundle takes of one picture."""
+        side, share = self._patch * self._merge, self.contract.image_tokens // frames
         most = min(self._most, max(share, 1) * side**2)
-        height, width = _fitting_size(image.height, image.width, side, min(self._least, most), most)
-        tokens = (height // side) * (width // side)
+        high, wide = fitting_size(height, width, side, min(self._least, most), most)
+        self._check_tokens((width, height), (high // side) * (wide // side), frames)
+        return wide, high
+
+    def _check_tokens(self, size: tuple[int, int], tokens: int, frames: int) -> None:
+        """Raise RuntimeRefusal where each of so many frames of a size has more tokens than its share."""
+        share = self.contract.image_tokens // frames
         if tokens > share:
             of = f"one of {frames} frames" if frames > 1 else "a picture"
             raise RuntimeRefusal(
-                f"a picture of {image.width} x {image.height} pixels makes {tokens} visual tokens at least, the bundle "
+                f"a picture of {size[0]} x {size[1]} pixels makes {tokens} visual tokens at least, the bundle "
                 f"takes {share} of {of}; crop it, give fewer frames, or export with more --image-tokens"
             )
-        return image.resize((width, height), resample=self._resample)
 
     def _patch_positions(self, frame: _Grid) -> np.ndarray:
         """Row and column [tokens, G, 2] of a frame's patches."""
@@ -186,20 +200,25 @@ def _window_side(contract: Contract) -> int:
     return 0
 
 
-def _fitting_size(height: int, width: int, side: int, least: int, most: int) -> tuple[int, int]:
-    """Multiples of ``side`` with about the same proportions and between ``least`` and ``most`` pixels."""
+def fitting_size(
+    height: int, width: int, side: int, least: int, most: int, frames: int = 1, counted: int = 1
+) -> tuple[int, int]:
+    """Multiples of ``side`` with about the same proportions and between ``least`` and ``most`` pixels.
+
+    Those of a video are of all ``frames`` together, which count as ``counted`` where whole groups of them do.
+    """
     if max(height, width) > MOST_ELONGATED * min(height, width):
         raise RuntimeRefusal(
             f"the picture is {width} x {height} pixels; the model takes pictures up to {MOST_ELONGATED} times as long "
             "as wide: crop it"
         )
     fitting = [round(length / side) * side for length in (height, width)]
-    pixels = fitting[0] * fitting[1]
+    pixels = counted * fitting[0] * fitting[1]
     if pixels > most:
-        shrink = math.sqrt((height * width) / most)
+        shrink = math.sqrt((frames * height * width) / most)
         fitting = [max(side, math.floor(length / shrink / side) * side) for length in (height, width)]
     elif pixels < least:
-        grow = math.sqrt(least / (height * width))
+        grow = math.sqrt(least / (frames * height * width))
         fitting = [math.ceil(length * grow / side) * side for length in (height, width)]
     return fitting[0], fitting[1]
 

@@ -127,12 +127,6 @@ def test_a_chain_runs_like_the_whole(export_tiny):
     np.testing.assert_equal(recorded[0], recorded[1])
 
 
-def test_videos_are_refused(session):
-    film = runtime.Video([sized(96, 96)])
-    with pytest.raises(runtime.RuntimeRefusal, match="take no videos"):
-        runtime.Chat(session).generate("?", [film])
-
-
 @pytest.mark.parametrize("like", PARAMETERS)
 def test_published_models_are_planned(like, tmp_path):
     """Sizes as the model cards of Qwen/Qwen3-VL-*-Instruct say; caches of two layers whole, of the others pruned."""

@@ -1,18 +1,15 @@
 """Video files: frames that transformers would take, at the size that the model sees, and nothing else in memory."""
 
-import ast
-import inspect
 import math
 import sys
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
+from torchless import function_of
 
 from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle
@@ -51,24 +48,17 @@ def film(tmp_path_factory):
 def processors(export_tiny):
     """name -> the processor of a tiny bundle."""
     made = {}
-    for family in ("qwen2_5_vl", "video_llava", "llava_onevision", "llava"):
+    for family in ("qwen2_5_vl", "qwen3_vl", "video_llava", "llava_onevision", "llava"):
         bundle = open_bundle(export_tiny("film", family=family, method="none"))
         made[family] = load_processor(bundle.files, bundle.contract)
     return made
 
 
 def sampled(total, rate, fps, most):
-    """Qwen2VLVideoProcessor.sample_frames as its file has it: without torchvision the class cannot be imported."""
-    source = Path(inspect.getfile(transformers)).parent / "models" / "qwen2_vl" / "video_processing_qwen2_vl.py"
-    (function,) = (
-        node
-        for node in ast.walk(ast.parse(source.read_text()))
-        if isinstance(node, ast.FunctionDef) and node.name == "sample_frames"
-    )
-    space = {"math": math, "torch": torch, "VideoMetadata": SimpleNamespace}
-    exec(ast.unparse(function), space)
+    """Qwen2VLVideoProcessor.sample_frames as its file has it."""
+    sample = function_of("qwen2_vl", "sample_frames", math=math, torch=torch)
     own = SimpleNamespace(num_frames=None, fps=fps, temporal_patch_size=2, min_frames=4, max_frames=most)
-    return space["sample_frames"](own, SimpleNamespace(total_num_frames=total, fps=rate)).tolist()
+    return sample(own, SimpleNamespace(total_num_frames=total, fps=rate)).tolist()
 
 
 @pytest.mark.parametrize("fps", [0.5, 2.0, 3.7])
@@ -94,17 +84,19 @@ def test_eight_frames_of_video_llava_are_those_of_its_authors(processors):
     assert processors["video_llava"].frames(3, 10.0, 2.0).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llava", "llava_onevision"])
-def test_a_film_is_its_frames_given_one_by_one(processors, film, family):
+@pytest.mark.parametrize("fps", [2.0, 3.3])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "video_llava", "llava_onevision"])
+def test_a_film_is_its_frames_given_one_by_one(processors, film, family, fps):
     """To the bit, though what is held was shrunk to what the model sees."""
     processor = processors[family]
-    video = runtime.read_film(film, processor, 2.0)
-    chosen = processor.frames(60, RATE, 2.0)
-    given = Video([frames_of(60)[number] for number in chosen], video.fps).load()
+    video = runtime.read_film(film, processor, fps)
+    chosen = processor.frames(60, RATE, fps)
+    times = [number / RATE for number in chosen]
+    given = Video([frames_of(60)[number] for number in chosen], video.fps, times, 6.0).load()
     assert len(video.frames) == len(chosen) >= 8
     assert video.fps == pytest.approx(len(chosen) / 6)
     whole, shrunk = processor([given]), processor([video.load()])
-    assert whole.tokens == shrunk.tokens and whole.grids == shrunk.grids
+    assert whole.tokens == shrunk.tokens and whole.grids == shrunk.grids and whole.words == shrunk.words
     for name in whole.inputs:
         np.testing.assert_array_equal(whole.inputs[name], shrunk.inputs[name])
 
