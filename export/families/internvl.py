@@ -8,7 +8,7 @@ step, P tokens of a tile, D hidden width)
     vision   pixel_values [T, 3, H, W] -> image_features [P T, D]
 
 How many tiles a picture may become is a setting of the image processor, which a bundle lowers to what it takes
-(:func:`adapt_settings`). Still pictures; videos, whose frames stand between words, are refused.
+(:func:`adapt_settings`). A frame of a video is one tile (:mod:`vlmtrim.runtime.processors.internvl`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ MARKS = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")  # start_image_token and
 ROLES = ("start_image_token", "end_image_token", "context_image_token", "video_token")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}{% else %}{{ content['text'] + ' ' }}{% endif %}"
+    "{% if content['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
+    "{% elif content['type'] == 'video' %}{{ '<video>\\n' }}{% else %}{{ content['text'] + ' ' }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
@@ -253,15 +254,17 @@ def write_tiny_processor(folder: Path, config: InternVLConfig) -> None:
     path.write_text(json.dumps(settings, indent=2))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     height, width = vision.image_size
+    scaling = {"size": {"height": height, "width": width}, "resample": 3}
+    frames = {"video_processor_type": "InternVLVideoProcessor", **scaling, **tiny.HALF_COLOURS}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(frames, indent=2))
     tiny.write_settings(
         folder,
         {
             "image_processor_type": "GotOcr2ImageProcessor",
-            "size": {"height": height, "width": width},
             "crop_to_patches": False,  # as published; the processor says true whatever stands here
             "min_patches": 1,
             "max_patches": MOST_TILES,
-            "resample": 3,
+            **scaling,
             **tiny.CLIP_COLOURS,
         },
         {"processor_class": "InternVLProcessor", "image_seq_length": config.image_seq_length},

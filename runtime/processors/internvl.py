@@ -1,4 +1,6 @@
-"""InternVL3: a picture is stretched to a grid of tiles; the whole of it comes last, where there is more than one."""
+"""InternVL3: a picture is stretched to a grid of tiles; the whole of it comes last, where there is more than one. Every
+frame of a video is one tile, behind its number in words.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,21 @@ from PIL import Image
 
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.reading import BundleError, Folder
-from vlmtrim.runtime.image import ImageProcessor, expect_inputs
+from vlmtrim.runtime.image import ImageProcessor, expect_inputs, normalised
 from vlmtrim.runtime.image_settings import ImageSettings
 from vlmtrim.runtime.processors import base
 from vlmtrim.runtime.processors.base import Pictures, View
+from vlmtrim.runtime.video import MOST_FRAMES, Video
 
+FRAMES = 8  # of a film, as the model's authors show it, where settings name no other number
 MOST_TILES = 12  # max_patches of settings that name none
 LARGEST_GRID = 64  # tiles of any checkpoint
-MARKS = {"start_image_token": "<img>", "context_image_token": "<IMG_CONTEXT>", "end_image_token": "</img>"}
+MARKS = {
+    "start_image_token": "<img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "end_image_token": "</img>",
+    "video_token": "<video>",
+}
 
 
 class Processor(base.Processor):
@@ -45,26 +54,44 @@ class Processor(base.Processor):
                 f"max_patches is {self._most}, up to {most} tiles a picture; the bundle takes pictures of "
                 f"{contract.image_tokens} tokens, {math.prod(self._tokens)} of them a tile: export the model again"
             )
-        self._start, self._mark, self._end = base.special_tokens(files, MARKS)
+        self._start, self._mark, self._end, self.video_mark = base.special_tokens(files, MARKS)
+        settings = ImageSettings.of_videos(files)
+        self._frame_resample, self._frame_values = settings.resample(), settings.normalisation()
+        self._frames = settings.integer("num_frames", 1, MOST_FRAMES, FRAMES)
 
-    def __call__(self, images: Sequence[Image.Image]) -> Pictures:
-        """RGB pictures -> inputs of the vision graph. Raises RuntimeRefusal where they are more than it takes."""
-        tiles = [self._tiles(image) for image in images]
+    def __call__(self, images: Sequence[Image.Image | Video]) -> Pictures:
+        """RGB pictures and videos -> inputs of the vision graph. Raises RuntimeRefusal where they are more than it
+        takes."""
+        tiles = [self._made(image) for image in images]
         self.check_tiles(len(images), sum(map(len, tiles)))
-        tokens = tuple(len(cut) * math.prod(self._tokens) for cut in tiles)
-        pixels = np.stack([self._tile(tile) for cut in tiles for tile in cut])
-        words = tuple(f"{self._start}{self._mark * count}{self._end}" for count in tokens)
-        return Pictures({"pixel_values": pixels}, tokens, words=words)
+        tokens = tuple(len(made) * math.prod(self._tokens) for made in tiles)
+        words = tuple(self._words(*pair) for pair in zip(images, tokens, strict=True))
+        return Pictures({"pixel_values": np.concatenate(tiles)}, tokens, words=words)
 
     def framed(self, image: Image.Image) -> Image.Image:
         """The picture squeezed into one tile."""
         return self._stretched(image, 1, 1)
 
-    def views(self, images: Sequence[Image.Image]) -> list[View]:
-        """Of every picture what was cut into tiles, and where those are several the squeezed one."""
+    def shrunk(self, frame: Image.Image, count: int) -> Image.Image:
+        """A frame squeezed into one tile."""
+        return frame.resize((self._tile.width, self._tile.height), resample=self._frame_resample)
+
+    def frames(self, total: int, rate: float, fps: float) -> np.ndarray:
+        """FRAMES from the middles of as many equal parts, as the model was trained, or what the bundle takes."""
+        count = min(self._frames, total, self.most_frames(math.prod(self._tokens)))
+        return ((np.arange(count) + 0.5) * total / count).astype(np.int64)
+
+    def views(self, images: Sequence[Image.Image | Video]) -> list[View]:
+        """Of every picture what was cut into tiles, and where those are several the squeezed one; a video's frames."""
         rows, columns = self._tokens
         views, start = [], 0
         for image in images:
+            if isinstance(image, Video):
+                for frame in image.opened:
+                    tokens = start + np.arange(rows * columns).reshape(rows, columns)
+                    views.append(View(self.shrunk(frame, 1), tokens))
+                    start += tokens.size
+                continue
             across, down = self._grid(image)
             for wide, high in ((across, down), (1, 1))[: 1 + (across * down > 1)]:
                 count = wide * high * rows * columns
@@ -73,6 +100,20 @@ class Processor(base.Processor):
                 views.append(View(self._stretched(image, wide, high), lines))
                 start += count
         return views
+
+    def _made(self, image: Image.Image | Video) -> np.ndarray:
+        """Tiles of a picture, or a video's frames, float32 [n, 3, H, W]."""
+        if not isinstance(image, Video):
+            return np.stack([self._tile(tile) for tile in self._tiles(image)])
+        values, frames = self._frame_values, [np.asarray(self.shrunk(frame, 1)) for frame in image.opened]
+        return np.stack([normalised(frame, values.scale, values.mean, values.std) for frame in frames])
+
+    def _words(self, image: Image.Image | Video, tokens: int) -> str:
+        """What the prompt says of a picture or a video of so many tokens."""
+        if not isinstance(image, Video):
+            return f"{self._start}{self._mark * tokens}{self._end}"
+        shown = f"{self._start}{self._mark * (tokens // len(image.frames))}{self._end}"
+        return "\n".join(f"Frame{number}: {shown}" for number in range(1, len(image.frames) + 1))
 
     def _tiles(self, image: Image.Image) -> list[Image.Image]:
         """The stretched picture's tiles row by row, then the squeezed picture where they are several."""

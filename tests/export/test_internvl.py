@@ -111,11 +111,6 @@ def test_the_vision_profile_counts_tiles(bundle):
     assert (tiles.min, tiles.opt, tiles.max) == (1, 4 * 13 * 2, 9 * 13 * 2)
 
 
-def test_videos_are_refused(session):
-    with pytest.raises(runtime.RuntimeRefusal, match="take no videos"):
-        runtime.Chat(session).generate("?", [runtime.Video([sized(96, 96)])])
-
-
 def test_the_hubs_names_are_known():
     model = trace.build_without_memory(internvl.MODEL_CLASS, internvl.tiny_config(), torch.float32, IMPLEMENTATION)
     old = {}
