@@ -73,6 +73,13 @@ class ImageSettings:
             raise BundleError(f"{where} is {shown(nested)}; expected an object")
         return ImageSettings(nested, where)
 
+    def part(self, key: str) -> ImageSettings:
+        """Settings inside these; none where there are none. Raises BundleError."""
+        value = self._raw.get(key, {})
+        if not isinstance(value, dict):
+            raise self.refuse(f"{key} is {shown(value)}; expected an object")
+        return ImageSettings(value, f"{self.where}: {key}")
+
     def refuse(self, problem: str) -> BundleError:
         """To raise: what is wrong in the settings."""
         return BundleError(f"{self.where}: {problem}")

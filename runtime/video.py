@@ -19,6 +19,7 @@ MOST_FRAMES = 4096
 # Of all frames together (768 MB of RGB), a hundred of 1920 x 1080 or a thousand of 512 x 512.
 MOST_PIXELS = 256 * 1024 * 1024
 SLOWEST, FASTEST = 1e-3, 1e3  # frames a second
+LONGEST = 1e7  # seconds of a film
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class Video:
             )
         if self.times and len(self.times) != len(self.frames):
             raise RuntimeRefusal(f"a video of {len(self.frames)} frames with {len(self.times)} times; give one of each")
+        for seconds in (*self.times, self.duration or 0.0):
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST:
+                raise RuntimeRefusal(f"a time in a video is {seconds!r}; give seconds from 0 to {LONGEST:g}")
         frames: list[Image.Image] = []
         for number, source in enumerate(self.frames, 1):
             try:

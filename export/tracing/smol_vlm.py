@@ -2,13 +2,14 @@
 
 A picture is scaled so that square tiles cover it, cut into them, and squeezed into one more tile, which comes last
 (Laurençon et al. 2024, arXiv 2408.12637). All features of all tiles become visual tokens, in that order; between the
-tiles the prompt says row and column in words (:mod:`vlmtrim.runtime.processors.smolvlm`).
+tiles the prompt says row and column in words (:mod:`vlmtrim.runtime.processors.idefics3`).
 
 Graph (T tiles of a step, P visual tokens of a tile, D hidden width)
 
     vision   pixel_values [T, 3, H, W] -> image_features [T P, D]
 
-Still pictures; videos, whose frames stand between timestamps in words, are refused.
+A frame of a video is a tile of its own, behind its time in words (:mod:`vlmtrim.runtime.processors.smolvlm`; Idefics3
+takes none).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ MOST_TILES = 4 * 4 + 1  # the longer side of a picture is scaled to four tiles a
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}:"
     "{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' %}<image>{% else %}{{ ' ' + content['text'] }}{% endif %}"
+    "{% if content['type'] == 'image' %}<image>{% elif content['type'] == 'video' %}<video>"
+    "{% else %}{{ ' ' + content['text'] }}{% endif %}"
     "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 

@@ -1,140 +1,132 @@
-"""SmolVLM: a picture becomes square tiles, row by row, and itself squeezed into one; the prompt says which is which."""
+"""SmolVLM2: pictures as Idefics3 has them; every frame of a video is one tile, behind its time in words.
+
+Frames, sizes and words are those of transformers' SmolVLM processors.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 
 import numpy as np
 from PIL import Image
 
 from vlmtrim.graphs.contract import Contract
-from vlmtrim.graphs.reading import BundleError, Folder
-from vlmtrim.runtime.image import expect_inputs, normalised
-from vlmtrim.runtime.image_settings import LANCZOS, ImageSettings
-from vlmtrim.runtime.processors import base
+from vlmtrim.graphs.reading import Folder
+from vlmtrim.runtime.image import normalised
+from vlmtrim.runtime.image_settings import LANCZOS, LONGEST_EDGE, ImageSettings
+from vlmtrim.runtime.processors import idefics3
 from vlmtrim.runtime.processors.base import Pictures, View
+from vlmtrim.runtime.processors.idefics3 import longest_to, words_of
+from vlmtrim.runtime.video import FASTEST, MOST_FRAMES, SLOWEST, Video
 
-LONGEST_EDGE, TILE = {"longest_edge": 1456}, {"longest_edge": 364}  # pixels, of settings that name none
-IMAGE, AROUND, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
+FPS, FRAMES = 1.0, 64  # frames a second of a film, and at most, of settings that name none
+FRAME_SIZE = {"longest_edge": 4 * 364}  # pixels, likewise
+SKIPPED = 1  # seconds at both ends of a long film
+UNITS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
-class Processor(base.Processor):
-    """``pixel_values`` float32 [T, 3, H, W], the tiles of all pictures.
+class Processor(idefics3.Processor):
+    """``pixel_values`` float32 [T, 3, H, W], the tiles of all pictures and the frames of all videos."""
 
-    The steps are those of transformers' SmolVLM and Idefics3 image processors (Pillow backend), bit-equal, and the
-    words those of its processors. Tiles that only pad a batch of pictures are not made. The model in transformers takes
-    a tile whose pixels are all 0 for such a one, and then misses its features; mean and deviation of published settings
-    make no pixel 0, and here such a tile is a picture like others.
-    """
+    video_mark = "<video>"
 
     def __init__(self, files: Folder, contract: Contract):
         super().__init__(files, contract)
-        settings = ImageSettings.read(files)
-        size = settings.sides("size", ("height", "width")) or LONGEST_EDGE
-        tile = settings.sides("max_image_size", ("height", "width")) or TILE
-        if "longest_edge" not in size or "longest_edge" not in tile:
-            raise settings.refuse(f"size is {size}, max_image_size {tile}; expected a longest_edge in both")
-        if not settings.boolean("do_resize", True):
-            raise settings.refuse("do_resize is false; tiles are made of pictures of a size")
-        self._longest, self._side = size["longest_edge"], tile["longest_edge"]
-        self._splits = settings.boolean("do_image_splitting", True)
-        self._resample, self._values = settings.resample(LANCZOS), settings.normalisation()
-        if contract.image_grid is None or "T" not in contract.dims:
-            raise BundleError(
-                f"{files.path / 'contract.json'}: smolvlm needs an image_grid, that of a tile, and dims.T"
-            )
-        self._grid = contract.image_grid
-        expect_inputs(files, contract, {"pixel_values": (None, 3, self._side, self._side)})
-        across = math.ceil(self._longest / self._side) if self._splits else 1
-        most = contract.image_tokens // math.prod(self._grid)
-        if (across > 1 and across**2 + 1 > most) or most < 1:
-            raise settings.refuse(
-                f"size.longest_edge {self._longest} makes {across**2 + 1} tiles of {self._side} pixels, the bundle "
-                f"takes {most} a picture; give a smaller longest_edge and export again"
-            )
+        settings = ImageSettings.of_videos(files)
+        sampling, plain = settings.part("video_sampling"), ("height", "width")
+        self.film_fps = sampling.number("fps", SLOWEST, FASTEST, settings.number("fps", SLOWEST, FASTEST, FPS))
+        most = settings.integer("num_frames", 1, MOST_FRAMES, FRAMES)
+        self._most_frames = sampling.integer("max_frames", 1, MOST_FRAMES, most)
+        own = settings.sides("size", plain) or sampling.sides("video_size", plain) or FRAME_SIZE
+        if "longest_edge" not in own and set(own) != set(plain):
+            raise settings.refuse(f"size of frames is {own}; expected a longest_edge, or height and width")
+        self._frame_size = own
+        self._frame_resample, self._frame_values = settings.resample(LANCZOS), settings.normalisation()
 
-    def __call__(self, images: Sequence[Image.Image]) -> Pictures:
-        """RGB pictures -> inputs of the vision graph. Raises RuntimeRefusal where they are more than it takes."""
-        scaled = [self.framed(image) for image in images]
-        grids = [self._tiled(image) for image in scaled]
-        tiles = [rows * columns + 1 if rows else 1 for rows, columns in grids]
-        self.check_tiles(len(images), sum(tiles))
-        pixels = [
-            self._pixels(tile) for image, grid in zip(scaled, grids, strict=True) for tile in self._cut(image, grid)
-        ]
-        each = math.prod(self._grid)
+    def __call__(self, images: Sequence[Image.Image | Video]) -> Pictures:
+        """RGB pictures and videos -> inputs of the vision graph. Raises RuntimeRefusal where they are more than it
+        takes."""
+        made = []
+        for image in images:
+            made.append(self._film(image) if isinstance(image, Video) else super().__call__([image]))
+        pixels = [part.inputs["pixel_values"] for part in made]
+        self.check_tiles(len(images), sum(map(len, pixels)))
         return Pictures(
-            {"pixel_values": np.stack(pixels)},
-            tuple(each * count for count in tiles),
-            words=tuple(_words(*grid, each) for grid in grids),
+            {"pixel_values": np.concatenate(pixels)},
+            tuple(tokens for part in made for tokens in part.tokens),
+            words=tuple(words for part in made for words in part.words),
         )
 
-    def framed(self, image: Image.Image) -> Image.Image:
-        """The picture at the size at which it is cut into tiles."""
-        image = image.resize(_longest_to(image.size, self._longest), resample=self._resample)
-        if not self._splits:
-            return self._squeezed(image)
-        return image.resize(_whole_tiles(image.size, self._side), resample=self._resample)
+    def frames(self, total: int, rate: float, fps: float) -> np.ndarray:
+        """As SmolVLMVideoProcessor samples them: ``fps`` a second, at most 64, without the first and the last second of
+        a long film; no more than the bundle takes."""
+        seconds = total / rate
+        most = min(self._most_frames, self.most_frames(math.prod(self._grid)))
+        first, last = 0, total - 1
+        if seconds - 2 * SKIPPED > self._most_frames * fps:
+            skipped = SKIPPED * rate
+            first, last = max(0, int(skipped)), min(int(total - skipped), total - 1)
+        if first >= last:
+            first, last = 0, total - 1
+        return np.unique(np.linspace(first, last, max(1, min(round(fps * seconds), most)), dtype=np.int64))
 
-    def views(self, images: Sequence[Image.Image]) -> list[View]:
-        """Of every picture its tiles put together again, and the one that it is squeezed into."""
+    def shrunk(self, frame: Image.Image, count: int) -> Image.Image:
+        """A frame scaled, then squeezed into one tile."""
+        size = (self._frame_size.get("width", 0), self._frame_size.get("height", 0))
+        if "longest_edge" in self._frame_size:
+            size = longest_to(frame.size, min(self._frame_size["longest_edge"], LONGEST_EDGE))
+        scaled = frame.resize(size, resample=self._frame_resample)
+        return scaled.resize((self._side, self._side), resample=self._frame_resample)
+
+    def views(self, images: Sequence[Image.Image | Video]) -> list[View]:
+        """Of every picture its tiles put together again, and the one that it is squeezed into; a video's frames."""
         (high, wide), views, start = self._grid, [], 0
-        for image in map(self.framed, images):
-            rows, columns = self._tiled(image)
-            if rows:
-                tokens = np.arange(start, start + rows * columns * high * wide).reshape(rows, columns, high, wide)
-                views.append(View(image, tokens.transpose(0, 2, 1, 3).reshape(rows * high, columns * wide)))
-                start += tokens.size
-            views.append(View(self._squeezed(image), start + np.arange(high * wide).reshape(high, wide)))
-            start += high * wide
+        for image in images:
+            if isinstance(image, Video):
+                squeezed = [self._squeezed_frame(image, frame) for frame in image.opened]
+                tokens = np.arange(len(squeezed) * high * wide).reshape(-1, high, wide)
+                found = [View(frame, places) for frame, places in zip(squeezed, tokens, strict=True)]
+            else:
+                found = super().views([image])
+            views += [View(view.image, view.tokens + start) for view in found]
+            start += sum(view.tokens.size for view in found)
         return views
 
-    def _tiled(self, image: Image.Image) -> tuple[int, int]:
-        """Rows and columns of tiles of a scaled picture; zeros where it is one tile as it is."""
-        rows, columns = image.height // self._side, image.width // self._side
-        return (rows, columns) if rows * columns > 1 else (0, 0)
+    def _film(self, video: Video) -> Pictures:
+        frames = [np.asarray(self._squeezed_frame(video, frame)) for frame in video.opened]
+        values, each = self._frame_values, math.prod(self._grid)
+        pixels = np.stack([normalised(frame, values.scale, values.mean, values.std) for frame in frames])
+        return Pictures({"pixel_values": pixels}, (len(frames) * each,), words=(self._told(video, each),))
 
-    def _cut(self, image: Image.Image, grid: tuple[int, int]) -> list[Image.Image]:
-        """The tiles of a scaled picture, row by row, and behind them the picture as one tile."""
-        rows, columns = grid
-        side = self._side
-        corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
-        return [*(image.crop((x, y, x + side, y + side)) for x, y in corners), self._squeezed(image)]
+    def _squeezed_frame(self, video: Video, frame: Image.Image) -> Image.Image:
+        """What becomes of a frame; one that :meth:`shrunk` made stays."""
+        done = video.shrunk_from is not None and frame.size == (self._side, self._side)
+        return frame if done else self.shrunk(frame, len(video.frames))
 
-    def _squeezed(self, image: Image.Image) -> Image.Image:
-        return image.resize((self._side, self._side), resample=self._resample)
-
-    def _pixels(self, tile: Image.Image) -> np.ndarray:
-        """float32 [3, side, side]."""
-        return normalised(np.asarray(tile), self._values.scale, self._values.mean, self._values.std)
-
-
-def _words(rows: int, columns: int, each: int) -> str:
-    """What the prompt says of a picture of so many tiles with ``each`` visual tokens."""
-    lines = [
-        "".join(f"{AROUND}<row_{row}_col_{column}>{IMAGE * each}" for column in range(1, columns + 1)) + "\n"
-        for row in range(1, rows + 1)
-    ]
-    return "".join([*lines, "\n" if lines else "", AROUND, WHOLE, IMAGE * each, AROUND])
+    def _told(self, video: Video, each: int) -> str:
+        """What the prompt says of a video whose frames have ``each`` visual tokens."""
+        seconds = video.seconds
+        length = timedelta(seconds=int(seconds[-1] if video.duration is None else video.duration))
+        count, shown = spelled(len(seconds)), words_of(0, 0, each)
+        told = [f"\nFrame from {int(second // 60):02d}:{int(second % 60):02d}:{shown}" for second in seconds]
+        intro = f"You are provided the following series of {count} frames from a {length} [H:MM:SS] video.\n"
+        return "".join([intro, *told, "\n\n"])
 
 
-def _longest_to(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """Width and height whose longer one is ``longest``, the other even, unless the ratio leaves nothing of it."""
-    width, height = size
-    ratio = width / height
-    if width >= height:
-        short = int(longest / ratio)
-        return longest, max(short + short % 2, 1)
-    short = int(longest * ratio)
-    return max(short + short % 2, 1), longest
-
-
-def _whole_tiles(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """Width and height in whole tiles; the shorter one follows from the longer one's, by the ratio."""
-    (width, height), ratio = size, size[0] / size[1]
-    if width >= height:
-        width = math.ceil(width / side) * side
-        return width, math.ceil(int(width / ratio) / side) * side
-    height = math.ceil(height / side) * side
-    return math.ceil(int(height * ratio) / side) * side, height
+def spelled(number: int) -> str:
+    """A number below 10,000 in English words, as num2words has it: forty-two, one thousand, one hundred and one."""
+    if number >= 1000:
+        rest = number % 1000
+        joint = "" if not rest else " and " if rest < 100 else ", "
+        return f"{UNITS[number // 1000]} thousand{joint}{spelled(rest) if rest else ''}"
+    if number >= 100:
+        return f"{UNITS[number // 100]} hundred" + (f" and {spelled(number % 100)}" if number % 100 else "")
+    if number >= 20:
+        return TENS[number // 10 - 2] + (f"-{UNITS[number % 10]}" if number % 10 else "")
+    return UNITS[number]

@@ -1,5 +1,6 @@
 """SmolVLM and Idefics3 beyond what every family is tested for: the tower, words between tiles, batches, sizes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -20,7 +21,9 @@ from vlmtrim.export.tracing import smol_vlm
 from vlmtrim.export.weights import large
 from vlmtrim.graphs import FastV
 from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.runtime.generate import process
 from vlmtrim.runtime.measure.check import Parity, Recording, Turn, compare, record
+from vlmtrim.runtime.processors.base import load_processor
 from vlmtrim.runtime.prompt import Conversation
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
@@ -127,9 +130,13 @@ def test_one_matrix_for_embedding_and_head_and_another_layout(export_tiny):
     assert_parity(session, reference, Turn("tied", ids, images))
 
 
-def test_videos_are_refused(session):
-    with pytest.raises(runtime.RuntimeRefusal, match="take no videos"):
-        runtime.Chat(session).generate("?", [runtime.Video([sized(SQUARE)])])
+def test_idefics3_takes_no_videos(bundle):
+    """Its processor in transformers has none either."""
+    ours = load_processor(bundle.files, dataclasses.replace(bundle.contract, family="idefics3"))
+    with pytest.raises(runtime.RuntimeRefusal, match="of idefics3 take no videos"):
+        process(ours, [runtime.Video([sized(SQUARE)])])
+    with pytest.raises(runtime.RuntimeRefusal, match="of idefics3 take no videos"):
+        ours.frames(10, 1.0, 1.0)
 
 
 def test_a_processor_that_transformers_cannot_make_is_refused(bundle, monkeypatch):

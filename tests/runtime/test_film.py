@@ -12,7 +12,11 @@ from PIL import Image
 from torchless import function_of
 
 from vlmtrim import runtime
-from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.export.checkpoint import load_family
+from vlmtrim.export.job import Job
+from vlmtrim.export.job_contract import build_contract
+from vlmtrim.export.weights import tiny
+from vlmtrim.graphs.reading import Folder
 from vlmtrim.runtime import Video
 from vlmtrim.runtime.cli import main
 from vlmtrim.runtime.film import is_film
@@ -20,6 +24,7 @@ from vlmtrim.runtime.processors.base import load_processor
 
 av = pytest.importorskip("av")
 WIDTH, HEIGHT, RATE = 112, 84, 10
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "video_llava", "llava_onevision")
 
 
 def frames_of(count):
@@ -45,12 +50,16 @@ def film(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def processors(export_tiny):
+def processors(tmp_path_factory):
     """name -> the processor of a tiny bundle."""
     made = {}
-    for family in ("qwen2_5_vl", "qwen3_vl", "video_llava", "llava_onevision", "llava"):
-        bundle = open_bundle(export_tiny("film", family=family, method="none"))
-        made[family] = load_processor(bundle.files, bundle.contract)
+    for family in (*FAMILIES, "llava"):
+        module, folder = load_family(family), tmp_path_factory.mktemp(family)
+        config = module.tiny_config()
+        config.save_pretrained(folder)
+        tiny.write_processor(module, folder, config, tiny.SPECIAL_IDS)
+        contract = build_contract(Job("", "", max_seq_len=512), module, config, torch.float32, folder)
+        made[family] = load_processor(Folder(folder), contract)
     return made
 
 
@@ -85,7 +94,7 @@ def test_eight_frames_of_video_llava_are_those_of_its_authors(processors):
 
 
 @pytest.mark.parametrize("fps", [2.0, 3.3])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "video_llava", "llava_onevision"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_film_is_its_frames_given_one_by_one(processors, film, family, fps):
     """To the bit, though what is held was shrunk to what the model sees."""
     processor = processors[family]

@@ -398,6 +398,9 @@ def frame(side: int = 9) -> Image.Image:
         (Video([frame()], float("inf")), "above 0"),
         (Video([frame()], 1e-300), "above 0"),
         (Video([frame()], "2"), "'2' frames a second"),  # type: ignore[arg-type]
+        (Video([frame()], times=[0.0, 1.0]), "1 frames with 2 times; give one of each"),
+        (Video([frame()], times=[float("nan")]), "a time in a video is nan; give seconds"),
+        (Video([frame()], duration=-1.0), "a time in a video is -1.0; give seconds"),
         (Video([frame(), None]), "frame 2 of a video of 2: a picture is given as NoneType"),  # type: ignore[list-item]
     ],
 )
