@@ -18,6 +18,7 @@ from vlmtrim.graphs.reading import BundleError, Folder
 from vlmtrim.runtime import image as pictures
 from vlmtrim.runtime import open as open_chat
 from vlmtrim.runtime.image import ImageProcessor
+from vlmtrim.runtime.image_settings import ImageSettings
 from vlmtrim.runtime.processors import internvl, llava, llava_next, llava_onevision, mllama, qwen2_5_vl
 
 TOWER = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3}
@@ -326,3 +327,22 @@ def test_the_longest_pictures_take_little_time_and_memory(export_tiny, family):
     seconds, kilobytes, said = done.stdout.split("|")
     assert float(seconds) < 5 and int(kilobytes) < 200_000, done.stdout
     assert ("up to 200 times" in said) == family.startswith("qwen")
+
+
+def test_settings_of_videos_are_found_where_transformers_finds_them(tmp_path):
+    """BaseVideoProcessor.get_video_processor_dict: part of the processor's, a file of their own, those of pictures."""
+    (tmp_path / "preprocessor_config.json").write_text('{"fps": 1}')
+    assert ImageSettings.of_videos(Folder(tmp_path)).integer("fps", 0, 9) == 1
+    (tmp_path / "video_preprocessor_config.json").write_text('{"fps": 2, "part": {"fps": 4}}')
+    (tmp_path / "processor_config.json").write_text("{}")
+    found = ImageSettings.of_videos(Folder(tmp_path))
+    assert found.integer("fps", 0, 9) == 2 and found.part("none").integer("fps", 0, 9, 7) == 7
+    with pytest.raises(BundleError, match=r"video_preprocessor_config\.json: part: fps is 4"):
+        found.part("part").integer("fps", 0, 3)
+    with pytest.raises(BundleError, match="fps is 2; expected an object"):
+        found.part("fps")
+    (tmp_path / "processor_config.json").write_text('{"video_processor": {"fps": 3}}')
+    assert ImageSettings.of_videos(Folder(tmp_path)).integer("fps", 0, 9) == 3
+    (tmp_path / "processor_config.json").write_text('{"video_processor": 3}')
+    with pytest.raises(BundleError, match=r"processor_config\.json: video_processor is 3; expected an object"):
+        ImageSettings.of_videos(Folder(tmp_path))
