@@ -14,6 +14,7 @@ from PIL import Image
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.reading import BundleError, Folder, shown
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.video import Video
 
 LONGEST_MARK = 64  # characters of a special token
 
@@ -81,6 +82,10 @@ class Processor(ABC):
                 f"{pictures} pictures become {tiles} tiles, the bundle takes {most} in one step; "
                 "give fewer pictures at once, or export with a larger --max-seq-len"
             )
+
+    def check_frames(self, images: Sequence[Image.Image | Video]) -> None:
+        """The same of the frames of videos alone, where each is a tile: before any is made."""
+        self.check_tiles(len(images), sum(len(image.frames) for image in images if isinstance(image, Video)))
 
     def frames(self, total: int, rate: float, fps: float) -> np.ndarray:
         """Which frames the model is shown of a film.

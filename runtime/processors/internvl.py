@@ -62,6 +62,7 @@ class Processor(base.Processor):
     def __call__(self, images: Sequence[Image.Image | Video]) -> Pictures:
         """RGB pictures and videos -> inputs of the vision graph. Raises RuntimeRefusal where they are more than it
         takes."""
+        self.check_frames(images)
         tiles = [self._made(image) for image in images]
         self.check_tiles(len(images), sum(map(len, tiles)))
         tokens = tuple(len(made) * math.prod(self._tokens) for made in tiles)

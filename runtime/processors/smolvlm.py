@@ -52,6 +52,7 @@ class Processor(idefics3.Processor):
     def __call__(self, images: Sequence[Image.Image | Video]) -> Pictures:
         """RGB pictures and videos -> inputs of the vision graph. Raises RuntimeRefusal where they are more than it
         takes."""
+        self.check_frames(images)
         made = []
         for image in images:
             made.append(self._film(image) if isinstance(image, Video) else super().__call__([image]))

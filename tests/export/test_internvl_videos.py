@@ -104,7 +104,9 @@ def test_eight_frames_are_those_that_transformers_samples(session, total):
     assert session.processor.frames(3, 10.0, 2.0).tolist() == [0, 1, 2]
 
 
-def test_a_video_longer_than_the_bundle_takes_is_refused(session):
+def test_a_video_longer_than_the_bundle_takes_is_refused(session, monkeypatch):
+    """Before a frame is scaled."""
     most = session.contract.dims["T"][1]
+    monkeypatch.setattr(type(session.processor), "shrunk", None)
     with pytest.raises(runtime.RuntimeRefusal, match=f"{most + 1} tiles"):
         session.processor([film(0, most + 1, (56, 56)).load()])

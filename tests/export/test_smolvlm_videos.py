@@ -153,6 +153,14 @@ def test_frames_are_those_that_transformers_samples(bundle, session, fps):
     assert load_processor(bundle.files, short).frames(1000, 10.0, fps).size == 50 // FRAME
 
 
+def test_a_video_longer_than_the_bundle_takes_is_refused(session, monkeypatch):
+    """Before a frame is scaled."""
+    most = session.contract.dims["T"][1]
+    monkeypatch.setattr(type(session.processor), "shrunk", None)
+    with pytest.raises(runtime.RuntimeRefusal, match=f"{most + 1} tiles"):
+        session.processor([Video([sized(1, 1)] * (most + 1)).load()])
+
+
 def test_settings_of_videos_are_read(bundle, session, tmp_path):
     sampling = {"fps": 0.25, "max_frames": 7, "video_size": {"longest_edge": 90}}
     processor = changed(bundle, tmp_path, video_sampling=sampling)
