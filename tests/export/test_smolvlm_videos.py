@@ -122,9 +122,9 @@ def test_a_template_that_knows_no_videos_is_given_their_words(bundle, session, t
         assert ids.count(IMAGE) == FRAME * (3 + 10 * (len(parts) == 3 and parts[0] != "Say <video> <image>"))
 
 
-@pytest.mark.parametrize("number", [*range(130), 200, 999, 1000, 1001, 1100, 1234, 4000, 4096])
-def test_numbers_are_spelled_as_num2words_spells_them(number):
-    assert spelled(number) == num2words(number)
+def test_numbers_are_spelled_as_num2words_spells_them():
+    numbers = range(4097)
+    assert [spelled(number) for number in numbers] == [num2words(number) for number in numbers]
 
 
 def test_frames_are_tiles_of_transformers_size_for_videos(bundle, session, tmp_path):
