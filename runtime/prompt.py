@@ -204,7 +204,9 @@ class Prompter:
         """
         rendered = rendered.told({self.mark, self._video_words or self.mark}, words) if words else rendered
         bos = self.special("bos_token")
-        add = opening and not (bos and rendered.text.startswith(bos))
+        # A start token that people spell is none.
+        starts = bos and rendered.text.startswith(bos) and not _overlap((0, len(bos)), rendered.spans)
+        add = opening and not starts
         found = encode(self.tokenizer, rendered.text, add)
         if any(_overlap(span, rendered.spans) for span in self._controls(found)):
             found = self._spelled_out(rendered, add)

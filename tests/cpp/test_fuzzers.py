@@ -5,9 +5,13 @@ import shutil
 import subprocess
 
 import pytest
+import templates
+import test_prompt
 import test_tokenizer
 from probing import ROOT
 
+from vlmtrim.export import prompt_form
+from vlmtrim.export.weights.tiny import SPECIAL_IDS, write_tokenizer
 from vlmtrim.graphs.caches import load_policy
 from vlmtrim.runtime.image import generated_picture
 
@@ -38,6 +42,18 @@ def tokenizers(export_tiny):
         yield make().to_str().encode() + "\0 Héllo 12345 <image> 你好\n".encode()
 
 
+def prompts(export_tiny):
+    """By the fuzzer's tokenizer, which has the tiny one's ids."""
+    for name, template in templates.FORMS.items():
+        folder = BUILD / f"seed-{name}"
+        folder.mkdir(exist_ok=True)
+        write_tokenizer(folder, SPECIAL_IDS)
+        (folder / "chat_template.jinja").write_text(template)
+        assert prompt_form.write_form(folder, test_prompt.CONTRACT) is None
+        for said in (b"\2Hi </s>", b"Be brief.\2What <image>?\3 Yes \4And<s>\1 now\5\4\1\2Which?\2Why?\4End"):
+            yield (folder / "prompt.json").read_bytes() + b"\0" + said
+
+
 def pictures(export_tiny):
     for suffix, mode in (("png", "RGB"), ("png", "P"), ("png", "LA"), ("jpeg", "RGB"), ("jpeg", "L")):
         path = BUILD / f"seed.{suffix}"
@@ -45,14 +61,19 @@ def pictures(export_tiny):
         yield path.read_bytes()
 
 
+SEEDS = {"contract": contracts, "tokenizer": tokenizers, "prompt": prompts, "picture": pictures}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "seeds"), [("contract", contracts), ("tokenizer", tokenizers), ("picture", pictures)])
-def test_nothing_is_found(name, seeds, built, export_tiny, tmp_path):
+@pytest.mark.parametrize("name", SEEDS)
+def test_nothing_is_found(name, built, export_tiny, tmp_path):
     (tmp_path / "seeds").mkdir()
-    for number, data in enumerate(seeds(export_tiny)):
+    for number, data in enumerate(SEEDS[name](export_tiny)):
         (tmp_path / f"seeds/{number}").write_bytes(data)
     command = [built / f"fuzz_{name}", f"-max_total_time={SECONDS}", "-timeout=20", "-rss_limit_mb=3000", "-seed=7"]
     command += ["-max_len=200000", f"-artifact_prefix={tmp_path}/", str(tmp_path / "seeds")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command += ["-print_final_stats=1"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    (BUILD / f"{name}.log").write_text(done.stderr)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "DONE" in done.stderr

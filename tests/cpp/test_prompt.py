@@ -111,6 +111,20 @@ def test_what_does_not_fit_is_refused(folder):
         Native(folder)
 
 
+@pytest.mark.parametrize("text", ["<s>x", "x", "s>x"])
+@pytest.mark.parametrize("before", ["", "{{ bos_token }}", "<"])
+def test_a_start_token_that_people_spell_is_none(before, text, tmp_path):
+    """Where the template writes nothing before what they say."""
+    role = "message['role'].upper() + ': '"
+    template = templates.LLAVA.replace(role, f"{role} if message['role'] != 'user'")
+    write_tokenizer(tmp_path, SPECIAL_IDS)
+    (tmp_path / "chat_template.jinja").write_text(before + template)
+    assert prompt_form.write_form(tmp_path, CONTRACT) is None
+    found = Native(tmp_path).ask([text])
+    assert found == Conversation(Prompter(Folder(tmp_path), CONTRACT)).ask(text)
+    assert found[0] == SPECIAL_IDS["<s>"] and found.count(SPECIAL_IDS["<s>"]) == 1
+
+
 def test_a_date_is_todays(tmp_path):
     write_tokenizer(tmp_path, SPECIAL_IDS)
     (tmp_path / "chat_template.jinja").write_text(templates.MLLAMA.replace("%d %b %Y", "%A %d %B %Y, %e %j %m/%y %a"))

@@ -371,6 +371,11 @@ def test_the_start_token_is_not_doubled_when_the_template_writes_it(make, tmp_pa
     assert Conversation(prompter_of(tmp_path)).ask("x", 0).count(256) == 1
 
 
+def test_a_start_token_that_people_spell_is_none(make):
+    ids = Conversation(make("{{ messages[0].content[0].text }}")).ask("<s>x", 0)
+    assert ids[0] == 256 and ids.count(256) == 1 and len(ids) == 5
+
+
 def test_an_image_token_outside_the_tokenizer_is_refused(make, tmp_path):
     make()
     with pytest.raises(BundleError, match="9999"):

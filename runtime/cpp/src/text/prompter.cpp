@@ -41,6 +41,16 @@ const Json& need(const Json& form, const char* name, const std::string& where) {
   return *found;
 }
 
+Json form_of(const Folder& files) {
+  if (!files.contains("prompt.json")) {
+    throw Refusal(said(files.path().string(),
+                       " has no prompt.json: its chat template is no list of segments, or it was exported by an older "
+                       "vlmtrim; ",
+                       kGiveIds, ", or export again"));
+  }
+  return files.json("prompt.json");
+}
+
 size_t characters_of(std::string_view text) {
   return static_cast<size_t>(
       std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }));
@@ -49,24 +59,21 @@ size_t characters_of(std::string_view text) {
 }  // namespace
 
 Prompter::Prompter(const Folder& files, const Contract& contract, std::shared_ptr<const Tokenizer> tokenizer)
+    : Prompter(form_of(files), (files.path() / "prompt.json").string(), contract, std::move(tokenizer)) {}
+
+Prompter::Prompter(const Json& form, std::string where, const Contract& contract,
+                   std::shared_ptr<const Tokenizer> tokenizer)
     : tokenizer_(std::move(tokenizer)),
-      where_((files.path() / "prompt.json").string()),
+      where_(std::move(where)),
       image_token_id_(contract.image_token_id),
       most_characters_(kCharactersAToken * static_cast<size_t>(contract.max_seq_len)) {
-  if (!files.contains("prompt.json")) {
-    throw Refusal(said(files.path().string(),
-                       " has no prompt.json: its chat template is no list of segments, or it was exported by an older "
-                       "vlmtrim; ",
-                       kGiveIds, ", or export again"));
-  }
-  const Json form = files.json("prompt.json");
   if (need(form, "schema", where_) != kFormSchema) {
     throw BundleError(said(where_, " has schema ", shown(form["schema"]), ", this vlmtrim reads ", kFormSchema));
   }
   for (const auto& [id, text] : tokenizer_->control_tokens()) names_[id] = secret_name(id);
   if (names_.count(image_token_id_) == 0) {
-    throw BundleError(said(files.path().string(), ": the image token, ", image_token_id_,
-                           ", is no control token of tokenizer.json; ", kGiveIds));
+    throw BundleError(
+        said(where_, ": the image token, ", image_token_id_, ", is no control token of tokenizer.json; ", kGiveIds));
   }
   secret_ = tokenizer_->renamed(names_);
   start_ = text_value(need(form, "start", where_), where_ + ": start");
@@ -194,8 +201,10 @@ std::vector<int64_t> Conversation::ask(const std::vector<Part>& parts) {
   else write_opening(written, pictures);
   write_question(written, parts);
   write(written, prompter_.asked_);
+  // A start token that people spell is none.
   const std::string& start = prompter_.start_;
-  const bool starts = !start.empty() && written.plain.compare(0, start.size(), start) == 0;
+  const bool starts =
+      !start.empty() && written.typed >= start.size() && written.plain.compare(0, start.size(), start) == 0;
   const std::vector<int64_t> ids = prompter_.secret_->encode(written.secret, !now_.begun && !starts);
   before_ = now_;
   now_.begun = now_.open = true;
@@ -208,6 +217,12 @@ void Conversation::answer(const std::string& text) {
   now_.said = text;
   now_.open = false;
   now_.characters += characters_of(text);
+}
+
+void Conversation::Written::type(const std::string& text) {
+  if (!text.empty()) typed = std::min(typed, plain.size());
+  plain += text;
+  secret += text;
 }
 
 void Conversation::write(Written& target, const Segments& segments) const {
@@ -223,9 +238,7 @@ void Conversation::write_opening(Written& target, size_t pictures) const {
     if (opening.pictures != (pictures > 0) || opening.system == system_.empty()) continue;
     write(target, opening.before);
     if (system_.empty()) return;
-    const std::string text = trimmed(system_, prompter_.system_trim_);
-    target.plain += text;
-    target.secret += text;
+    target.type(trimmed(system_, prompter_.system_trim_));
     write(target, opening.between);
     return;
   }
@@ -253,10 +266,6 @@ void Conversation::write_later(Written& target, size_t pictures) const {
 }
 
 void Conversation::write_question(Written& target, const std::vector<Part>& parts) const {
-  const auto add = [&](const std::string& text) {
-    target.plain += text;
-    target.secret += text;
-  };
   const bool first =
       std::is_sorted(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.picture && !b.picture; });
   if (first || prompter_.keeps_order_) {
@@ -271,7 +280,7 @@ void Conversation::write_question(Written& target, const std::vector<Part>& part
       if (texts) write(target, prompter_.joint_);
       else if (!marks || first) write(target, prompter_.text_);
       texts = true;
-      add(trimmed(part.text, prompter_.question_trim_));
+      target.type(trimmed(part.text, prompter_.question_trim_));
     }
     return;
   }
@@ -288,6 +297,7 @@ void Conversation::write_question(Written& target, const std::vector<Part>& part
     }
   }
   write(target, prompter_.text_);
+  target.typed = std::min(target.typed, target.plain.size());
   target.plain += trimmed(whole.plain, prompter_.question_trim_);
   target.secret += trimmed(whole.secret, prompter_.question_trim_);
 }

@@ -40,6 +40,8 @@ class Prompter {
  public:
   // Throws BundleError or Refusal.
   Prompter(const Folder& files, const Contract& contract, std::shared_ptr<const Tokenizer> tokenizer);
+  // The same of what prompt.json holds; `where` is for messages.
+  Prompter(const Json& form, std::string where, const Contract& contract, std::shared_ptr<const Tokenizer> tokenizer);
 
  private:
   friend class Conversation;
@@ -85,9 +87,13 @@ class Conversation {
     std::string said;
     size_t characters = 0;
   };
-  // Text for the secret tokenizer, and the same with the tokens' own names.
+  // Text for the secret tokenizer, the same with the tokens' own names, and where in that the first words stand which
+  // people wrote.
   struct Written {
     std::string secret, plain;
+    size_t typed = SIZE_MAX;
+
+    void type(const std::string& text);
   };
 
   void write(Written& target, const Segments& segments) const;
