@@ -21,7 +21,7 @@ mirror=${mirror:-http://deb.debian.org/debian}
 install_packages() {
   local missing=() pair
   for pair in cmake:cmake g++:g++ make:make nlohmann-json3-dev:/usr/include/nlohmann/json.hpp \
-    libjpeg-dev:/usr/include/jpeglib.h libpng-dev:/usr/include/png.h; do
+    libjpeg-dev:/usr/include/jpeglib.h libpng-dev:/usr/include/png.h libwebp-dev:/usr/include/webp/demux.h; do
     local package=${pair%%:*} proof=${pair#*:}
     case $proof in
     /*) [ -e "$proof" ] || missing+=("$package") ;;

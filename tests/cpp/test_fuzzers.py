@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import templates
+import test_pictures
 import test_prompt
 import test_tokenizer
 from probing import ROOT
@@ -55,10 +56,14 @@ def prompts(export_tiny):
 
 
 def pictures(export_tiny):
-    for suffix, mode in (("png", "RGB"), ("png", "P"), ("png", "LA"), ("jpeg", "RGB"), ("jpeg", "L")):
+    forms = [("png", mode) for mode in ("RGB", "P", "LA")] + [("jpeg", "RGB"), ("jpeg", "L")]
+    forms += [("webp", "RGB"), ("webp", "RGBA")]
+    for suffix, mode in forms:
         path = BUILD / f"seed.{suffix}"
         generated_picture(0).resize((20, 14)).convert(mode).save(path)
         yield path.read_bytes()
+    frames = [(2, 4, generated_picture(1).resize((10, 8))), (0, 0, generated_picture(2).resize((20, 14)))]
+    yield test_pictures.animation(frames, (20, 14))
 
 
 SEEDS = {"contract": contracts, "tokenizer": tokenizers, "prompt": prompts, "picture": pictures}

@@ -1,11 +1,12 @@
 """Pictures in C++ are Pillow's, and what processors make of them the Python runtime's: every value equal."""
 
 import io
+import subprocess
 
 import numpy as np
 import pytest
 from PIL import Image
-from probing import Native, ProbeError, decoded, resized
+from probing import ROOT, Native, ProbeError, decoded, resized
 
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime.errors import RuntimeRefusal
@@ -61,7 +62,7 @@ def test_jpeg_is_pillows(mode, sampling, progressive):
 
 
 @pytest.mark.parametrize("orientation", range(10))
-@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_pictures_are_turned_upright(form, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -93,7 +94,55 @@ def pngs():
     yield "a transparent bit", saved(picture.convert("1"), "PNG", transparency=1)
 
 
-PNGS = dict(pngs())
+def chunk(name, data):
+    return name + len(data).to_bytes(4, "little") + data + bytes(len(data) % 2)
+
+
+def animation(frames, size, transparent=False):
+    """A WebP file of lossless frames, each (left, top, picture), which Pillow does not write so."""
+    size = b"".join((side - 1).to_bytes(3, "little") for side in size)
+    chunks = chunk(b"VP8X", bytes([0x02 | 0x10 * transparent, 0, 0, 0]) + size) + chunk(b"ANIM", bytes(6))
+    for left, top, image in frames:
+        numbers = (left // 2, top // 2, image.width - 1, image.height - 1, 100)
+        head = b"".join(number.to_bytes(3, "little") for number in numbers) + b"\0"
+        chunks += chunk(b"ANMF", head + saved(image, "WEBP", lossless=True)[12:])
+    return chunk(b"RIFF", b"WEBP" + chunks)
+
+
+def webps():
+    random = np.random.default_rng(6)
+    picture = generated_picture(7).resize((61, 43))
+    clear = picture.copy()
+    clear.putalpha(Image.fromarray(random.integers(0, 256, (43, 61), dtype=np.uint8)))
+    for quality in (0, 40, 80, 100):
+        yield f"quality {quality}", saved(picture, "WEBP", quality=quality)
+        yield f"alpha, quality {quality}", saved(clear, "WEBP", quality=quality, alpha_quality=quality)
+    yield "lossless", saved(picture, "WEBP", lossless=True)
+    yield "lossless alpha", saved(clear, "WEBP", lossless=True)
+    yield "lossless alpha, exact", saved(clear, "WEBP", lossless=True, exact=True)
+    yield "few colours", saved(picture.quantize(4), "WEBP", lossless=True)
+    yield "a pixel", saved(picture.resize((1, 1)), "WEBP")
+    yield "wide", saved(picture.resize((700, 3)), "WEBP", quality=60)
+    packet = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    yield "XMP", saved(picture, "WEBP", xmp=packet)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    yield "EXIF with its name", saved(picture, "WEBP", exif=b"Exif\0\0" + exif.tobytes())
+    yield "EXIF before XMP", saved(picture, "WEBP", exif=exif, xmp=packet)
+    yield "damaged EXIF", saved(picture, "WEBP", exif=b"II*\0\xff\xff")
+    yield "animated", saved(picture, "WEBP", save_all=True, append_images=[picture.rotate(90)])
+    small = [(6, 10, clear.resize((20, 12))), (0, 0, clear)]
+    yield "a first frame inside", animation(small, picture.size, transparent=True)
+    yield "... of an opaque animation", animation([(6, 10, picture.resize((20, 12)))], picture.size)
+    yield "behind the end", saved(picture, "WEBP") + b"and more"
+
+
+PNGS, WEBPS = dict(pngs()), dict(webps())
+
+
+@pytest.mark.parametrize("name", WEBPS)
+def test_webp_is_pillows(name):
+    assert_as_python(WEBPS[name])
 
 
 @pytest.mark.parametrize("name", PNGS)
@@ -107,10 +156,10 @@ def test_every_share_of_every_grey_is_laid_on_white_as_python_does():
     assert_as_python(saved(image, "PNG"))
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_damaged_files_are_refused_or_as_in_python(form):
+@pytest.mark.parametrize(("form", "lossless"), [("JPEG", False), ("PNG", True), ("WEBP", False), ("WEBP", True)])
+def test_damaged_files_are_refused_or_as_in_python(form, lossless):
     """Whatever is cut or changed: a sentence or a picture; where both read it, the same one."""
-    data = saved(generated_picture(2).resize((64, 48)), form)
+    data = saved(generated_picture(2).resize((64, 48)), form, **({"lossless": lossless} if form == "WEBP" else {}))
     random = np.random.default_rng(4)
     for _ in range(150):
         damaged = bytearray(data)
@@ -128,7 +177,7 @@ def test_damaged_files_are_refused_or_as_in_python(form):
             expected = np.asarray(load_image(bytes(damaged)))
         except RuntimeRefusal:
             continue
-        if found.shape == expected.shape and form == "PNG":
+        if found.shape == expected.shape and form != "JPEG":
             np.testing.assert_array_equal(found, expected)
 
 
@@ -139,13 +188,34 @@ def test_damaged_files_are_refused_or_as_in_python(form):
         (b"GIF89a" + bytes(40), "is no picture that is read here"),
         (b"\xff\xd8\xff", "is damaged"),
         (b"\x89PNG\r\n\x1a\n", "is damaged"),
+        (b"RIFF\x04\0\0\0WEBP", "is damaged"),
+        (b"RIFF", "is no picture that is read here; give a PNG, JPEG or WebP"),
         (saved(Image.new("1", (20000, 20000)), "PNG"), "has 20000 x 20000 pixels"),
+        (animation([(0, 0, Image.new("RGB", (8, 8)))], (20000, 20000)), "has 20000 x 20000 pixels"),
     ],
-    ids=["empty", "other", "jpeg", "png", "bomb"],
+    ids=["empty", "other", "jpeg", "png", "webp", "short", "bomb", "canvas"],
 )
 def test_what_is_no_picture_is_refused(data, said):
     with pytest.raises(ProbeError, match=said):
         decoded(data)
+
+
+@pytest.mark.slow
+def test_a_library_without_libwebp_says_so(tmp_path):
+    source = ROOT / "runtime/cpp/src"
+    (tmp_path / "main.cpp").write_text("""
+        #include <iostream>
+        #include "core/error.hpp"
+        #include "picture/picture.hpp"
+        int main(int, char** names) {
+          try { vlmtrim::load_picture(names[1]); } catch (const vlmtrim::Refusal& why) { std::cout << why.what(); }
+        }""")
+    parts = [tmp_path / "main.cpp", *(source / f"picture/{name}.cpp" for name in ("decode", "jpeg", "png"))]
+    command = ["g++", "-std=c++17", f"-I{source}", *parts, "-ljpeg", "-lpng", "-o", tmp_path / "tool"]
+    subprocess.run(command, check=True)
+    (tmp_path / "picture.webp").write_bytes(WEBPS["lossless"])
+    done = subprocess.run([tmp_path / "tool", tmp_path / "picture.webp"], capture_output=True, text=True)
+    assert "is a WebP picture, and this library was built without libwebp; give a PNG or JPEG" in done.stdout
 
 
 def test_a_jpeg_of_many_scans_is_refused():

@@ -23,7 +23,7 @@ Ask a bundle about a picture; the answer is streamed to stdout.
 
   BUNDLE                 bundle folder made by export-vlm
   --prompt TEXT          question, or - for stdin
-  --image FILE           PNG or JPEG file; repeat for several
+  --image FILE           PNG, JPEG or WebP file; repeat for several
   --system TEXT          what stands before the first question
   --ids "I J ..."        token ids in place of --prompt, the image token once for each picture
   --backend NAME         auto (default), ort-cpu; tensorrt, tensorrt-rtx where they are built in

@@ -12,6 +12,11 @@ namespace vlmtrim {
 namespace {
 
 constexpr unsigned kOrientation = 0x0112;
+#ifdef VLMTRIM_WEBP
+constexpr const char* kFormats = "a PNG, JPEG or WebP";
+#else
+constexpr const char* kFormats = "a PNG or JPEG";
+#endif
 
 // Numbers of a TIFF structure, in its byte order; nullopt behind its end.
 class Tiff {
@@ -64,7 +69,14 @@ Picture decode_picture(std::string_view data, const std::string& name) {
   }
   if (data.substr(0, 3) == "\xff\xd8\xff") return decode_jpeg(data, name);
   if (data.substr(0, 8) == "\x89PNG\r\n\x1a\n") return decode_png(data, name);
-  throw Refusal(said(name, " is no picture that is read here; give a PNG or JPEG"));
+  if (data.substr(0, 4) == "RIFF" && data.size() >= 12 && data.substr(8, 4) == "WEBP") {
+#ifdef VLMTRIM_WEBP
+    return decode_webp(data, name);
+#else
+    throw Refusal(said(name, " is a WebP picture, and this library was built without libwebp; give ", kFormats));
+#endif
+  }
+  throw Refusal(said(name, " is no picture that is read here; give ", kFormats));
 }
 
 Picture from_pixels(const uint8_t* pixels, int width, int height, int64_t stride, int channels) {
@@ -139,6 +151,11 @@ Picture turned(Picture in, int orientation) {
     }
   }
   return out;
+}
+
+int on_white(int colour, int alpha) {
+  const int sum = (colour * alpha + 255 * (255 - alpha)) * 128 + (0x80 << 7);
+  return (((sum >> 8) + sum) >> 8) >> 7;
 }
 
 void refuse_damaged(const std::string& name) {

@@ -16,9 +16,14 @@ std::optional<int> xmp_orientation(std::string_view packet);
 // A picture turned as its EXIF says.
 Picture turned(Picture picture, int orientation);
 
-// Contents of a file with the signature of its format; `name` is for messages. Both throw Refusal.
+// Contents of a file with the signature of its format; `name` is for messages. All throw Refusal.
 Picture decode_jpeg(std::string_view data, const std::string& name);
 Picture decode_png(std::string_view data, const std::string& name);
+// Where this library was built with libwebp.
+Picture decode_webp(std::string_view data, const std::string& name);
+
+// A colour with an alpha laid on white, in Pillow's arithmetic.
+int on_white(int colour, int alpha);
 
 [[noreturn]] void refuse_damaged(const std::string& name);
 

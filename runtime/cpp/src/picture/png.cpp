@@ -148,12 +148,6 @@ class Samples {
   int key_[3] = {0, 0, 0};
 };
 
-// A colour with an alpha laid on white, in Pillow's arithmetic.
-int on_white(int colour, int alpha) {
-  const int sum = (colour * alpha + 255 * (255 - alpha)) * 128 + (0x80 << 7);
-  return (((sum >> 8) + sum) >> 8) >> 7;
-}
-
 }  // namespace
 
 Picture decode_png(std::string_view data, const std::string& name) {
