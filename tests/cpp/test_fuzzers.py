@@ -76,7 +76,7 @@ def test_nothing_is_found(name, built, export_tiny, tmp_path):
     for number, data in enumerate(SEEDS[name](export_tiny)):
         (tmp_path / f"seeds/{number}").write_bytes(data)
     command = [built / f"fuzz_{name}", f"-max_total_time={SECONDS}", "-timeout=20", "-rss_limit_mb=3000", "-seed=7"]
-    command += ["-max_len=200000", f"-artifact_prefix={tmp_path}/", str(tmp_path / "seeds")]
+    command += ["-max_len=200000", f"-artifact_prefix={BUILD}/{name}-", str(tmp_path / "seeds")]
     command += ["-print_final_stats=1"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     (BUILD / f"{name}.log").write_text(done.stderr)

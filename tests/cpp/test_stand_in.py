@@ -262,4 +262,4 @@ def test_the_tool_answers_the_same_on_every_backend(backend, demo_bundle, place,
 def test_a_library_without_the_backend_says_so(demo_bundle):
     command = [build_folder() / "vlmtrim-run", demo_bundle, "--prompt", "What?", "--backend", "tensorrt"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "is not in this library; supported: auto, ort-cpu" in done.stderr
+    assert done.returncode == 2 and "is not in this library; supported: auto, ort-cuda, ort-cpu" in done.stderr

@@ -75,10 +75,16 @@ def test_bundles_are_timed_in_turns(demo_bundle, fastv_bundle):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [row["bundle"] for row in found["rows"]] == [str(demo_bundle), str(fastv_bundle)]
+    assert {row["backend"] for row in found["rows"]} == {"ort-cpu"}
     assert all(row["kept"] < row["visual"] and row["prefill_ms"] > 0 for row in found["rows"])
     assert found["resident_peak"] >= found["resident"] > 0
-    table = run("vlmtrim-bench", demo_bundle, *ASKED, "--rounds", "1").stdout
+    table = run("vlmtrim-bench", demo_bundle, *ASKED, "--rounds", "1", "--backend", "ort-cpu").stdout
     assert len(table.splitlines()) == 3 and "a token" in table
+
+
+def test_a_backend_that_is_not_there_is_not_timed(demo_bundle):
+    done = run("vlmtrim-bench", demo_bundle, *ASKED, "--backend", "tensorrt")
+    assert done.returncode == 2 and "is not in this library; supported: auto, ort-cuda, ort-cpu" in done.stderr
 
 
 def test_the_examples_answer(demo_bundle, tmp_path):

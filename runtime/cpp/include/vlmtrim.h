@@ -49,7 +49,8 @@ VLMTRIM_API const char* vlmtrim_error(void);
 
 typedef struct {
   size_t size;
-  const char* backend; /* "auto", "ort-cpu", and "tensorrt", "tensorrt-rtx" where they are built in; NULL for auto */
+  const char* backend;     /* "auto", "ort-cpu", "ort-cuda", and "tensorrt", "tensorrt-rtx" where they are built in;
+                              NULL for auto */
   const char* onnxruntime; /* path of ONNX Runtime's library; NULL: $VLMTRIM_ONNXRUNTIME, else where it was found */
   int32_t threads;         /* of the CPU; 0 for one per core */
   int32_t exact;           /* not 0: multiply packed weights by float32 activations, exactly and slowly */

@@ -20,6 +20,8 @@ Time bundles that answer the same question about a picture, in turns: medians in
   --prompt TEXT          question (default: Describe the picture.)
   --rounds N             of every bundle, behind one that warms up (default 5)
   --max-new-tokens N     of every answer (default 32)
+  --backend NAME         auto (default), ort-cpu, ort-cuda; tensorrt, tensorrt-rtx where they are built in
+  --cuda-graphs HOW      how TensorRT's decode steps are replayed: auto (default), capture or off
   --threads N            CPU threads of ONNX Runtime (default: one per core)
   --json                 print one JSON object instead of a table
 )";
@@ -40,7 +42,7 @@ int64_t memory(const std::string& field) {
 }
 
 struct Bundle {
-  std::string folder;
+  std::string folder, backend;
   vlmtrim::Session session;
   std::vector<double> vision, prefill, token;
   int64_t visual = 0, kept = 0;
@@ -70,15 +72,17 @@ void measure(Bundle& bundle, const std::vector<vlmtrim::Part>& parts, const vlmt
 
 Json row(const Bundle& bundle) {
   const auto of = [](const std::vector<double>& values) { return values.empty() ? Json() : Json(median(values)); };
-  return {{"bundle", bundle.folder},        {"visual", bundle.visual},          {"kept", bundle.kept},
-          {"vision_ms", of(bundle.vision)}, {"prefill_ms", of(bundle.prefill)}, {"token_ms", of(bundle.token)}};
+  return {{"bundle", bundle.folder},     {"backend", bundle.backend},      {"visual", bundle.visual},
+          {"kept", bundle.kept},         {"vision_ms", of(bundle.vision)}, {"prefill_ms", of(bundle.prefill)},
+          {"token_ms", of(bundle.token)}};
 }
 
 void print(const std::vector<Json>& rows) {
-  std::printf("%-40s %6s %6s %9s %10s %9s\n", "bundle", "visual", "kept", "vision", "prefill", "a token");
+  std::printf("%-40s %-12s %6s %6s %9s %10s %9s\n", "bundle", "backend", "visual", "kept", "vision", "prefill",
+              "a token");
   for (const Json& row : rows) {
-    std::printf("%-40s %6ld %6ld", row["bundle"].get<std::string>().c_str(), row["visual"].get<long>(),
-                row["kept"].get<long>());
+    std::printf("%-40s %-12s %6ld %6ld", row["bundle"].get<std::string>().c_str(),
+                row["backend"].get<std::string>().c_str(), row["visual"].get<long>(), row["kept"].get<long>());
     for (const char* name : {"vision_ms", "prefill_ms", "token_ms"}) {
       const bool known = row[name].is_number() && rows[0][name].is_number();
       const double value = known ? row[name].get<double>() : 0;
@@ -92,6 +96,8 @@ void print(const std::vector<Json>& rows) {
 int run(const Arguments& arguments) {
   if (arguments.plain.empty()) throw BadArguments{"give at least one bundle folder; see --help"};
   vlmtrim::ModelOptions settings;
+  settings.backend = arguments.last("--backend").value_or("auto");
+  settings.cuda_graphs = arguments.last("--cuda-graphs").value_or("auto");
   settings.threads = arguments.number("--threads", 0, 0);
   vlmtrim::GenerateOptions options;
   options.max_new_tokens = arguments.number("--max-new-tokens", 32, 1);
@@ -103,7 +109,8 @@ int run(const Arguments& arguments) {
   for (const auto& folder : arguments.plain) {
     auto model = vlmtrim::Model::open(folder, settings);
     auto session = vlmtrim::Session::open(need(model));
-    bundles.push_back({folder, std::move(need(session)), {}, {}, {}});
+    const Json description = Json::parse(model->description());
+    bundles.push_back({folder, description.at("backend"), std::move(need(session)), {}, {}, {}});
   }
   for (int round = 0; round <= rounds; ++round) {
     for (Bundle& bundle : bundles) measure(bundle, parts, options, round > 0);
@@ -125,8 +132,10 @@ int run(const Arguments& arguments) {
 
 int main(int count, char** values) {
   try {
-    const Arguments arguments(count, values, {"--image", "--prompt", "--rounds", "--max-new-tokens", "--threads"},
-                              {"--json", "--help"});
+    const Arguments arguments(
+        count, values,
+        {"--image", "--prompt", "--rounds", "--max-new-tokens", "--backend", "--cuda-graphs", "--threads"},
+        {"--json", "--help"});
     if (arguments.flag("--help")) return std::fputs(kHelp, stdout) < 0 ? 1 : 0;
     return run(arguments);
   } catch (const BadArguments& problem) {

@@ -26,7 +26,7 @@ Ask a bundle about a picture; the answer is streamed to stdout.
   --image FILE           PNG, JPEG or WebP file; repeat for several
   --system TEXT          what stands before the first question
   --ids "I J ..."        token ids in place of --prompt, the image token once for each picture
-  --backend NAME         auto (default), ort-cpu; tensorrt, tensorrt-rtx where they are built in
+  --backend NAME         auto (default), ort-cpu, ort-cuda; tensorrt, tensorrt-rtx where they are built in
   --cuda-graphs HOW      how TensorRT's decode steps are replayed: auto (default), capture or off
   --threads N            CPU threads of ONNX Runtime (default: one per core)
   --activations KIND     what packed weights are multiplied by: int8 (default) or float32 (exact and slow)

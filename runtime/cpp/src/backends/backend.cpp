@@ -12,10 +12,10 @@ namespace {
 using Make = std::function<std::unique_ptr<Backend>(const BackendOptions&)>;
 
 // In the order in which auto tries them; some of them are not built into every library.
-constexpr const char* kBackends[] = {"tensorrt", "tensorrt-rtx", "ort-cpu"};
+constexpr const char* kBackends[] = {"tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu"};
 
 std::map<std::string, Make>& known() {
-  static std::map<std::string, Make> backends{{"ort-cpu", make_ort}};
+  static std::map<std::string, Make> backends{{"ort-cpu", make_ort_cpu}, {"ort-cuda", make_ort_cuda}};
   return backends;
 }
 
@@ -174,13 +174,12 @@ std::unique_ptr<Backend> make_backend(const std::string& name, const BackendOpti
 }
 
 std::unique_ptr<Backend> choose_backend(const std::string& name, const Bundle& bundle, const BackendOptions& options) {
-  const bool one = known().size() == 1;
-  if (name != "auto" || one) {
-    auto backend = make_backend(name == "auto" ? known().begin()->first : name, options);
+  if (name != "auto") {
+    auto backend = make_backend(name, options);
     backend->check(bundle);
     return backend;
   }
-  std::string passed_over;
+  std::string passed_over, last;
   for (const std::string candidate : kBackends) {
     if (known().count(candidate) == 0) continue;
     try {
@@ -188,10 +187,12 @@ std::unique_ptr<Backend> choose_backend(const std::string& name, const Bundle& b
       backend->check(bundle);
       return backend;
     } catch (const Refusal& refusal) {
+      last = refusal.what();
       passed_over +=
           said(passed_over.empty() ? "" : "; ", candidate, ": ", brief(refusal.what(), bundle.folder.string()));
     }
   }
+  if (known().size() == 2) throw Refusal(last);  // without TensorRT the CPU's own words say enough
   throw Refusal(said("no backend can run ", bundle.folder.string(), " here (", passed_over, ")"));
 }
 

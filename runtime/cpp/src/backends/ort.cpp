@@ -1,87 +1,56 @@
 #include "backends/ort.hpp"
 
-#include <sys/stat.h>
-
 #include <set>
 #include <tuple>
 
+#include "backends/ort_device.hpp"
 #include "backends/ort_fusing.hpp"
-#include "backends/ort_library.hpp"
 #include "core/error.hpp"
 
 namespace vlmtrim {
 namespace {
 
-using Library = std::shared_ptr<OrtLibrary>;
+using Device = std::shared_ptr<OrtDevice>;
 
 constexpr double kFreeShare = 0.9;  // of the free memory that the weights may fill
 
-struct Element {
-  DType dtype;
-  ONNXTensorElementDataType number;
-};
-constexpr Element kElements[] = {{DType::kFloat32, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
-                                 {DType::kFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
-                                 {DType::kBFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16},
-                                 {DType::kInt64, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64},
-                                 {DType::kInt32, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
-                                 {DType::kBool, ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL}};
-
-ONNXTensorElementDataType element_of(DType dtype) {
-  for (const auto& element : kElements) {
-    if (element.dtype == dtype) return element.number;
-  }
-  return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-}
-
-std::optional<DType> dtype_of(ONNXTensorElementDataType number) {
-  for (const auto& element : kElements) {
-    if (element.number == number) return element.dtype;
-  }
-  return std::nullopt;
-}
-
-// A handle of the C API with the function that releases it.
-template <class T>
-using Handle = std::shared_ptr<T>;
-
 class OrtGraph final : public Graph {
  public:
-  OrtGraph(const GraphSpec& spec, const Dims& dims, Library library, Handle<OrtSession> session)
-      : Graph(spec, dims), library_(std::move(library)), session_(std::move(session)) {
-    const OrtApi* api = library_->api();
+  OrtGraph(const GraphSpec& spec, const Dims& dims, Device device, Handle<OrtSession> session)
+      : Graph(spec, dims),
+        device_(std::move(device)),
+        session_(std::move(session)),
+        what_(spec.file + ": ONNX Runtime cannot run it") {
+    const OrtApi* api = device_->library().api();
     OrtIoBinding* binding = nullptr;
-    library_->check(api->CreateIoBinding(session_.get(), &binding), spec.file);
+    check(api->CreateIoBinding(session_.get(), &binding));
     binding_.reset(binding, api->ReleaseIoBinding);
-    OrtMemoryInfo* memory = nullptr;
-    library_->check(api->CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &memory), spec.file);
-    memory_.reset(memory, api->ReleaseMemoryInfo);
     for (const auto& tensor : spec.outputs) outputs_.push_back(tensor.name);
   }
 
  protected:
   Tensors execute(const Tensors& feeds, const Sizes& /*sizes*/) override {
-    const OrtApi* api = library_->api();
+    const OrtApi* api = device_->library().api();
     std::vector<Handle<OrtValue>> values;  // alive until the run is over
     for (const auto& [name, tensor] : feeds) {
-      values.push_back(value_of(tensor));
+      values.push_back(device_->value_of(tensor, what_));
       check(api->BindInput(binding_.get(), name.c_str(), values.back().get()));
     }
     // Bound anew: a kept binding would hold the last step's shape.
-    for (const auto& name : outputs_) check(api->BindOutputToDevice(binding_.get(), name.c_str(), memory_.get()));
+    for (const auto& name : outputs_) check(api->BindOutputToDevice(binding_.get(), name.c_str(), device_->memory()));
     check(api->RunWithBinding(session_.get(), nullptr, binding_.get()));
     return results();
   }
 
   void bind(const Tensors& caches) override {
-    const OrtApi* api = library_->api();
+    const OrtApi* api = device_->library().api();
     api->ClearBoundInputs(binding_.get());
     api->ClearBoundOutputs(binding_.get());
     cache_values_.clear();
     std::set<std::string> updated;
     for (const auto& [past, tensor] : caches) {
       const std::string present = "present" + past.substr(std::string("past_key_values").size());
-      cache_values_.push_back(value_of(tensor));
+      cache_values_.push_back(device_->value_of(tensor, what_));
       check(api->BindInput(binding_.get(), past.c_str(), cache_values_.back().get()));
       check(api->BindOutput(binding_.get(), present.c_str(), cache_values_.back().get()));
       updated.insert(present);
@@ -93,58 +62,21 @@ class OrtGraph final : public Graph {
   }
 
  private:
-  void check(OrtStatus* status) const { library_->check(status, spec_.file + ": ONNX Runtime cannot run it"); }
-
-  Handle<OrtValue> value_of(const Tensor& tensor) const {
-    OrtValue* value = nullptr;
-    check(library_->api()->CreateTensorWithDataAsOrtValue(memory_.get(), tensor.data, tensor.nbytes(),
-                                                          tensor.shape.data(), tensor.shape.size(),
-                                                          element_of(tensor.dtype), &value));
-    return {value, library_->api()->ReleaseValue};
-  }
+  void check(OrtStatus* status) const { device_->library().check(status, what_); }
 
   Tensors results() const {
-    const OrtApi* api = library_->api();
-    OrtAllocator* allocator = nullptr;
-    check(api->GetAllocatorWithDefaultOptions(&allocator));
-    OrtValue** values = nullptr;
-    size_t count = 0;
-    check(api->GetBoundOutputValues(binding_.get(), allocator, &values, &count));
-    Tensors found;
+    const auto values = device_->outputs_of(binding_.get(), what_);
     const size_t first = cache_values_.size();  // bound before all others
-    for (size_t i = 0; i < count; ++i) {
-      const Handle<OrtValue> value(values[i], api->ReleaseValue);
-      if (i >= first && i - first < outputs_.size()) found[outputs_[i - first]] = tensor_of(value);
-    }
-    if (values != nullptr) check(api->AllocatorFree(allocator, values));
-    if (count != first + outputs_.size()) throw Refusal(spec_.file + ": ONNX Runtime returned other outputs");
+    if (values.size() != first + outputs_.size()) throw Refusal(spec_.file + ": ONNX Runtime returned other outputs");
+    Tensors found;
+    for (size_t i = first; i < values.size(); ++i) found[outputs_[i - first]] = device_->tensor_of(values[i], what_);
     return found;
   }
 
-  Tensor tensor_of(const Handle<OrtValue>& value) const {
-    const OrtApi* api = library_->api();
-    OrtTensorTypeAndShapeInfo* raw = nullptr;
-    check(api->GetTensorTypeAndShape(value.get(), &raw));
-    const Handle<OrtTensorTypeAndShapeInfo> info(raw, api->ReleaseTensorTypeAndShapeInfo);
-    size_t rank = 0;
-    ONNXTensorElementDataType number{};
-    check(api->GetDimensionsCount(raw, &rank));
-    check(api->GetTensorElementType(raw, &number));
-    Tensor tensor;
-    tensor.shape.resize(rank);
-    check(api->GetDimensions(raw, tensor.shape.data(), rank));
-    const auto dtype = dtype_of(number);
-    if (!dtype) throw Refusal(said(spec_.file, " returned a tensor of a dtype that no contract has"));
-    tensor.dtype = *dtype;
-    check(api->GetTensorMutableData(value.get(), &tensor.data));
-    tensor.owner = value;
-    return tensor;
-  }
-
-  Library library_;
+  Device device_;
   Handle<OrtSession> session_;
+  std::string what_;
   Handle<OrtIoBinding> binding_;
-  Handle<OrtMemoryInfo> memory_;
   std::vector<Handle<OrtValue>> cache_values_;
   std::vector<std::string> outputs_;
 };
@@ -194,69 +126,77 @@ std::vector<Opened> boundary(const OrtLibrary& library, OrtSession* session, boo
 
 class OrtProgram final : public Program {
  public:
-  OrtProgram(const GraphSpec& spec, const Dims& dims, Library library, Handle<OrtSession> session)
-      : spec_(spec), dims_(dims), library_(std::move(library)), session_(std::move(session)) {}
+  OrtProgram(const GraphSpec& spec, const Dims& dims, Device device, Handle<OrtSession> session)
+      : spec_(spec), dims_(dims), device_(std::move(device)), session_(std::move(session)) {}
 
-  std::unique_ptr<Graph> graph() const override { return std::make_unique<OrtGraph>(spec_, dims_, library_, session_); }
+  std::unique_ptr<Graph> graph() const override { return std::make_unique<OrtGraph>(spec_, dims_, device_, session_); }
 
  private:
   const GraphSpec& spec_;
   const Dims& dims_;
-  Library library_;
+  Device device_;
   Handle<OrtSession> session_;
 };
 
-class OrtCpu final : public Backend {
+class OrtBackend final : public Backend {
  public:
-  explicit OrtCpu(const BackendOptions& options)
-      : library_(OrtLibrary::get(options.library)),
+  OrtBackend(const BackendOptions& options, bool cuda)
+      : device_(std::make_shared<OrtDevice>(OrtLibrary::get(options.library), cuda)),
         threads_(options.threads),
         level_(options.exact_activations ? "1" : "4") {}
 
-  std::string name() const override { return "ort-cpu"; }
+  std::string name() const override { return device_->cuda() ? "ort-cuda" : "ort-cpu"; }
 
   void check(const Bundle& bundle) override {
     const Contract& contract = bundle.contract;
-    if (contract.dtype == DType::kBFloat16) {
+    device_->start();
+    if (!device_->cuda() && contract.dtype == DType::kBFloat16) {
       throw Refusal(
           "ONNX Runtime has no bfloat16 kernels on the CPU; export with --dtype float32, or use a GPU backend");
     }
     std::set<std::tuple<std::string, int64_t>> tried;
     for (const auto& kind : contract.packed) {
-      if (!tried.emplace(kind.format, kind.block).second || fuses(*library_, kind, contract.dtype, level_)) continue;
-      throw Refusal(said("ort-cpu does not run ", kind.format, " weights: ONNX Runtime ", library_->version(),
+      if (!tried.emplace(kind.format, kind.block).second || fuses(*device_, kind, contract.dtype, level_)) continue;
+      throw Refusal(said(name(), " does not run ", kind.format, " weights: ONNX Runtime ", device_->library().version(),
                          " has no kernel for them here and would make floats of them at every step; "
                          "export with --weights int4 or int8"));
     }
   }
 
-  Tensor to_host(const Tensor& tensor) override {
-    Tensor copy = Tensor::empty(tensor.dtype, tensor.shape);
-    std::memcpy(copy.data, tensor.data, tensor.nbytes());
-    return copy;
+  Tensors make_caches(const Contract& contract) override {
+    if (!device_->cuda()) return Backend::make_caches(contract);
+    Tensors caches;
+    for (const auto& group : contract.groups) {
+      const Tensor zeros = Tensor::zeros(contract.dtype, {1, group.kv_heads, group.capacity, group.head_size});
+      for (const int64_t layer : group.layers) {
+        for (const char* kind : {"key", "value"}) caches[past_name(layer, kind)] = device_->to_device(zeros);
+      }
+    }
+    return caches;
   }
+
+  Tensor to_host(const Tensor& tensor) override { return device_->to_host(tensor); }
 
  protected:
   std::unique_ptr<Program> open_one(const Bundle& bundle, const std::string& graph) override {
     const GraphSpec& spec = bundle.contract.graph(graph);
-    check_memory(bundle);
-    const OrtApi* api = library_->api();
-    OrtSessionOptions* raw = nullptr;
-    library_->check(api->CreateSessionOptions(&raw), spec.file);
-    const Handle<OrtSessionOptions> options(raw, api->ReleaseSessionOptions);
-    library_->check(api->SetIntraOpNumThreads(raw, threads_), spec.file);
-    library_->check(api->SetSessionLogSeverityLevel(raw, ORT_LOGGING_LEVEL_FATAL), spec.file);
-    library_->check(api->AddSessionConfigEntry(raw, kAccuracyLevel, level_), spec.file);
+    if (!device_->cuda()) check_memory(bundle);
+    const OrtLibrary& library = device_->library();
+    const OrtApi* api = library.api();
+    const Handle<OrtSessionOptions> options = device_->options();
+    library.check(api->SetIntraOpNumThreads(options.get(), threads_), spec.file);
+    library.check(api->AddSessionConfigEntry(options.get(), kAccuracyLevel, level_), spec.file);
     if (graph != "decoder") {  // what runs once a question need not keep threads busy until it runs again
-      library_->check(api->AddSessionConfigEntry(raw, "session.intra_op.allow_spinning", "0"), spec.file);
+      library.check(api->AddSessionConfigEntry(options.get(), "session.intra_op.allow_spinning", "0"), spec.file);
     }
     const std::string path = (bundle.folder / spec.file).string();
     OrtSession* session = nullptr;
-    library_->check(api->CreateSession(library_->env(), path.c_str(), raw, &session), "ONNX Runtime refuses " + path);
+    library.check(api->CreateSession(library.env(), path.c_str(), options.get(), &session),
+                  "ONNX Runtime refuses " + path);
     const Handle<OrtSession> held(session, api->ReleaseSession);
-    check_boundary(spec.file, spec.inputs, boundary(*library_, session, true, spec.file));
-    check_boundary(spec.file, spec.outputs, boundary(*library_, session, false, spec.file));
-    return std::make_unique<OrtProgram>(spec, bundle.contract.dims, library_, held);
+    check_boundary(spec.file, spec.inputs, boundary(library, session, true, spec.file));
+    check_boundary(spec.file, spec.outputs, boundary(library, session, false, spec.file));
+    return std::make_unique<OrtProgram>(spec, bundle.contract.dims, device_, held);
   }
 
  private:
@@ -277,13 +217,18 @@ class OrtCpu final : public Backend {
     }
   }
 
-  Library library_;
+  Device device_;
   int threads_;
   const char* level_;
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> make_ort(const BackendOptions& options) { return std::make_unique<OrtCpu>(options); }
+std::unique_ptr<Backend> make_ort_cpu(const BackendOptions& options) {
+  return std::make_unique<OrtBackend>(options, false);
+}
+std::unique_ptr<Backend> make_ort_cuda(const BackendOptions& options) {
+  return std::make_unique<OrtBackend>(options, true);
+}
 
 }  // namespace vlmtrim

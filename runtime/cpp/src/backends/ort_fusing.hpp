@@ -2,7 +2,7 @@
 // Mirrors runtime/backends/fusing.py.
 #pragma once
 
-#include "backends/ort_library.hpp"
+#include "backends/ort_device.hpp"
 #include "core/contract.hpp"
 
 namespace vlmtrim {
@@ -10,6 +10,6 @@ namespace vlmtrim {
 // What activations are multiplied in: rounded to 8 bits ("4"), or as they are ("1").
 constexpr const char* kAccuracyLevel = "session.qdq_matmulnbits_accuracy_level";
 
-bool fuses(const OrtLibrary& library, const Packed& kind, DType dtype, const char* level);
+bool fuses(const OrtDevice& device, const Packed& kind, DType dtype, const char* level);
 
 }  // namespace vlmtrim
