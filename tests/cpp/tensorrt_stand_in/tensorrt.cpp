@@ -6,6 +6,7 @@
 // context must have run once with its shapes before it is captured, and a captured graph must not outlive them.
 #include <NvInferRuntime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -244,7 +245,7 @@ class Context final : public nvinfer1::IExecutionContext {
             address->second != addresses.at("past_key_values" + array.name.substr(7))) {
           blame(array.name + " does not update its input");
         }
-        std::memcpy(address->second, array.bytes.data(), array.bytes.size());
+        std::copy(array.bytes.begin(), array.bytes.end(), static_cast<char*>(address->second));
       }
     };
   }
