@@ -8,8 +8,7 @@ import torch
 from parity import assert_parity
 
 from vlmtrim.export import cli
-from vlmtrim.export.checkpoint import load_family
-from vlmtrim.export.oracles.reference import Reference
+from vlmtrim.export.checkpoint import load_family, load_reference
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.runtime.engines import fingerprint
 from vlmtrim.runtime.image import generated_picture
@@ -27,7 +26,7 @@ def emitting(export_tiny, **fields):
 @torch.no_grad()
 def sums(folder, family, ids, images):
     """What each visual token of a prompt received from the rows behind the last one and from TOKENS, float64 [N]."""
-    reference = Reference(load_family(family).MODEL_CLASS, folder, None)
+    reference = load_reference(family)(load_family(family).MODEL_CLASS, folder, None)
     visual = [index for index, token in enumerate(ids) if token == reference._visual_token]
     pictures, total = reference._inputs(Turn("t", ids, images)), np.zeros(len(visual))
     for step, (tokens, brought) in enumerate([(ids, pictures), *(([token], {}) for token in TOKENS)]):
