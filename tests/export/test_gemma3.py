@@ -114,7 +114,14 @@ def test_rows_of_a_batch_equal_single_runs(session, reference):
     assert_rows(session, reference, sized(168, 56, 1), sized(56, 56, 2), prompt)
 
 
-@pytest.mark.parametrize(("k", "score", "every"), [(3, "last-row", 3), (2, "no-rope", 3), (1, "own-row", 2)])
+@pytest.mark.parametrize(
+    ("k", "score", "every"),
+    [
+        (3, "last-row", 3),
+        pytest.param(2, "no-rope", 3, marks=pytest.mark.slow),
+        pytest.param(1, "own-row", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_layers_of_both_kinds_score(k, score, every, export_tiny, capsys):
     """A layer that sees all before the selection or behind it, and the last one of either kind."""
     variant = {} if every == 2 else {"every": every}
