@@ -25,6 +25,7 @@ BUNDLES = {
     "llava tidal": {"method": "tidal", "entries": 9, "selecting": (0, 2)},
     "llava_next fastv": {"family": "llava_next", **ANY_SIZE},
     "qwen2_5_vl fastv": {"family": "qwen2_5_vl", **ANY_SIZE},
+    "gemma3 fastv": {"family": "gemma3"},
     "mllama trimmed-llama": {"family": "mllama", "method": "trimmed-llama", "images": 3},
     "snapkv": {"cache": load_policy("snapkv")(), "cache_share": 0.4},
     "keyformer, every 3": {"method": "none", "cache": load_policy("keyformer")(every=3, rise=0.1), "cache_share": 0.5},
