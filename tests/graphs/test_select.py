@@ -1,5 +1,6 @@
 """The selection subgraph alone, scores given: ONNX Runtime and onnx's reference evaluator against plain Python."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from oracles.selection import kept_by_score, kept_by_stride
 
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.rules import Step, load_rule
-from vlmtrim.graphs.surgery import select
+from vlmtrim.graphs.surgery import select, split
 
 RATIOS = [0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.75, 0.9]
 MOST = 64
@@ -181,3 +182,26 @@ def test_the_subgraph_is_the_golden_text(name):
     """Structure by diff."""
     rule, r = ("stride", 0.5) if name == "stride" else ("score", 0.75 if name == "winners" else 0.25)
     assert_golden(selection(r, rule).graph, Path(__file__).parent / "golden" / f"{name}.txt")
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), tokens=st.integers(1, 24))
+def test_survivors_see_the_last_survivor_that_they_saw(data, tokens):
+    """Runs of tokens that see each other, some of which go."""
+    keep = np.array([data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))])
+    joined = data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
+    ends = [next((j for j in range(i, tokens) if not joined[j]), tokens - 1) for i in range(tokens)]
+    kept = np.nonzero(keep[0])[0]
+    found = seen_left().run(None, {"seen": [ends], "keep": keep.astype(np.int64), "kept": kept[None]})[0]
+    expected = [max(place for place, token in enumerate(kept) if token <= ends[own]) for own in kept]
+    assert found.tolist() == [expected]
+
+
+@cache
+def seen_left() -> ort.InferenceSession:
+    seen, keep, kept = (ir.val(name, dtype=ir.DataType.INT64, shape=("B", "S")) for name in ("seen", "keep", "kept"))
+    kept.shape = ir.Shape(("B", "Sk"))
+    ops = Ops("seen")
+    left = split._seen_left(ops, seen, select.Survivors(kept, kept, keep), "Sk", "")
+    graph = ir.Graph([seen, keep, kept], [left], nodes=ops.nodes, opset_imports={"": 24}, name="seen")
+    return ort.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
