@@ -122,7 +122,7 @@ def _add_source(p: argparse.ArgumentParser) -> None:
         "--decoder",
         default=None,
         metavar="FILE",
-        help="a decoder that another exporter wrote (mobius-onnx, onnxruntime-genai), to take with its weights instead "
+        help="a decoder that another exporter wrote (mobius-onnx, torch.onnx.export), to take with its weights instead "
         "of tracing one; --like CHECKPOINT then gives vision, embedding and settings",
     )
 

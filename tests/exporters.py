@@ -71,11 +71,13 @@ class Stepping(torch.nn.Module):
 
 
 def by_torch(text, head, path: Path, dynamo: bool, opset: int, axes: int = 0) -> Path:
-    """``torch.onnx.export``, by tracing as optimum does or by torch.export."""
-    past = [torch.randn(2, KV, 3, DH) for _ in range(2 * LAYERS)]
+    """``torch.onnx.export``, by tracing as optimum does or by torch.export; in the dtype of the weights."""
+    like, dtype = text.config, head.weight.dtype
+    width = getattr(like, "head_dim", None) or like.hidden_size // like.num_attention_heads
+    past = [torch.randn(2, like.num_key_value_heads, 3, width, dtype=dtype) for _ in range(2 * like.num_hidden_layers)]
     at = torch.arange(3, 8).expand(*([axes] if axes else []), 2, 5).contiguous()
-    arguments = (torch.randn(2, 5, HIDDEN), torch.ones(2, 8, dtype=torch.int64), at, *past)
-    kinds = [f"{layer}.{kind}" for layer in range(LAYERS) for kind in ("key", "value")]
+    arguments = (torch.randn(2, 5, like.hidden_size, dtype=dtype), torch.ones(2, 8, dtype=torch.int64), at, *past)
+    kinds = [f"{layer}.{kind}" for layer in range(like.num_hidden_layers) for kind in ("key", "value")]
     given = ["inputs_embeds", "attention_mask", "position_ids", *(f"past_key_values.{kind}" for kind in kinds)]
     returned = ["logits", *(f"present.{kind}" for kind in kinds)]
     common = {"input_names": given, "output_names": returned, "opset_version": opset}
@@ -137,7 +139,7 @@ def by_genai(model, folder: Path, provider: str = "cpu", precision: str = "fp32"
 
     source, target = folder / "checkpoint", folder / "genai"
     model.save_pretrained(source)
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0").save_pretrained(source)
     options = {"exclude_embeds": True}
     given = (None, str(source), str(target), precision, provider, str(folder / "cache"))

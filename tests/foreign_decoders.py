@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from vlmtrim.graphs.ops import Ops
 
-FORMS = ("attention", "written-out", "group-query", "group-query-packed", "group-query-outside")
+FORMS = ("attention", "joined", "written-out", "group-query", "group-query-packed", "group-query-outside")
 HEADS, KV, DH, LAYERS, HIDDEN, VOCABULARY, MOST = 4, 2, 16, 4, 32, 17, 64
 EPSILON = 1e-5
 
@@ -206,6 +206,10 @@ def _attention(
     keys = b("Concat", past[0], turned(b.split_heads(k, KV)), axis=2)
     values = b("Concat", past[1], b.split_heads(v, KV), axis=-2)
     b.present.append([keys, values])
+    if b.form == "joined":  # as torch.onnx.export has it from opset 23 on
+        y = b("Attention", turned(b.split_heads(q, HEADS)), keys, values, mask, scale=DH**-0.5)
+        y.type, y.shape = ir.TensorType(b.kind), ir.Shape(("B", HEADS, "S", DH))
+        return b("Reshape", b("Transpose", y, perm=[0, 2, 1, 3]), b.const([0, 0, HEADS * DH]))
     repeated = []
     for x in (keys, values):  # a head's keys for each of its queries
         shape = b.concat(b.dim(x, 0), b.const([KV]), b.const([HEADS // KV]), b.dim(x, 2), b.const([DH]))

@@ -52,6 +52,11 @@ def size(value: ir.Value | None, axis: int) -> int | None:
     return dim if isinstance(dim, int) and dim > 0 else None
 
 
+def part_of_shape(node: ir.Node, rank: int) -> slice:
+    """Which dimensions of its input's ``rank`` a Shape returns."""
+    return slice(int(number(node, "start", 0)), int(number(node, "end", rank)))
+
+
 def constant(value: ir.Value | None) -> np.ndarray | None:
     """A small constant; None where the value is none, or large."""
     if value is None:

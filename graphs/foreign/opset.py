@@ -1,16 +1,21 @@
-"""Nodes of the selection in the spelling of older opsets: exporters write 13 to 24."""
+"""Exporters write opset 13 to 24: nodes of the selection in the spelling of older ones, older graphs in a later one."""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from vlmtrim.graphs.errors import GraphError
-from vlmtrim.graphs.foreign.nodes import constant
+from vlmtrim.graphs.foreign.nodes import constant, kind, said
+from vlmtrim.graphs.ops import Ops
 
 OLDEST = 13
 _AXES_AS_INPUT = 18  # of ReduceMean, ReduceMax and their kin, and the opset of Split's num_outputs
 _SHAPE_OF_PART = 15  # of Shape's start and end, and of CastLike
 _REDUCED = frozenset({"ReduceMean", "ReduceMax", "ReduceMin"})
+# Later versions of other operators add types, and attributes and inputs that do nothing where they are left out.
+_REDEFINED = frozenset({"Attention", "BatchNormalization", "GridSample", "GroupNormalization", "Resize", "Upsample"})
+_REDEFINED_BY = 23  # an Attention of 23 without nonpad_kv_seqlen is one of 24
 _LATER = {"RotaryEmbedding": 23, "RMSNormalization": 23, "Attention": 23, "CastLike": 15}
 
 
@@ -57,3 +62,23 @@ def _part_of_shape(node: ir.Node) -> None:
     graph.insert_after(node, [*parts, cut])
     old.replace_all_uses_with(cut.outputs[0])
     graph.remove(node, safe=True)
+
+
+def raised(model: ir.Model, opset: int) -> None:
+    """Rewrite a graph of an older opset in place. Raises GraphError naming an operator that means something else."""
+    old = opset_of(model)
+    for node in list(model.graph) if old < opset else ():
+        if kind(node)[0] != "":
+            continue
+        if node.op_type.startswith("Reduce") and "axes" in node.attributes:
+            ops = Ops(f"raised/{node.name or node.outputs[0].name}")
+            axes = ops.const(list(node.attributes.pop("axes").as_ints()), np.int64)
+            model.graph.insert_before(node, ops.nodes)
+            node.resize_inputs(2)
+            node.replace_input_with(1, axes)
+        elif node.op_type == "Split" and len(node.inputs) == 1:
+            node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
+        elif node.op_type in _REDEFINED and old < _REDEFINED_BY:
+            raise GraphError(f"{said(node)} of opset {old} means something else in {opset}: export with a later one")
+    model.opset_imports.pop("ai.onnx", None)
+    model.opset_imports[""] = max(old, opset)

@@ -7,21 +7,21 @@ Methods, backends and engines take the result as one of export-vlm's own.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass, ShapeInferencePass
 
 from vlmtrim.graphs.contract import cache_names
 from vlmtrim.graphs.errors import GraphError
-from vlmtrim.graphs.foreign.boundary import Boundary, Cache, recognise
-from vlmtrim.graphs.foreign.forms import Form, find_layers
-from vlmtrim.graphs.foreign.nodes import kind, said, size
+from vlmtrim.graphs.foreign.boundary import Boundary, Cache
+from vlmtrim.graphs.foreign.forms import Form, Operands, opened
+from vlmtrim.graphs.foreign.nodes import constant, kind, operand, part_of_shape, said, size
+from vlmtrim.graphs.foreign.opset import raised
 from vlmtrim.graphs.foreign.standard import standardise
-from vlmtrim.graphs.foreign.whole import check_produced, check_subgraphs
+from vlmtrim.graphs.foreign.trial import sizes_off_tokens, trials
+from vlmtrim.graphs.foreign.whole import check_produced, check_subgraphs, infer_missing
 from vlmtrim.graphs.ops import Ops
 
 OPSET = 24  # of TensorScatter
-_OLDEST = 21  # from which on what exporters write means the same in 24
 _BY_TOKEN = frozenset({"Cast", "Identity", "Mul", "Div", "Tanh"})  # between the last product and the logits
 
 
@@ -29,36 +29,39 @@ def own_form(model: ir.Model, capacity: int) -> ir.Model:
     """Rewrite a decoder with the boundary of :mod:`.boundary` in place, and return it with that of the contract.
 
     Args:
-        model: takes ``inputs_embeds``; attention is the operator Attention or GroupQueryAttention; no selection yet.
+        model: takes ``inputs_embeds``; causal attention to all tokens, in any of the forms; no selection yet.
         capacity: of the caches, in tokens.
 
     Raises:
         GraphError: it is of another form; the message names the layer, what was expected and what was found.
     """
     check_produced(model)
-    boundary = recognise(model)
+    raised(model, OPSET)
+    boundary, layers = opened(model)
     check_subgraphs(model, boundary)
     if not boundary.embedded:
         raise GraphError("expected inputs_embeds, into which image features are merged; found input_ids")
-    version = model.opset_imports.get("", 0)
-    if version < _OLDEST:
-        raise GraphError(f"expected opset {_OLDEST} or later; found {version}: export the decoder again")
-    layers = find_layers(boundary)
+    infer_missing(model)
     dtype = boundary.tokens.dtype
     assert dtype is not None
+    steps = trials(model, boundary, capacity)
     inputs = _Inputs(boundary, capacity)
     ops = Ops("own")
     mask = _mask(ops, inputs, dtype)
-    for layer, cache in zip(layers, boundary.caches, strict=True):
-        _attend(ops, layer, cache, inputs, mask, dtype.numpy())
+    operands = [layer.operands(ops, inputs.positions, steps) for layer in layers]
+    sizes_off_tokens(ops, steps, boundary.tokens, [value for given in operands for value in given.joined])
+    queries = [
+        _attend(ops, layer, cache, given, inputs, mask)
+        for layer, cache, given in zip(layers, boundary.caches, operands, strict=True)
+    ]
     _last_row(ops, boundary, inputs.last_index)
     model.graph.extend(ops.nodes)
     model.graph.inputs[:] = inputs.ordered(boundary.caches)
     model.graph.sort()
     RemoveUnusedNodesPass()(model)
+    _check_caches(model, boundary)
     standardise(model)
-    model.opset_imports[""] = OPSET
-    _tidy(model, boundary)
+    _tidy(model, boundary, queries)
     return model
 
 
@@ -93,15 +96,16 @@ def _mask(ops: Ops, inputs: _Inputs, dtype: ir.DataType) -> ir.Value:
     at = ops("Add", ops("Unsqueeze", inputs.write_indices, ops.const([1])), step)
     seen = ops("LessOrEqual", inputs.window, ops("Unsqueeze", at, ops.const([1, 3])))
     low = -65504.0 if dtype == ir.DataType.FLOAT16 else -3e38
-    return ops("Where", seen, ops.const(0.0, dtype.numpy()), ops.const(low, dtype.numpy()))
+    mask = ops("Where", seen, ops.const(0.0, dtype.numpy()), ops.const(low, dtype.numpy()))
+    mask.type = ir.TensorType(dtype)
+    return mask
 
 
-def _attend(ops: Ops, layer: Form, cache: Cache, inputs: _Inputs, mask: ir.Value, dtype: np.dtype) -> None:
-    """Attention over caches that are written in place, instead of the layer's own."""
-    query, key, value, scale = layer.operands(ops, inputs.positions)
+def _attend(ops: Ops, layer: Form, cache: Cache, given: Operands, inputs: _Inputs, mask: ir.Value) -> ir.Value:
+    """Attention over caches that are written in place, instead of the layer's own; returns its queries."""
     live, names = [], cache_names(layer.index)
     for old, new, written, (_, name) in zip(
-        (cache.key, cache.value), (cache.new_key, cache.new_value), (key, value), names, strict=True
+        (cache.key, cache.value), (cache.new_key, cache.new_value), (given.key, given.value), names, strict=True
     ):
         present = ops("TensorScatter", old, written, inputs.write_indices, axis=2)
         present.type, present.shape = old.type, old.shape
@@ -109,11 +113,37 @@ def _attend(ops: Ops, layer: Form, cache: Cache, inputs: _Inputs, mask: ir.Value
         new.name, present.name = f"{name}.before", name
         live.append(ops.slice(present, ops.const([0]), ops("Shape", inputs.window), axis=2))
     # Scaled beforehand, by a constant: TensorRT would scale the whole key cache otherwise.
-    scaled = ops("Mul", query, ops.const(scale, dtype))
-    attended = ops("Attention", scaled, *live, mask, scale=1.0)
-    heads, head_size = layer.heads()[0], layer.heads()[2]
-    joined = ops("Reshape", ops("Transpose", attended, perm=[0, 2, 1, 3]), ops.const([0, 0, heads * head_size]))
-    layer.output.replace_all_uses_with(joined)
+    assert mask.dtype is not None
+    scaled = ops("Mul", given.query, ops.const(given.scale, mask.dtype.numpy()))
+    scaled.type, scaled.shape = mask.type, ir.Shape(("B", given.heads, "S", given.width))
+    layer.put(ops, ops("Attention", scaled, *live, mask, scale=1.0))
+    return scaled
+
+
+def _check_caches(model: ir.Model, boundary: Boundary) -> None:
+    """Let what reads the number of rows off a cache read it off the tokens. Raises GraphError where something depends
+    on how many entries it holds, which its size no longer says."""
+    written = [node for node in model.graph if node.op_type == "TensorScatter"]
+    for node in (reader for update in written for reader, _ in update.outputs[0].uses()):
+        if node.op_type != "Slice":
+            raise GraphError(f"expected keys and values to feed attention alone; found {said(node)}")
+    for value in (value for cache in boundary.caches for value in (cache.key, cache.value)):
+        for node, _ in value.uses():
+            if node.op_type == "TensorScatter":
+                continue
+            if node.op_type != "Shape" or not _reads_rows(node):
+                raise GraphError(f"expected {value.name} to feed attention alone; found {said(node)}")
+            node.replace_input_with(0, boundary.tokens)
+
+
+def _reads_rows(shape: ir.Node) -> bool:
+    """Whether of a shape nothing but the first dimension is read."""
+    if part_of_shape(shape, 4) == slice(0, 1):
+        return True
+    readers = [node for node, _ in shape.outputs[0].uses()]
+    indices = [constant(operand(node, 1)) for node in readers if kind(node) == ("", "Gather")]
+    whole = part_of_shape(shape, 4) == slice(0, 4) and len(indices) == len(readers)
+    return whole and all(index is not None and not index.any() for index in indices)
 
 
 def _last_row(ops: Ops, boundary: Boundary, last_index: ir.Value) -> None:
@@ -134,9 +164,9 @@ def _last_row(ops: Ops, boundary: Boundary, last_index: ir.Value) -> None:
     logits.shape = ir.Shape(("B", size(logits, 2)))
 
 
-def _tidy(model: ir.Model, boundary: Boundary) -> None:
-    """Names, and shapes under the new names of dimensions."""
-    outer = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
+def _tidy(model: ir.Model, boundary: Boundary, queries: list[ir.Value]) -> None:
+    """Names, and shapes under the new names of dimensions; those of ``queries`` are known."""
+    outer = {*queries, *model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
     for node in model.graph:
         for value in node.outputs:
             if value not in outer:

@@ -27,6 +27,11 @@ def by_head(ops: Ops, states: ir.Value, heads: int, head_size: int) -> ir.Value:
     return ops("Transpose", ops("Reshape", states, ops.const([0, 0, heads, head_size])), perm=[0, 2, 1, 3])
 
 
+def side_by_side(ops: Ops, states: ir.Value, width: int) -> ir.Value:
+    """[B, H, S, Dh] -> [B, S, H * Dh], the width."""
+    return ops("Reshape", ops("Transpose", states, perm=[0, 2, 1, 3]), ops.const([0, 0, width]))
+
+
 def mask_row(ops: Ops, where: str, mask: ir.Value, last_index: ir.Value, batch: ir.Value) -> ir.Value:
     """The row at ``last_index`` of a mask, bool or additive, that broadcasts to [B, H, S, T]: float32 [B, 1, 1, T].
 

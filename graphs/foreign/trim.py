@@ -15,16 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, NameFixPass, RemoveUnusedNodesPass, ShapeInferencePass
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.foreign import masks
-from vlmtrim.graphs.foreign.boundary import Boundary, rank, recognise
-from vlmtrim.graphs.foreign.forms import SIZES, Form, find_layers
+from vlmtrim.graphs.foreign.boundary import Boundary, rank
+from vlmtrim.graphs.foreign.forms import SIZES, Form, opened
 from vlmtrim.graphs.foreign.nodes import said, size
 from vlmtrim.graphs.foreign.opset import opset_of, spelled
 from vlmtrim.graphs.foreign.seam import check_sides, seam_before
-from vlmtrim.graphs.foreign.whole import check_produced, check_subgraphs
+from vlmtrim.graphs.foreign.whole import check_produced, check_subgraphs, infer_missing
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.rules import Step
 from vlmtrim.graphs.surgery import select
@@ -33,8 +33,6 @@ from vlmtrim.graphs.surgery.region import SideInputs, downstream
 MOST_VISUAL = 16384  # visual tokens of a step, where nobody says
 _SUFFIX = ".survivors"
 _COMPARISONS = frozenset({"Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
-# Operators whose shapes the forms of attention read.
-_TELLING = frozenset({"Softmax", "Attention", "RotaryEmbedding", "MatMul", "Transpose", "Where", "Unsqueeze"})
 # Names of dimensions behind the selection: survivors of this step, entries of the caches before it, and both.
 _KEPT, _PAST, _ALL = "kept_tokens", "kept_past", "kept_past + kept_tokens"
 
@@ -60,7 +58,7 @@ def trim(model: ir.Model, wanted: Selection) -> ir.Model:
     """
     opset = opset_of(model)
     check_produced(model)
-    boundary, layers = _layers(model)
+    boundary, layers = opened(model)
     with _shapes(model):
         _trim(model, boundary, layers, wanted, opset)
     NameFixPass()(model)
@@ -81,26 +79,11 @@ def _trim(model: ir.Model, boundary: Boundary, layers: list[Form], wanted: Selec
     _split(model, boundary, layers, seam, region, ops, later, wanted.k, opset)
 
 
-def _layers(model: ir.Model) -> tuple[Boundary, list[Form]]:
-    """The boundary and the layers; functions are opened where layers lie in some."""
-    boundary = recognise(model)
-    try:
-        return boundary, find_layers(boundary)
-    except GraphError:
-        if not model.functions:
-            raise
-        InlinePass()(model)
-        boundary = recognise(model)
-        return boundary, find_layers(boundary)
-
-
 @contextmanager
 def _shapes(model: ir.Model) -> Iterator[None]:
     """Inferred shapes where none were, for as long as the block runs: some that onnx infers of operators of other
     domains contradict what ONNX Runtime does."""
-    missing = [value for node in model.graph for value in node.outputs if value.shape is None]
-    if any(value.producer().op_type in _TELLING for value in missing):  # type: ignore[union-attr]
-        ShapeInferencePass()(model)
+    missing = infer_missing(model)
     yield
     for value in missing:
         if not value.is_graph_output():

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.foreign.boundary import Boundary
 from vlmtrim.graphs.foreign.nodes import said
 from vlmtrim.graphs.surgery.region import downstream
+
+# Operators whose shapes the forms of attention read.
+_TELLING = frozenset({"Softmax", "Attention", "RotaryEmbedding", "MatMul", "Transpose", "Where", "Unsqueeze"})
 
 
 def check_produced(model: ir.Model) -> None:
@@ -40,6 +44,14 @@ def check_subgraphs(model: ir.Model, boundary: Boundary) -> None:
                 f"expected no graph inside a node that depends on the tokens; found {said(node)}: export without "
                 "control flow, or simplify the graph first (onnxsim folds branches that never change)"
             )
+
+
+def infer_missing(model: ir.Model) -> list[ir.Value]:
+    """Infer shapes where forms of attention would read them and none are; returns the values that had none."""
+    missing = [value for node in model.graph for value in node.outputs if value.shape is None]
+    if any(value.producer().op_type in _TELLING for value in missing):  # type: ignore[union-attr]
+        ShapeInferencePass()(model)
+    return missing
 
 
 def _inner(node: ir.Node) -> Iterator[ir.Graph]:

@@ -13,21 +13,29 @@ from vlmtrim.export.weights import tiny
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A tiny LLaVA's checkpoint, and its decoder as mobius-onnx writes it."""
+def checkpoint(tmp_path_factory):
+    """A tiny LLaVA's."""
+    return tiny.write_checkpoint(checkpoints.load_family("llava"), tmp_path_factory.mktemp("given") / "checkpoint")
+
+
+def model(checkpoint, dtype="float32"):
+    return transformers.LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint):
+    """Its decoder as mobius-onnx writes it, beside it."""
     pytest.importorskip("mobius", reason="mobius-onnx is not installed (extra peers)")
-    folder = tmp_path_factory.mktemp("given")
-    checkpoint = tiny.write_checkpoint(checkpoints.load_family("llava"), folder / "checkpoint")
-    full = transformers.LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype="float32").eval()
+    folder, full = checkpoint.parent, model(checkpoint)
     exporters.by_mobius(full.model.language_model, full.lm_head, folder / "decoder.onnx", "default")
     return folder, checkpoint
 
 
-def export(made, name, *arguments):
+def export(made, name, *arguments, decoder="decoder.onnx", dtype="float32"):
     folder, checkpoint = made
     output = folder / name
-    fits = ["--max-seq-len", "256", "--dtype", "float32", "--output", str(output)]
-    assert cli.main(["--decoder", str(folder / "decoder.onnx"), "--like", str(checkpoint), *fits, *arguments]) == 0
+    fits = ["--max-seq-len", "256", "--dtype", dtype, "--output", str(output)]
+    assert cli.main(["--decoder", str(folder / decoder), "--like", str(checkpoint), *fits, *arguments]) == 0
     return output
 
 
@@ -55,6 +63,19 @@ def test_it_is_held_against_pytorch_and_its_engines_build(made):
     """By check-vlm: the checkpoint's model is what the decoder was made of; k directly before the last layer."""
     bundle = export(made, "checked", "--k", "3", "--r", "0.5", "--engine", "tensorrt-rtx")
     assert "decoder.safetensors" in (bundle / "SHA256SUMS").read_text()
+    assert (bundle / "decoder.engine").stat().st_size > 100_000
+    assert check_cli.main([str(bundle), "--backend", "ort-cpu"]) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_attention_written_out_is_held_against_pytorch_and_its_engines_build(checkpoint, dtype):
+    """As ``torch.onnx.export`` and optimum trace it: products, mask, softmax, and caches joined by Concat."""
+    folder, full = checkpoint.parent, model(checkpoint, dtype)
+    full.model.language_model.config._attn_implementation = "eager"
+    decoder = folder / f"traced-{dtype}.onnx"
+    exporters.by_torch(full.model.language_model, full.lm_head, decoder, False, 17)
+    more = ["--k", "2", "--r", "0.5", "--engine", "tensorrt-rtx"]
+    bundle = export((folder, checkpoint), f"traced-{dtype}", *more, decoder=decoder.name, dtype=dtype)
     assert (bundle / "decoder.engine").stat().st_size > 100_000
     assert check_cli.main([str(bundle), "--backend", "ort-cpu"]) == 0
 

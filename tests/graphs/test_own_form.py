@@ -12,12 +12,13 @@ from vlmtrim.graphs.boundary import decoder_spec
 from vlmtrim.graphs.contract import CacheGroup, Contract, kept_count
 from vlmtrim.graphs.foreign.own_form import own_form
 from vlmtrim.graphs.lint import lint
+from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.passes.last_row import last_row
 from vlmtrim.runtime.engines import build as engines
 from vlmtrim.runtime.engines import profiles
 
 W = decoders.weights()
-FORMS = [form for form in decoders.FORMS if form != "written-out"]
+FORMS = decoders.FORMS
 CAPACITY, VISUAL = 64, [[1, 2, 3, 4, 8, 9, 10]]
 
 
@@ -101,7 +102,7 @@ def test_a_selection_keeps_the_same_in_both_forms(form, k):
 def test_rules_that_read_layers_know_these(score):
     """own-row and no-rope read norms, projections and rotary embeddings."""
     kept = []
-    for form in FORMS:
+    for form in [form for form in FORMS if form not in ("joined", "written-out") or score == "dart"]:
         model = FastV(k=2, r=0.5, score=score)(own_form(decoders.build(form, W), CAPACITY))
         x = np.random.default_rng(1).normal(size=(14, decoders.HIDDEN)).astype(np.float32)
         kept.append(Static(session(model), removed=0.5)(x, VISUAL[0])["kept_indices"].tolist())
@@ -111,7 +112,6 @@ def test_rules_that_read_layers_know_these(score):
 @pytest.mark.parametrize(
     ("form", "fields", "message"),
     [
-        ("written-out", {}, "layer 0: expected the operator Attention or GroupQueryAttention; found Softmax"),
         ("attention", {"ids": True}, "expected inputs_embeds"),
         ("attention", {"last": True}, r"expected logits \[B, S, V\] of all tokens"),
     ],
@@ -131,23 +131,107 @@ def test_a_mask_of_more_than_padding_is_refused():
     node.outputs[0].replace_all_uses_with(turned.outputs[0])
     turned.replace_input_with(0, node.outputs[0])
     model.graph.insert_after(node, turned)
-    with pytest.raises(GraphError, match=r"layer 0: .*expected a mask of padding.* found Not \(turned\)"):
+    with pytest.raises(GraphError, match=r"layer 0: .*expected causal attention.* found that token 0 .* does not see"):
         own_form(model, CAPACITY)
 
 
-@pytest.mark.parametrize(("provider", "family"), [("default", "llava"), ("cpu", "llava"), ("default", "qwen-vl")])
-def test_decoders_of_mobius(tmp_path, provider, family):
+def _edited(find, index, make):
+    """The written-out decoder with the result of ``make(ops, value)`` in the place of a node's input."""
+    model = decoders.build("written-out", W)
+    node = find(next(node for node in model.graph if node.op_type == "Softmax"))
+    ops, value = Ops("edited"), node.inputs[index]
+    made = make(ops, value)
+    made.type, made.shape = value.type, value.shape
+    model.graph.insert_before(node, ops.nodes)
+    node.replace_input_with(index, made)
+    return model
+
+
+def _itself(softmax):
+    return softmax
+
+
+def _mask(softmax):
+    return softmax.inputs[0].producer()
+
+
+def _keys(softmax):
+    """The Reshape by which a head's keys are there for each of its queries."""
+    product = _mask(softmax).inputs[0].producer().inputs[0].producer()
+    return product.inputs[1].producer().inputs[0].producer()
+
+
+def _turned(ops, states):
+    """[B, KV, G, T, Dh] as [B, G, KV, T, Dh]: every query head reads a key head, and not its own."""
+    return ops("Transpose", states, perm=[0, 2, 1, 3, 4])
+
+
+def _window(ops, logits):
+    """Of 32 tokens: short steps do not show it."""
+    size = ops("Shape", logits, start=3)
+    first = ops("Sub", size, ops.const([32]))
+    number = ops("Range", ops.const(0), ops("Squeeze", size, ops.const([0])), ops.const(1))
+    return ops("Where", ops("Less", number, first), ops.const(-1e9, np.float32), logits)
+
+
+@pytest.mark.parametrize(
+    ("find", "make", "message"),
+    [
+        (_itself, _window, "token 0 of a step behind 63 others does not see token 0: windows"),
+        (_mask, lambda ops, x: ops("Tanh", x), "expected logits to be products times a number"),
+        (_itself, lambda ops, x: ops("Add", x, ops.const(0.5, np.float32)), "expected logits to be products times"),
+        (_keys, _turned, "expected .* by head and times a number"),
+    ],
+)
+def test_other_attentions_are_refused(find, make, message):
+    with pytest.raises(GraphError, match=rf"layer 0: Softmax .*{message}"):
+        own_form(_edited(find, 0, make), CAPACITY)
+
+
+def _by_mobius(provider, family="llava"):
+    def make(path):
+        pytest.importorskip("mobius", reason="mobius-onnx is not installed (extra peers)")
+        text, head, _ = exporters.text_model("qwen2_vl" if family == "qwen-vl" else "Llama")
+        return exporters.by_mobius(text, head, path, provider, family)
+
+    return make
+
+
+def _by_torch(family, dynamo, opset, implementation="eager"):
+    def make(path):
+        text, head, _ = exporters.text_model(family, implementation)
+        return exporters.by_torch(text, head, path, dynamo, opset, 3 * (family == "qwen2_vl"))
+
+    return make
+
+
+# How a decoder is made, and how many numbers a position has.
+MADE = {
+    "mobius": (_by_mobius("default"), 1),
+    "mobius-cpu": (_by_mobius("cpu"), 1),
+    "mobius-mrope": (_by_mobius("default", "qwen-vl"), 3),
+    "traced": (_by_torch("Qwen2", False, 17), 1),
+    "traced-sdpa": (_by_torch("Llama", False, 18, "sdpa"), 1),
+    "traced-mrope": (_by_torch("qwen2_vl", False, 17), 3),
+    "exported": (_by_torch("Llama", True, 18), 1),
+    "exported-23": (_by_torch("Llama", True, 23, "sdpa"), 1),
+}
+SLOW = ("exported", "exported-23")  # torch.export takes its time
+
+
+@pytest.mark.parametrize("maker", [pytest.param(maker, marks=[pytest.mark.slow] * (maker in SLOW)) for maker in MADE])
+def test_decoders_of_others(tmp_path, maker):
     """The same, and an engine of it, with the selection and two profiles, built by TensorRT-RTX without a GPU."""
-    pytest.importorskip("mobius", reason="mobius-onnx is not installed (extra peers)")
-    text, head, _ = exporters.text_model("qwen2_vl" if family == "qwen-vl" else "Llama")
-    path = exporters.by_mobius(text, head, tmp_path / "model.onnx", provider, family)
-    axes = 3 if family == "qwen-vl" else 0
+    make, axes = MADE[maker]
+    path = make(tmp_path / "model.onnx")
     model = last_row(own_form(load(path), CAPACITY))
     sizes = {"layers": exporters.LAYERS, "kv": exporters.KV, "hidden": exporters.HIDDEN}
-    lint(model, spec(**sizes, vocabulary=exporters.VOCABULARY, axes=axes or 1))
-    own = Static(session(FastV(k=2, r=0.5)(model, visual_tokens=7)), axes, 0.5)
-    compare(Loop(session(FastV(k=2, r=0.5)(load(path))), 1, axes=axes), own, 4, VISUAL, axes, exporters.HIDDEN)
-    ir.save(model, tmp_path / "decoder.onnx")
+    lint(model, spec(**sizes, vocabulary=exporters.VOCABULARY, axes=axes))
+    ir.save(FastV(k=2, r=0.5)(model, visual_tokens=7), tmp_path / "decoder.onnx")
+    ir.save(FastV(k=2, r=0.5)(load(path)), tmp_path / "trimmed.onnx")
+    stacked = axes if axes > 1 else 0
+    foreign = Loop(session(tmp_path / "trimmed.onnx"), 1, axes=stacked)
+    compare(foreign, Static(session(tmp_path / "decoder.onnx"), stacked, 0.5), 4, VISUAL, stacked, exporters.HIDDEN)
     dims = {"B": (1, 1), "S": (1, CAPACITY), "N": (0, 7), "W0": (1, CAPACITY), "W1": (1, CAPACITY - 3)}
     groups = FastV(k=2, r=0.5).groups((CacheGroup(tuple(range(exporters.LAYERS)), CAPACITY, exporters.KV, 16),), 7)
     whole = decoder_spec(
@@ -156,10 +240,10 @@ def test_decoders_of_mobius(tmp_path, provider, family):
         vocabulary=exporters.VOCABULARY,
         groups=groups,
         selects=True,
-        position_axes=axes or 1,
+        position_axes=axes,
     )
     lint(model, whole)
-    contract = Contract("mobius", "float32", {"decoder": whole}, groups, dims, {}, CAPACITY, 1, 7, 0, (1,))
+    contract = Contract(maker, "float32", {"decoder": whole}, groups, dims, {}, CAPACITY, 1, 7, 0, (1,))
     trt, ranges = engines.import_library("tensorrt-rtx"), profiles.decoder_profiles(contract)
     engine, _ = engines._build(trt, "tensorrt-rtx", tmp_path / "decoder.onnx", whole, ranges)
     assert set(ranges) == {"prefill", "decode"} and len(engine) > 100_000

@@ -8,20 +8,43 @@ the layer, what was expected and what was found.
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from vlmtrim.graphs.errors import GraphError
-from vlmtrim.graphs.foreign.boundary import Boundary, Cache
+from vlmtrim.graphs.foreign.boundary import Boundary, Cache, recognise
 from vlmtrim.graphs.foreign.nodes import followed, kind, said
+from vlmtrim.graphs.foreign.trial import Trial
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.attention import Rows
 
 # What reads of a cache nothing but its size.
 SIZES = frozenset({"Shape", "Size"})
 _UNCHANGED = frozenset({"Identity", "Cast"})
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What causal attention to all tokens takes: queries [B, H, S, Dh], keys and values [B, KV, S, Dh] of this step.
+
+    Attributes:
+        scale: the factor on products of queries and keys.
+        heads: H.
+        width: Dh.
+        joined: all keys and all values [B, KV, T, Dh], where a node beside the attention makes them.
+    """
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    scale: float
+    heads: int
+    width: int
+    joined: tuple[ir.Value, ...] = ()
 
 
 class Form(Protocol):
@@ -47,13 +70,13 @@ class Form(Protocol):
         """Make it work at the given positions int64 [B, S] where it works them out by itself."""
         ...
 
-    def heads(self) -> tuple[int, int, int]:
-        """(H, KV, Dh). Raises GraphError where they are not fixed."""
+    def operands(self, ops: Ops, positions: ir.Value, steps: tuple[Trial, ...]) -> Operands:
+        """What it attends with. ``steps`` are those that it is tried in. Raises GraphError where it is no causal
+        attention to all tokens."""
         ...
 
-    def operands(self, ops: Ops, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, float]:
-        """(queries [B, H, S, Dh], keys and values [B, KV, S, Dh] of this step, the factor on their products), of causal
-        attention. Raises GraphError where it is not causal, or not fused."""
+    def put(self, ops: Ops, attended: ir.Value) -> None:
+        """Let ``attended`` [B, H, S, Dh] be what it returns."""
         ...
 
 
@@ -62,6 +85,19 @@ def find_layers(boundary: Boundary) -> list[Form]:
     names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     return [_find(index, cache, modules) for index, cache in enumerate(boundary.caches)]
+
+
+def opened(model: ir.Model) -> tuple[Boundary, list[Form]]:
+    """The boundary and the layers; functions are opened where layers lie in some."""
+    boundary = recognise(model)
+    try:
+        return boundary, find_layers(boundary)
+    except GraphError:
+        if not model.functions:
+            raise
+        InlinePass()(model)
+        boundary = recognise(model)
+        return boundary, find_layers(boundary)
 
 
 def _find(index: int, cache: Cache, modules: list) -> Form:

@@ -13,20 +13,18 @@ import onnx_ir as ir
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.foreign import rotary
 from vlmtrim.graphs.foreign.boundary import Boundary, Cache, rank
-from vlmtrim.graphs.foreign.forms.written_out import check_joined
+from vlmtrim.graphs.foreign.forms import Operands
+from vlmtrim.graphs.foreign.forms.written_out import check_joined, joined_values
 from vlmtrim.graphs.foreign.nodes import followed, kind, number, operand, result, said, size
-from vlmtrim.graphs.foreign.rows import at_row, by_head, mask_row
+from vlmtrim.graphs.foreign.rows import at_row, by_head, mask_row, side_by_side
+from vlmtrim.graphs.foreign.trial import HIDDEN, Trial, by_query_head, check_causal
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.attention import causal_limit, probabilities, row_index
-from vlmtrim.graphs.surgery.region import upstream
 
 READS = frozenset({("", "Attention"), ("", "Concat")})
 _OPERATOR = ("", "Attention")
 _REPEATED = frozenset({"Identity", "Unsqueeze", "Expand", "Reshape"})  # keys of a head for each of its queries
-_SHAPING = {"Shape", "Concat", "Constant", "Gather", "Slice", "Squeeze", "Identity", "Reshape"}
-# What lies between attention_mask and a mask that says which tokens are padding, and nothing else.
-_PADDING_ONLY = frozenset({"Cast", "Unsqueeze", "Expand", *_SHAPING})
-_QUERY, _KEY, _MASK, _PAST_KEY, _PADDING = 0, 1, 3, 4, 6
+_QUERY, _KEY, _VALUE, _MASK, _PAST_KEY, _PADDING = 0, 1, 2, 3, 4, 6
 
 
 @dataclass(frozen=True)
@@ -75,28 +73,49 @@ class Fused:
         self.heads()
         return FusedRows(self, boundary)
 
-    def operands(self, ops: Ops, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, float]:
-        """See :class:`vlmtrim.graphs.foreign.forms.Form`. A mask beside ``is_causal`` says what is padding."""
+    def operands(self, ops: Ops, positions: ir.Value, steps: tuple[Trial, ...]) -> Operands:
+        """See :class:`vlmtrim.graphs.foreign.forms.Form`."""
         heads, kv_heads, head_size = self.heads()
-        mask = operand(self.node, _MASK)
-        if not number(self.node, "is_causal", 0) or (mask is not None and mask.dtype != ir.DataType.BOOL):
-            raise GraphError(
-                f"{self.where}: expected is_causal=1 and a mask of padding, bool; found "
-                f"is_causal={number(self.node, 'is_causal', 0):g} and {mask and mask.dtype}"
-            )
-        for node in () if mask is None else upstream(mask):
-            if kind(node)[0] != "" or node.op_type not in _PADDING_ONLY:
-                raise GraphError(f"{self.where}: expected a mask of padding, from attention_mask; found {said(node)}")
         for name in ("softcap", "qk_matmul_output_mode"):
             if found := number(self.node, name, 0):
                 raise GraphError(f"{self.where}: expected {name}=0; found {found:g}")
+        if operand(self.node, _PADDING) is not None:
+            raise GraphError(f"{self.where}: expected no nonpad_kv_seqlen; found one")
+        for step in steps:
+            check_causal(step, self.where, self._seen(step))
+        query, scale = operand(self.node, _QUERY), number(self.node, "scale", head_size**-0.5)
+        key, value, joined = operand(self.node, _KEY), operand(self.node, _VALUE), ()
         if self.joined is not None:
-            raise GraphError(f"{self.where}: expected past_key and present_key; found {said(self.joined)} before it")
-        query, key, value = self.node.inputs[:3]
+            values = joined_values(self.index, self.cache)
+            for what, node in ((key, self.joined), (value, values)):
+                _, times = by_query_head(steps[0], self.where, what, self.cache, node.outputs[0], turned=False)
+                if times != 1:
+                    raise GraphError(f"{self.where}: expected keys and values as they are; found them times {times:g}")
+            key, value = operand(self.joined, 1), operand(values, 1)
+            joined = self.joined.outputs[0], values.outputs[0]
         assert query is not None and key is not None and value is not None
         query, key = rotary.by_head(ops, query, heads, head_size), rotary.by_head(ops, key, kv_heads, head_size)
-        scale = number(self.node, "scale", head_size**-0.5)
-        return query, key, by_head(ops, value, kv_heads, head_size), scale
+        return Operands(query, key, by_head(ops, value, kv_heads, head_size), scale, heads, head_size, joined)
+
+    def _seen(self, step: Trial) -> np.ndarray:
+        """Which tokens it sees in a step, bool [.., S, T]. Raises GraphError for a mask that weighs what it shows."""
+        mask, seen = operand(self.node, _MASK), np.ones((1, 1, 1, 1), bool)
+        if mask is not None:
+            found = step.of(self.where, mask)
+            seen = found if found.dtype == bool else found > HIDDEN
+            if found.dtype != bool and (found[seen] != 0).any():
+                raise GraphError(f"{self.where}: expected a mask of zeros where tokens are seen; found other numbers")
+        if number(self.node, "is_causal", 0):
+            # Behind a Concat the operator does not know the past, and lines up the first query with the first key.
+            past = 0 if self.joined is not None else step.past
+            seen = seen & (np.arange(step.real.shape[1]) <= past + np.arange(step.tokens)[:, None])
+        return seen
+
+    def put(self, ops: Ops, attended: ir.Value) -> None:
+        """See :class:`vlmtrim.graphs.foreign.forms.Form`."""
+        heads, _, head_size = self.heads()
+        by_token = rank(operand(self.node, _QUERY)) == 3
+        self.output.replace_all_uses_with(side_by_side(ops, attended, heads * head_size) if by_token else attended)
 
     def place(self, ops: Ops, positions: ir.Value) -> None:
         """Nothing to do: positions come from outside."""

@@ -16,8 +16,10 @@ import onnx_ir as ir
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.foreign import rotary
 from vlmtrim.graphs.foreign.boundary import Boundary, Cache, rank
+from vlmtrim.graphs.foreign.forms import Operands
 from vlmtrim.graphs.foreign.nodes import MICROSOFT, number, operand, result, said, size
-from vlmtrim.graphs.foreign.rows import at_row, by_head, mask_row
+from vlmtrim.graphs.foreign.rows import at_row, by_head, mask_row, side_by_side
+from vlmtrim.graphs.foreign.trial import Trial
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.attention import causal_limit, probabilities, row_index
 
@@ -116,26 +118,35 @@ class GroupQuery:
             self.settings()
         return GroupQueryRows(self, boundary)
 
-    def operands(self, ops: Ops, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, float]:
+    def operands(self, ops: Ops, positions: ir.Value, steps: tuple[Trial, ...]) -> Operands:
         """See :class:`vlmtrim.graphs.foreign.forms.Form`."""
         unknown = {"attention_bias": _BIAS, "head_sink": _SINK, "k_scale": _K_SCALE, "q_norm_weight": _Q_NORM}
         self.refuse(unknown, ("softcap", "smooth_softmax", "kv_cache_bit_width"), "here")
         if number(self.node, "local_window_size", -1) > 0 or not number(self.node, "causal", 1):
             raise GraphError(f"{self.where}: expected causal attention to all tokens; found a window, or none")
+        for step in steps:
+            found = step.of(self.where, operand(self.node, _SEQLENS)).reshape(-1)
+            if found.tolist() != (step.real.sum(1) - 1).tolist():
+                raise GraphError(f"{self.where}: expected seqlens_k, the real tokens less one; found {found.tolist()}")
         heads, kv_heads, head_size = self.heads()
         query, key, value = self.parts(ops)
         value = by_head(ops, value, kv_heads, head_size)
         scale = number(self.node, "scale", 0) or head_size**-0.5
         if not self.positions:
             query, key = rotary.by_head(ops, query, heads, head_size), rotary.by_head(ops, key, kv_heads, head_size)
-            return query, key, value, scale
+            return Operands(query, key, value, scale, heads, head_size)
         cos, sin = (ops("Gather", table, positions) for table in self.tables())
         settings = self.settings()
         query, key = (
             ops("RotaryEmbedding", by_head(ops, part, count, head_size), cos, sin, **settings)
             for part, count in ((query, heads), (key, kv_heads))
         )
-        return query, key, value, scale
+        return Operands(query, key, value, scale, heads, head_size)
+
+    def put(self, ops: Ops, attended: ir.Value) -> None:
+        """See :class:`vlmtrim.graphs.foreign.forms.Form`."""
+        heads, _, head_size = self.heads()
+        self.output.replace_all_uses_with(side_by_side(ops, attended, heads * head_size))
 
     def place(self, ops: Ops, positions: ir.Value) -> None:
         """See :class:`vlmtrim.graphs.foreign.forms.Form`: the rotary embedding is taken out."""

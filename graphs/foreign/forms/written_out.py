@@ -12,14 +12,18 @@ import onnx_ir as ir
 
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.foreign.boundary import Boundary, Cache, rank
-from vlmtrim.graphs.foreign.nodes import followed, number, operand, said
+from vlmtrim.graphs.foreign.forms import Operands
+from vlmtrim.graphs.foreign.nodes import constant, followed, kind, number, operand, said, size
+from vlmtrim.graphs.foreign.trial import LAID_OUT, Trial, by_query_head, check_passed_on, softened
 from vlmtrim.graphs.ops import Ops
+from vlmtrim.graphs.surgery.anatomy import before_scaling
 from vlmtrim.graphs.surgery.attention import mean_of_softmax
 
 READS = frozenset({("", "Concat")})
-_LAID_OUT = frozenset({"Identity", "Cast", "Unsqueeze", "Squeeze", "Expand", "Reshape", "Transpose", "Tile"})
-_TO_PRODUCT = _LAID_OUT | {"Mul", "Div"}
+_TO_PRODUCT = LAID_OUT | {"Mul", "Div"}
 _TO_SOFTMAX = frozenset({"Identity", "Cast", "Mul", "Div", "Add", "Sub", "Where", "Tanh", "Max", "Clip"})
+_TO_VALUES = frozenset({"Identity", "Cast", "Dropout", "IsNaN", "Where"})  # Where: rows that see nothing become zeros
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,47 @@ class WrittenOut:
             )
         return WrittenOutRows(self, boundary, logits)
 
-    def heads(self) -> tuple[int, int, int]:
-        """Not to be had: only operators name them."""
-        raise GraphError(
-            f"layer {self.index}: expected the operator Attention or GroupQueryAttention; found {said(self.node)}, "
-            "attention written out: export with opset 23 or later"
-        )
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"layer {self.index}: {said(self.node)}"
 
-    def operands(self, ops: Ops, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, float]:
-        """See :meth:`heads`."""
-        self.heads()
-        raise AssertionError
+    def operands(self, ops: Ops, positions: ir.Value, steps: tuple[Trial, ...]) -> Operands:
+        """See :class:`vlmtrim.graphs.foreign.forms.Form`. What lies between its products and the softmax is tried out,
+        see :mod:`vlmtrim.graphs.foreign.trial`."""
+        where, (asked, attended) = self.where, (self.asked(), self.attended())
+        keys, values = self.joined.outputs[0], joined_values(self.index, self.cache)
+        heads, by_key = by_query_head(steps[0], where, operand(asked, 1), self.cache, keys, turned=True)
+        again, by_value = by_query_head(steps[0], where, operand(attended, 1), self.cache, values.outputs[0], False)
+        if again != heads or abs(by_value - 1) > _ROUNDING:
+            raise GraphError(
+                f"{where}: expected values of {heads} heads as they are; found {again}, times {by_value:g}"
+            )
+        check_passed_on(steps[0], where, operand(attended, 0), self.output, heads)
+        scales = [softened(step, where, operand(self.node, 0), asked.outputs[0], heads) for step in steps]
+        query, key, value = operand(asked, 0), operand(self.joined, 1), operand(values, 1)
+        assert query is not None and key is not None and value is not None
+        query, by_query = before_scaling(query)  # one factor on queries is enough, and TensorRT-RTX 1.7 builds no two
+        scalar, width = constant(by_query), size(self.cache.key, 3)
+        scale = by_key * scales[0] * (1.0 if scalar is None else scalar.item())
+        assert width is not None
+        return Operands(query, key, value, scale, heads, width, (keys, values.outputs[0]))
+
+    def put(self, ops: Ops, attended: ir.Value) -> None:
+        """See :class:`vlmtrim.graphs.foreign.forms.Form`."""
+        self.attended().outputs[0].replace_all_uses_with(attended)
+
+    def asked(self) -> ir.Node:
+        """The product of queries with keys."""
+        return next(node for node, _ in followed(self.joined.outputs[0], _TO_PRODUCT) if node.op_type == "MatMul")
+
+    def attended(self) -> ir.Node:
+        """The product of probabilities with values. Raises GraphError where there is none, or another reader."""
+        readers = followed(self.output, _TO_VALUES)
+        if len(readers) != 1 or readers[0][0].op_type != "MatMul" or readers[0][1] != 0:
+            found = ", ".join(said(node) for node, _ in readers[:4]) or "nothing"
+            raise GraphError(f"{self.where}: expected a MatMul of its probabilities with values alone; found {found}")
+        return readers[0][0]
 
     def place(self, ops: Ops, positions: ir.Value) -> None:
         """Nothing to do: positions come from outside."""
@@ -118,3 +152,14 @@ def check_joined(index: int, node: ir.Node, what: str) -> None:
             f"layer {index}: expected {said(node)} to put new {what} behind those of the cache, along axis 2; found "
             f"{len(inputs)} inputs, axis {number(node, 'axis', 0):g}"
         )
+
+
+def joined_values(index: int, cache: Cache) -> ir.Node:
+    """The Concat that puts new values behind those of the cache. Raises GraphError where there is none."""
+    readers = [node for node, _ in followed(cache.value, frozenset({"Identity", "Cast"})) if kind(node) in READS]
+    if len(readers) != 1:
+        raise GraphError(
+            f"layer {index}: expected one Concat of {cache.value.name} with new values; found {len(readers)}"
+        )
+    check_joined(index, readers[0], "values")
+    return readers[0]
