@@ -45,11 +45,13 @@ def own_form(model: ir.Model, capacity: int) -> ir.Model:
     dtype = boundary.tokens.dtype
     assert dtype is not None
     steps = trials(model, boundary, capacity)
-    inputs = _Inputs(boundary, capacity)
+    inputs = _Inputs(boundary)
     ops = Ops("own")
     mask = _mask(ops, inputs, dtype)
     operands = [layer.operands(ops, inputs.positions, steps) for layer in layers]
     sizes_off_tokens(ops, steps, boundary.tokens, [value for given in operands for value in given.joined])
+    for cache, given in zip(boundary.caches, operands, strict=True):
+        inputs.hold(cache, given.width, capacity)
     queries = [
         _attend(ops, layer, cache, given, inputs, mask)
         for layer, cache, given in zip(layers, boundary.caches, operands, strict=True)
@@ -57,6 +59,9 @@ def own_form(model: ir.Model, capacity: int) -> ir.Model:
     _last_row(ops, boundary, inputs.last_index)
     model.graph.extend(ops.nodes)
     model.graph.inputs[:] = inputs.ordered(boundary.caches)
+    returned = {value.name: value for value in model.graph.outputs}
+    caches = [returned[name] for layer in range(len(layers)) for _, name in cache_names(layer)]
+    model.graph.outputs[:] = [boundary.logits, *caches]
     model.graph.sort()
     RemoveUnusedNodesPass()(model)
     _check_caches(model, boundary)
@@ -68,7 +73,7 @@ def own_form(model: ir.Model, capacity: int) -> ir.Model:
 class _Inputs:
     """The boundary's inputs: those that stay, under the contract's names of dimensions, and those that come."""
 
-    def __init__(self, boundary: Boundary, capacity: int):
+    def __init__(self, boundary: Boundary):
         self.tokens = boundary.tokens
         self.tokens.shape = ir.Shape(("B", "S", size(boundary.tokens, 2)))
         positions = boundary.positions
@@ -80,9 +85,11 @@ class _Inputs:
         self.last_index = ir.val("last_index", dtype=ir.DataType.INT64, shape=("B",))
         self.write_indices = ir.val("write_indices.0", dtype=ir.DataType.INT64, shape=("B",))
         self.window = ir.val("key_positions.0", dtype=ir.DataType.INT64, shape=("W0",))
-        for cache in boundary.caches:
-            for value in (cache.key, cache.value):
-                value.shape = ir.Shape(("B", size(value, 1), capacity, size(value, 3)))
+
+    def hold(self, cache: Cache, width: int, capacity: int) -> None:
+        """Give a layer's caches their fixed size."""
+        for value in (cache.key, cache.value):
+            value.shape = ir.Shape(("B", size(value, 1), capacity, width))
 
     def ordered(self, caches: tuple[Cache, ...]) -> list[ir.Value]:
         """As the contract orders them."""

@@ -80,6 +80,25 @@ def test_attention_written_out_is_held_against_pytorch_and_its_engines_build(che
     assert check_cli.main([str(bundle), "--backend", "ort-cpu"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("provider", "dtype"), [("cpu", "float32"), pytest.param("dml", "float16", marks=pytest.mark.slow)]
+)
+def test_decoders_of_genai_are_held_against_pytorch(checkpoint, provider, dtype):
+    """GroupQueryAttention with the rotary embedding inside (cpu) and outside (dml); engines of the latter."""
+    full = model(checkpoint, dtype)
+    text = transformers.LlamaForCausalLM(full.config.text_config).eval()
+    text.model, text.lm_head = full.model.language_model, full.lm_head
+    folder = checkpoint.parent / f"genai-{provider}"
+    folder.mkdir()
+    path = exporters.by_genai(text, folder, provider, {"float32": "fp32", "float16": "fp16"}[dtype])
+    inside = {n.attributes["do_rotary"].as_int() for n in ir.load(path).graph if n.op_type == "GroupQueryAttention"}
+    assert inside == {int(provider == "cpu")}
+    more = ["--k", "2", "--r", "0.5", "--engine", "none" if provider == "cpu" else "tensorrt-rtx"]
+    name = str(path.relative_to(checkpoint.parent))
+    bundle = export((checkpoint.parent, checkpoint), f"of-{provider}", *more, decoder=name, dtype=dtype)
+    assert check_cli.main([str(bundle), "--backend", "ort-cpu"]) == 0
+
+
 def test_what_does_not_fit_is_refused(made, tmp_path, capsys):
     folder, checkpoint = made
     decoder, output = str(folder / "decoder.onnx"), str(tmp_path / "bundle")
