@@ -122,8 +122,8 @@ def _add_source(p: argparse.ArgumentParser) -> None:
         "--decoder",
         default=None,
         metavar="FILE",
-        help="a decoder that another exporter wrote (mobius-onnx, torch.onnx.export), to take with its weights instead "
-        "of tracing one; --like CHECKPOINT then gives vision, embedding and settings",
+        help="a decoder that another exporter wrote (mobius-onnx, onnxruntime-genai, torch.onnx.export), to take with "
+        "its weights instead of tracing one; --like CHECKPOINT then gives vision, embedding and settings",
     )
 
 

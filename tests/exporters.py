@@ -25,6 +25,28 @@ COMMON = {
     "pad_token_id": 0,
 }
 
+# A window that prompts and answers of the tests outgrow, caps that bend, layers of both kinds.
+GEMMA = {
+    "head_dim": DH,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 12,
+    "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 4.0,
+}
+
+
+class Capped(torch.nn.Module):
+    """A head whose logits are bent to stay below a cap."""
+
+    def __init__(self, head, cap):
+        super().__init__()
+        self.head, self.cap, self.weight = head, cap, head.weight
+
+    def forward(self, states):
+        """See the class."""
+        return torch.tanh(self.head(states) / self.cap) * self.cap
+
 
 def text_model(family: str, implementation: str = "eager"):
     """(text model, its head) with random weights."""
@@ -40,9 +62,14 @@ def text_model(family: str, implementation: str = "eager"):
         config._attn_implementation = implementation
         model = transformers.Qwen2VLForConditionalGeneration(config).eval()
         return model.model.language_model, model.lm_head, model
-    config = getattr(transformers, f"{family}Config")(**COMMON, attn_implementation=implementation)
+    more = GEMMA if family.startswith("Gemma") else {}
+    config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    config = config_class(**{**COMMON, **more}, attn_implementation=implementation)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    return model.model, model.lm_head, model
+    for name, value in model.named_parameters():
+        if name.endswith("norm.weight") and more:  # zeros by default, of which 1 + w tells nothing
+            torch.nn.init.normal_(value, std=0.2)
+    return model.model, Capped(model.lm_head, config.final_logit_softcapping) if more else model.lm_head, model
 
 
 class Stepping(torch.nn.Module):
@@ -141,7 +168,7 @@ def by_genai(model, folder: Path, provider: str = "cpu", precision: str = "fp32"
     model.save_pretrained(source)
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0").save_pretrained(source)
-    options = {"exclude_embeds": True}
+    options = {"exclude_embeds": True, "windowed_kv_cache": False}  # caches of a window are of fixed length
     given = (None, str(source), str(target), precision, provider, str(folder / "cache"))
     builder.check_extra_options(*given, options)
     builder.create_model(*given, **options)

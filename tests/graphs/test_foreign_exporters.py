@@ -20,6 +20,9 @@ MAKERS = {
     "exported-23": ("Llama", True),
     "traced-mrope": ("qwen2_vl", True),
     "traced-phi3": ("Phi3", True),
+    "traced-gemma2": ("Gemma2", True),
+    "traced-gemma3": ("Gemma3", True),
+    "genai-gemma2": ("Gemma2", False),
     "mobius": ("Llama", True),
     "mobius-standard": ("Llama", True),
     "mobius-mrope": ("qwen2_vl", True),
@@ -41,7 +44,7 @@ def made(tmp_path_factory):
                 path = exporters.by_torch(text, head, path, False, 17, 3 * (maker == "traced-mrope"))
             elif maker.startswith("exported"):
                 path = exporters.by_torch(text, head, path, True, 23 if maker == "exported-23" else 18)
-            elif maker == "genai":
+            elif maker.startswith("genai"):
                 path = exporters.by_genai(whole, folder)
             else:
                 provider = {"mobius-standard": "onnx-standard", "mobius-cpu": "cpu"}.get(maker, "default")

@@ -235,6 +235,10 @@ def _norms_inside(model):
         node.replace_input_with(at, model.graph.initializers["0.norm1"])
 
 
+def _ring(model):
+    _node(model, "GroupQueryAttention", 1).attributes["sliding_window_cache"] = ir.AttrInt64("sliding_window_cache", 1)
+
+
 @pytest.mark.parametrize(
     ("form", "change", "message"),
     [
@@ -250,6 +254,7 @@ def _norms_inside(model):
         ("attention", _head_masks, r"layer 1: .*expected one mask for all heads.*found \[B,4,S,T\]"),
         ("attention", _unknown_attention, r"layer 0: expected .* Attention or Concat or .*found com.microsoft.PagedA"),
         ("group-query", _norms_inside, r"layer 3: .*expected no q_norm_weight with do_rotary=1"),
+        ("group-query", _ring, r"layer 1: .* to grow with the tokens; found sliding_window_cache=1"),
         ("group-query", _rename_input("attention_mask", "mask"), "expected the input attention_mask"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

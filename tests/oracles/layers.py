@@ -17,9 +17,13 @@ def forward(text, head, x, positions, k, choose):
             if index == k:
                 kept = torch.tensor(choose(seen["p"].float().mean(1)[0, -1].numpy() if k else None))
                 x = x[:, kept]
-            causal = torch.full((len(kept), len(kept)), torch.finfo(x.dtype).min).triu(1)[None, None]
+            order, window = torch.arange(len(kept)), vars(layer.self_attn).get("sliding_window") or len(kept)
+            behind = order[:, None] - order  # a window counts survivors
+            seen_by = (behind >= 0) & (behind < window)
+            causal = torch.where(seen_by, 0.0, torch.finfo(x.dtype).min)[None, None]
             at = positions[..., kept][:, None] if positions.dim() == 2 else positions[kept][None]
-            tables = text.rotary_emb(x, at)
+            kinds = [layer.self_attn.layer_type] if text.config.model_type == "gemma3_text" else []
+            tables = text.rotary_emb(x, at, *kinds)
             x = layer(x, attention_mask=causal, position_ids=at, position_embeddings=tables)
             x = x[0] if isinstance(x, tuple) else x
         logits = head(text.norm(x))[0]

@@ -110,7 +110,7 @@ class GroupQuery:
     def rows(self, boundary: Boundary) -> GroupQueryRows:
         """See :class:`vlmtrim.graphs.foreign.forms.Form`."""
         unknown = {"head_sink": _SINK, "k_scale": _K_SCALE, "v_scale": _V_SCALE, "q_norm_weight": _Q_NORM}
-        self.refuse(unknown, ("smooth_softmax", "sliding_window_cache", "kv_cache_bit_width"), "where attention scores")
+        self.refuse(unknown, ("smooth_softmax", "kv_cache_bit_width"), "where attention scores")
         self.heads()
         if operand(self.node, _SEQLENS) is None:
             raise GraphError(f"{self.where}: expected seqlens_k; found none")
@@ -263,4 +263,9 @@ def match(index: int, node: ir.Node, cache: Cache) -> GroupQuery:
     """The layer whose past keys ``node`` reads."""
     if operand(node, _PAST_KEY) is None or result(node, 1) is not cache.new_key:
         raise GraphError(f"layer {index}: expected {said(node)} to return {cache.new_key.name}; found something else")
+    if number(node, "sliding_window_cache", 0):
+        raise GraphError(
+            f"layer {index}: expected {cache.key.name} to grow with the tokens; found sliding_window_cache=1 of "
+            f"{said(node)}, a cache as long as its window: build with windowed_kv_cache=false"
+        )
     return GroupQuery(index, node, cache)
