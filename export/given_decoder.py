@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
 from vlmtrim.export.job import Refusal
-from vlmtrim.export.weights import make_header
+from vlmtrim.export.weights import make_header, taking
 from vlmtrim.graphs.contract import GraphSpec
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.files import load
@@ -40,6 +44,13 @@ def read(path: str, spec: GraphSpec) -> ir.Model:
         raise Refusal(f"--decoder {path} is not a readable ONNX file") from error
     if not is_foreign(model):
         raise Refusal(f"--decoder {path} is no decoder with caches that grow, past_key_values.L.key/value")
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and _bytes_of(tensor) < _INLINE_BYTES:
+            with _place(tensor).open("rb") as stream:
+                raw = b"".join(_pieces(stream, tensor))
+            array = np.frombuffer(raw, tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+            value.const_value = ir.tensor(array, dtype=tensor.dtype, name=tensor.name)
     boundary, wanted = recognise(model), spec.inputs[0].dtype
     caches = [tensor for tensor in spec.inputs if tensor.name.startswith("past_")]
     dtype = _DTYPES.get(boundary.tokens.dtype or ir.DataType.UNDEFINED, (None, str(boundary.tokens.dtype)))[1]
@@ -52,10 +63,12 @@ def read(path: str, spec: GraphSpec) -> ir.Model:
     return own_form(model, capacity)
 
 
-def store(model: ir.Model, folder: Path, progress: Progress) -> None:
-    """Copy the decoder's weights into the bundle, ``decoder.safetensors``, tensor by tensor, and refer to them there.
+def store(model: ir.Model, folder: Path, progress: Progress, link: bool = False) -> str:
+    """Bring the decoder's weights into the bundle, and refer to them there; returns how (:mod:`..weights.taking`).
 
-    Raises Refusal where the disk is too small, GraphError for a dtype that a bundle does not hold.
+    Files of external data become ``decoder-N.data``, as hard links where ``link`` is set, as clones where the file
+    system can. Else those weights that the graph reads are copied into ``decoder.safetensors``, tensor by tensor.
+    Raises Refusal where the disk is too small or files cannot be linked, GraphError for a dtype that no bundle holds.
     """
     small, large = {}, {}
     for name, value in model.graph.initializers.items():
@@ -63,22 +76,77 @@ def store(model: ir.Model, folder: Path, progress: Progress) -> None:
         if tensor is None or tensor.dtype not in _DTYPES:
             raise GraphError(f"the decoder's weight {name} is {value.dtype}, which a bundle does not hold")
         (large if tensor.nbytes >= _INLINE_BYTES else small)[name] = tensor
+    outside = {name: tensor for name, tensor in large.items() if isinstance(tensor, ir.ExternalTensor)}
+    files = sorted({_place(tensor) for tensor in outside.values()})
+    means = taking.how(files, folder, link) if files and len(outside) == len(large) else taking.COPIED
+    if means == taking.COPIED:
+        kept = _copied(large, folder, progress)
+    else:
+        places = {file: folder / f"decoder-{number}.data" for number, file in enumerate(files)}
+        taking.take(places, link, progress)
+        named = {name: places[_place(tensor)].name for name, tensor in outside.items()}
+        kept = {name: _moved(tensor, folder, named[name], tensor.offset or 0) for name, tensor in outside.items()}
+    for name, tensor in kept.items():
+        model.graph.initializers[name].const_value = tensor
+    for name, tensor in small.items():
+        model.graph.initializers[name].const_value = ir.tensor(tensor.numpy(), name=name)
+    return means
+
+
+def _copied(large: dict[str, Any], folder: Path, progress: Progress) -> dict[str, ir.ExternalTensor]:
+    """Write weights one after the other; returns where they lie then."""
     shapes = {name: tuple(map(int, tensor.shape.numpy())) for name, tensor in large.items()}
     header = make_header({name: (_DTYPES[tensor.dtype][0], shapes[name]) for name, tensor in large.items()})
     total, free = len(header) + sum(t.nbytes for t in large.values()), shutil.disk_usage(folder).free
     if total > free:
         raise Refusal(
-            f"the decoder's weights take {total / 1e6:.1f} MB, {free / 1e6:.1f} MB of disk are free; make room"
+            f"the decoder's weights take {total / 1e6:.1f} MB, {free / 1e6:.1f} MB of disk are free; make room, or "
+            "give --link-weights where they are external data on the same file system"
         )
+    kept = {}
     with (folder / FILE).open("wb") as stream:
         stream.write(header)
         for name, tensor in large.items():
-            place = {"shape": ir.Shape(shapes[name]), "name": name, "base_dir": folder}
-            kept = ir.ExternalTensor(FILE, stream.tell(), tensor.nbytes, tensor.dtype, **place)
-            stream.write(tensor.tobytes())
-            progress(stream.tell(), total)
-            model.graph.initializers[name].const_value = kept
+            kept[name] = _moved(tensor, folder, FILE, stream.tell())
             if isinstance(tensor, ir.ExternalTensor):
-                tensor.release()
-    for name, tensor in small.items():
-        model.graph.initializers[name].const_value = ir.tensor(tensor.numpy(), name=name)
+                with _place(tensor).open("rb") as source:
+                    for piece in _pieces(source, tensor):
+                        stream.write(piece)
+            else:
+                stream.write(tensor.tobytes())
+            progress(stream.tell(), total)
+    return kept
+
+
+def _place(tensor: ir.ExternalTensor) -> Path:
+    """The file that a weight lies in, links followed: a hub's snapshot is made of links, which onnx does not read.
+
+    Raises GraphError where the decoder names a file outside of its folder, or one that is missing or cut off.
+    """
+    named, folder = Path(os.path.normpath(tensor.path)), Path(os.path.normpath(tensor.base_dir))
+    if not named.is_relative_to(folder):
+        raise GraphError(f"the decoder's weight {tensor.name} lies in {named}: put weights into {folder}, or below it")
+    if not named.is_file():
+        raise GraphError(f"the decoder's weights {named} are missing; put them beside the decoder")
+    if (tensor.offset or 0) + _bytes_of(tensor) > named.stat().st_size:
+        raise GraphError(f"the decoder's weight {tensor.name} ends behind the end of {named}: the file is cut off")
+    return named.resolve()
+
+
+def _bytes_of(tensor: ir.ExternalTensor) -> int:
+    return tensor.length or tensor.nbytes
+
+
+def _pieces(stream: BinaryIO, tensor: ir.ExternalTensor) -> Iterator[bytes]:
+    """The bytes of a weight in its file."""
+    stream.seek(tensor.offset or 0)
+    left = _bytes_of(tensor)
+    while left and (piece := stream.read(min(left, taking.COPY_BYTES))):
+        left -= len(piece)
+        yield piece
+
+
+def _moved(tensor: Any, folder: Path, file: str, offset: int) -> ir.ExternalTensor:
+    """The same weight in a file of the bundle."""
+    place = {"shape": ir.Shape(tensor.shape), "name": tensor.name, "base_dir": folder}
+    return ir.ExternalTensor(file, offset, tensor.nbytes, tensor.dtype, **place)

@@ -121,7 +121,7 @@ def export(
         stored = _stored(prepared, matched, placed, folder, report)
         if job.decoder is not None:
             with _stage(report, "weights of the decoder") as show:
-                given_decoder.store(traced["decoder"], folder, show)
+                report["decoder_weights"] = given_decoder.store(traced["decoder"], folder, show, job.link_weights)
         with _stage(report, "save"):
             for name, graph in traced.items():
                 widen(graph, weights.stored_dtypes(graph, matched, stored))

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vlmtrim.export.job import Refusal
@@ -46,12 +46,12 @@ def how(files: Sequence[Path], folder: Path, link: bool) -> str:
         ) from error
 
 
-def take(files: Sequence[Path], folder: Path, link: bool, progress: Progress) -> None:
-    """Bring files into ``folder`` under their own names. Raises OSError where ``link`` is set and not possible."""
+def take(files: Mapping[Path, Path], link: bool, progress: Progress) -> None:
+    """Bring files to the places given for them. Raises OSError where ``link`` is set and not possible."""
     total = sum(file.stat().st_size for file in files)
     done = 0
-    for file in files:
-        source, target = file.resolve(), folder / file.name  # a hub snapshot holds links; a bundle must hold the data
+    for file, target in files.items():
+        source = file.resolve()  # a hub snapshot holds links; a bundle must hold the data
         if link:
             os.link(source, target)
         elif not _clone(source, target):

@@ -78,7 +78,7 @@ def store(
     if wanted.packings or not files.keeps_files(tensors, wanted.dtype):
         return _write(tensors, wanted, folder / "model.safetensors", progress)
     taken = files.files_of(tensors)
-    taking.take(taken, folder, link, progress)
+    taking.take({file: folder / file.name for file in taken}, link, progress)
     if len(taken) > 1:
         shutil.copyfile(taken[0].parent / "model.safetensors.index.json", folder / "model.safetensors.index.json")
     return {

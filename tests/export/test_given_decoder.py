@@ -1,5 +1,7 @@
 """export-vlm --decoder: a bundle around a decoder that another exporter wrote."""
 
+import os
+
 import exporters
 import numpy as np
 import onnx_ir as ir
@@ -99,18 +101,45 @@ def test_decoders_of_genai_are_held_against_pytorch(checkpoint, provider, dtype)
     assert check_cli.main([str(bundle), "--backend", "ort-cpu"]) == 0
 
 
+def outside(made):
+    """The decoder again, its weights in a file beside it."""
+    folder, _ = made
+    if not (folder / "outside.onnx").is_file():
+        ir.save(
+            ir.load(folder / "decoder.onnx"), folder / "outside.onnx", external_data="w.bin", size_threshold_bytes=64
+        )
+    return folder / "w.bin"
+
+
+def test_weights_beside_the_decoder_are_linked_where_asked(made):
+    """The file as it is, under one name more; without --link-weights what is read of it is written anew, or cloned."""
+    weights = outside(made)
+    linked = export(made, "linked", "--link-weights", decoder="outside.onnx")
+    assert (linked / "decoder-0.data").samefile(weights)
+    assert "decoder-0.data" in (linked / "SHA256SUMS").read_text() and not (linked / "decoder.safetensors").exists()
+    answers = []
+    for bundle in (linked, export(made, "copied", decoder="outside.onnx")):
+        with runtime.open(bundle, backend="ort-cpu") as chat:
+            answers.append([step.token_ids for step in chat.generate("What is it?", max_new_tokens=4)])
+    assert answers[0] == answers[1]
+
+
 def test_what_does_not_fit_is_refused(made, tmp_path, capsys):
     folder, checkpoint = made
     decoder, output = str(folder / "decoder.onnx"), str(tmp_path / "bundle")
     model = ir.load(decoder)
     model.graph.outputs[0].name = "scores"
     ir.save(model, tmp_path / "renamed.onnx")
+    cut = ir.load(decoder)
+    ir.save(cut, tmp_path / "cut.onnx", external_data="cut.bin", size_threshold_bytes=4096)
+    os.truncate(tmp_path / "cut.bin", 4096)
     like = ["--like", str(checkpoint), "--output", output, "--max-seq-len", "256"]
     for arguments, status, expected in [
         (["--decoder", str(tmp_path / "none.onnx"), *like], 2, "is no file"),
         (["--decoder", decoder, *like, "--weights", "int8"], 2, "leave them out"),
         (["--decoder", decoder, *like, "--dtype", "float16"], 2, "give --dtype float32"),
         (["--decoder", str(tmp_path / "renamed.onnx"), *like, "--dtype", "float32"], 1, "expected the output logits"),
+        (["--decoder", str(tmp_path / "cut.onnx"), *like, "--dtype", "float32"], 1, "the file is cut off"),
         (["--decoder", str(checkpoint / "config.json"), *like, "--dtype", "float32"], 2, "not a readable ONNX file"),
     ]:
         assert cli.main(arguments) == status

@@ -74,7 +74,7 @@ class WrittenOut:
         query, key, value = operand(asked, 0), operand(self.joined, 1), operand(values, 1)
         assert query is not None and key is not None and value is not None
         query, by_query = before_scaling(query)  # one factor on queries is enough, and TensorRT-RTX 1.7 builds no two
-        scalar, width = constant(by_query), size(self.cache.key, 3)
+        scalar, width = constant(by_query), size(keys, 3) or size(self.cache.key, 3)
         scale = by_key * scales[0] * (1.0 if scalar is None else scalar.item())
         assert width is not None
         return Operands(query, key, value, scale, heads, width, (keys, values.outputs[0]))
