@@ -1,4 +1,4 @@
-"""Fuzzes trim-onnx: mutants of decoders in every form of attention are trimmed or refused in one sentence."""
+"""Fuzzes trim-onnx and --decoder: mutants of decoders in every form of attention are taken or refused, by a sentence."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import mutations
 import onnx_ir as ir
 from harness import Report, attempt
 
-from vlmtrim.graphs import load
+from vlmtrim.graphs import GraphError, load
 from vlmtrim.graphs.foreign.cli import main
+from vlmtrim.graphs.foreign.own_form import own_form
 from vlmtrim.runtime.errors import RuntimeRefusal
 
 _SCORES = ["last-row", "last-row", "no-rope", "dart", "divprune", "stride"]
@@ -40,7 +41,21 @@ def decoders(count: int, seed: int) -> Report:
             k, score = draw.randrange(1, 4), draw.choice(_SCORES)
             name = f"{seed}/{number} {form} {change.__name__} k={k} {score}"
             attempt(name, partial(_trim, mutant, k, score), report)
+            if number % 5 == 0:
+                attempt(f"{name} own form", partial(_own_form, mutant), report)
     return report
+
+
+def _own_form(mutant: Path) -> None:
+    """Brings a mutant into the contract's form, as export-vlm --decoder does."""
+    try:
+        model = load(mutant)
+    except ValueError as error:
+        raise RuntimeRefusal("no ONNX") from error
+    try:
+        own_form(model, 64)
+    except GraphError as error:
+        raise RuntimeRefusal(str(error)) from error
 
 
 def _trim(mutant: Path, k: int, score: str) -> None:
