@@ -228,9 +228,17 @@ def by_query_head(
     return heads * groups, factor(trial, where, value, joined, states, want.swapaxes(2, 3) if turned else want)
 
 
+def check_fits(where: str, mask: np.ndarray, want: np.ndarray) -> None:
+    """Raise GraphError where a mask does not broadcast with what it is compared with."""
+    pairs = zip(reversed(mask.shape), reversed(want.shape), strict=False)
+    if mask.ndim > 4 or any(1 not in pair and pair[0] != pair[1] for pair in pairs):
+        raise GraphError(f"{where}: expected a mask that broadcasts to [B, H, S, T]; found shape {list(mask.shape)}")
+
+
 def check_causal(trial: Trial, where: str, seen: np.ndarray) -> None:
     """Raise GraphError where bool ``seen``, that broadcasts to [B, H, S, T], is not what causal attention sees."""
     want = trial.seen
+    check_fits(where, seen, want)
     found = np.broadcast_to(seen, np.broadcast_shapes(seen.shape, want.shape))
     wrong = (found != want) & trial.asks(found.shape)
     if not wrong.any():

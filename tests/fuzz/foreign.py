@@ -1,4 +1,4 @@
-"""Fuzzes trim-onnx and --decoder: mutants of decoders in every form of attention are taken or refused, by a sentence."""
+"""Fuzzes trim-onnx and --decoder: mutants of decoders in every form of attention are done, or refused by a sentence."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from vlmtrim.graphs.foreign.forms import Operands
 from vlmtrim.graphs.foreign.forms.written_out import check_joined, joined_values
 from vlmtrim.graphs.foreign.nodes import followed, kind, number, operand, result, said, size
 from vlmtrim.graphs.foreign.rows import at_row, by_head, mask_row, side_by_side
-from vlmtrim.graphs.foreign.trial import HIDDEN, Trial, by_query_head, check_causal
+from vlmtrim.graphs.foreign.trial import HIDDEN, Trial, by_query_head, check_causal, check_fits
 from vlmtrim.graphs.ops import Ops
 from vlmtrim.graphs.surgery.attention import causal_limit, probabilities, row_index
 
@@ -108,7 +108,9 @@ class Fused:
         if number(self.node, "is_causal", 0):
             # Behind a Concat the operator does not know the past, and lines up the first query with the first key.
             past = 0 if self.joined is not None else step.past
-            seen = seen & (np.arange(step.real.shape[1]) <= past + np.arange(step.tokens)[:, None])
+            causal = np.arange(step.real.shape[1]) <= past + np.arange(step.tokens)[:, None]
+            check_fits(self.where, seen, causal)
+            seen = seen & causal
         return seen
 
     def put(self, ops: Ops, attended: ir.Value) -> None:
