@@ -101,10 +101,7 @@ class InternVl final : public Processor {
       made.words.push_back(words + end_);
     }
     const auto total = static_cast<int64_t>(tiles.size());
-    if (const int64_t most = contract_.dims.at("T").second; total > most) {
-      throw Refusal(said(pictures.size(), " pictures become ", total, " tiles, the bundle takes ", most,
-                         " in one step; give fewer pictures at once, or export with a larger --max-seq-len"));
-    }
+    check_tiles(pictures.size(), total);
     Tensor pixels = Tensor::empty(DType::kFloat32, {total, 3, tile_.height, tile_.width});
     const int64_t size = int64_t{3} * tile_.height * tile_.width;
     for (int64_t i = 0; i < total; ++i) tile_.apply(tiles[static_cast<size_t>(i)], pixels.as<float>() + i * size);

@@ -84,10 +84,7 @@ class LlavaNext final : public Processor {
       add_tiles(picture, tiles);
     }
     const auto total = static_cast<int64_t>(tiles.size());
-    if (const int64_t most = contract_.dims.at("T").second; total > most) {
-      throw Refusal(said(pictures.size(), " pictures become ", total, " tiles, the bundle takes ", most,
-                         " in one step; give fewer pictures at once, or export with a larger --max-seq-len"));
-    }
+    check_tiles(pictures.size(), total);
     Pictures made;
     std::vector<int64_t> index;
     for (size_t i = 0; i < pictures.size(); ++i) {

@@ -30,6 +30,13 @@ std::vector<int64_t> Processor::seen_images(const std::vector<int64_t>& /*ids*/,
   throw Refusal(said("pictures of family ", contract_.family, " do not reach the decoder through cross-attention"));
 }
 
+void Processor::check_tiles(size_t pictures, int64_t tiles) const {
+  if (const int64_t most = contract_.dims.at("T").second; tiles > most) {
+    throw Refusal(said(pictures, " pictures become ", tiles, " tiles, the bundle takes ", most,
+                       " in one step; give fewer pictures at once, or export with a larger --max-seq-len"));
+  }
+}
+
 std::unique_ptr<Processor> load_processor(const Bundle& bundle) {
   std::string names;
   for (const auto& [family, maker] : kFamilies) {

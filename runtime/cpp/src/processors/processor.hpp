@@ -49,6 +49,9 @@ class Processor {
   virtual std::vector<int64_t> seen_images(const std::vector<int64_t>& ids, View& view, bool brings) const;
 
  protected:
+  // Throws Refusal where so many pictures become more tiles than the vision graph takes in a step (T).
+  void check_tiles(size_t pictures, int64_t tiles) const;
+
   const Contract& contract_;
 };
 

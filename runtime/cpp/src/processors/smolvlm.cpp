@@ -64,10 +64,7 @@ class SmolVlm final : public Processor {
       grids.push_back(tiled(scaled.back()));
       total += grids.back().tiles();
     }
-    if (const int64_t most = contract_.dims.at("T").second; total > most) {
-      throw Refusal(said(pictures.size(), " pictures become ", total, " tiles, the bundle takes ", most,
-                         " in one step; give fewer pictures at once, or export with a larger --max-seq-len"));
-    }
+    check_tiles(pictures.size(), total);
     Pictures made;
     Tensor pixels = Tensor::empty(DType::kFloat32, {total, 3, side_, side_});
     float* target = pixels.as<float>();
