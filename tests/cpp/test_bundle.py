@@ -201,7 +201,41 @@ def test_a_cache_policy_that_does_not_agree_is_refused(change, said, export_tiny
         opened(folder)
 
 
-@pytest.mark.parametrize(("family", "name"), [("qwen3_vl", "deepstack_features"), ("gemma3", "last_seen")])
-def test_what_only_the_python_runtime_provides_is_refused(family, name, export_tiny):
-    with pytest.raises(ProbeError, match=f"takes {name}, which only the Python runtime provides"):
-        opened(export_tiny("added", family=family))
+def added(graphs):
+    """Inputs of the decoder, and which of them DeepStack's features are."""
+    inputs = graphs["decoder"]["inputs"]
+    return inputs, next(index for index, tensor in enumerate(inputs) if tensor["name"] == "deepstack_features")
+
+
+def widened(graphs):
+    inputs, index = added(graphs)
+    inputs[index]["shape"][2] += 1
+
+
+def removed(graphs):
+    inputs, index = added(graphs)
+    del inputs[index]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (widened, "has among its inputs deepstack_features float32 .* where its groups need deepstack_features"),
+        (removed, "the embedding does not turn token ids and image features into inputs_embeds"),
+        (lambda graphs: graphs["embed"]["outputs"].pop(), r"into inputs_embeds .* and deepstack_features float32 "),
+        (lambda graphs: graphs["vision"]["outputs"][0]["shape"].__setitem__(1, 256), "takes features of width 768"),
+    ],
+)
+def test_features_of_layers_that_do_not_agree_are_refused(change, said, export_tiny, tmp_path):
+    folder = shutil.copytree(export_tiny("cpp-qwen3", family="qwen3_vl", k=1, r=0.5), tmp_path / "bundle")
+    contract = json.loads((folder / "contract.json").read_text())
+    change(contract["graphs"])
+    (folder / "contract.json").write_text(json.dumps(contract))
+    seal(folder)
+    with pytest.raises(ProbeError, match=said):
+        opened(folder)
+
+
+def test_what_only_the_python_runtime_provides_is_refused(export_tiny):
+    with pytest.raises(ProbeError, match="takes last_seen, which only the Python runtime provides"):
+        opened(export_tiny("added", family="gemma3"))

@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 from probing import build_folder
+from test_session import CASES as BUNDLES
 
 from vlmtrim import runtime
 from vlmtrim.graphs.bundle import open_bundle
@@ -185,14 +186,7 @@ def python_answer(chat: Chat, question, images, stop=(), **settings):
     return "".join(step.text for step in steps), tokens, last.ended[0], last.prefill.visual, last.prefill.kept
 
 
-CASES = {
-    "fastv": ("llava", {"k": 2, "r": 0.5}),
-    "zipvl": ("llava", {"method": "zipvl"}),
-    "next": ("llava_next", {"k": 2, "r": 0.5}),
-    "qwen2": ("qwen2_vl", {"k": 1, "r": 0.5}),
-    "qwen2_5": ("qwen2_5_vl", {"k": 1, "r": 0.5}),
-    "trimmed": ("mllama", {"method": "trimmed-llama", "ratio": 0.25, "images": 3}),
-}
+CASES = ("fastv", "zipvl", "next", "qwen2", "qwen2_5", "qwen3", "onevision", "video", "smol", "intern", "trimmed")
 SAMPLED = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "seed": 7}
 
 
@@ -200,22 +194,23 @@ def seeded(settings):
     return {**settings, "has_seed": 1} if "seed" in settings else settings
 
 
-OFTEN = ("fastv", "zipvl", "trimmed", "smol", "intern")  # the others are the same code over other processors
+# The others are the same code over other processors.
+OFTEN = ("fastv", "zipvl", "trimmed", "onevision", "smol", "intern")
 
 
 @pytest.mark.parametrize(
     "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_three_turns_have_the_tokens_of_python(name, export_tiny):
-    family, fields = CASES[name]
+    family, fields = BUNDLES[name]
     folder = export_tiny(f"cpp-{name}", family=family, **fields)
     native = Native(folder)
-    picture = generated_picture(1).resize((90, 60))
+    picture, other = (generated_picture(seed).resize(size) for seed, size in ((1, (90, 60)), (2, (31, 40))))
     with runtime.open(folder, backend="ort-cpu") as chat:
         for settings in ({"max_new_tokens": 24}, {"max_new_tokens": 24, **SAMPLED}):
             chat.reset("Be brief.")
             native.reset("Be brief.")
-            for question, images in (("What <image>?", [picture]), ("And</s>now?", []), ("Here?", [picture])):
+            for question, images in (("What <image>?", [picture]), ("And</s>now?", []), ("Here?", [picture, other])):
                 expected = python_answer(chat, question, images, **settings)
                 assert native.generate([*images, question], **seeded(settings)) == expected
     native.close()

@@ -1,6 +1,8 @@
 """Pictures in C++ are Pillow's, and what processors make of them the Python runtime's: every value equal."""
 
 import io
+import json
+import shutil
 import subprocess
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from PIL import Image
 from probing import ROOT, Native, ProbeError, decoded, resized
 
-from vlmtrim.graphs.bundle import open_bundle
+from vlmtrim.graphs.bundle import open_bundle, seal
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture, load_image
 from vlmtrim.runtime.processors.base import load_processor
@@ -235,6 +237,9 @@ FAMILIES = {
     "smolvlm": {"max_seq_len": 1024},
     "idefics3": {"max_seq_len": 1024},
     "internvl": {"max_seq_len": 1024, "image_tokens": 52},
+    "llava_onevision": {},
+    "qwen3_vl": {},
+    "video_llava": {},
 }
 
 
@@ -256,6 +261,10 @@ def test_processors_are_pythons(family, export_tiny):
     native.close()
 
 
-def test_a_family_that_only_python_runs_is_refused(export_tiny):
-    with pytest.raises(ProbeError, match='is of family "video_llava"; this vlmtrim runs idefics3, '):
-        Native(export_tiny("films", family="video_llava"))
+def test_a_family_that_there_is_not_is_refused(fastv_bundle, tmp_path):
+    folder = shutil.copytree(fastv_bundle, tmp_path / "bundle")
+    contract = json.loads((folder / "contract.json").read_text())
+    (folder / "contract.json").write_text(json.dumps({**contract, "family": "abacus"}))
+    seal(folder)
+    with pytest.raises(ProbeError, match=r'is of family "abacus"; this vlmtrim runs idefics3, .*, video_llava'):
+        Native(folder)

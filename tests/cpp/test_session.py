@@ -25,6 +25,9 @@ CASES = {
     "next": ("llava_next", {"k": 2, "r": 0.5}),
     "qwen2": ("qwen2_vl", {"k": 1, "r": 0.5}),
     "qwen2_5": ("qwen2_5_vl", {"k": 1, "r": 0.5}),
+    "qwen3": ("qwen3_vl", {"k": 1, "r": 0.5}),
+    "onevision": ("llava_onevision", {"k": 2, "r": 0.5}),
+    "video": ("video_llava", {"k": 2, "r": 0.5}),
     "smol": ("smolvlm", {"k": 2, "r": 0.5}),
     "idefics": ("idefics3", {"k": 2, "r": 0.5}),
     "intern": ("internvl", {"k": 2, "r": 0.5}),
@@ -84,13 +87,13 @@ def decode(ours, native, token, steps):
 
 
 def three_turns(folder, native, buckets=False):
-    """A conversation with two pictures in both; ``buckets``: live windows as TensorRT gets them."""
+    """A conversation with three pictures in both; ``buckets``: live windows as TensorRT gets them."""
     backend = OrtBackend("ort-cpu")
     if buckets:
         backend.window = profiles.bucket
     with Session(open_bundle(folder), backend) as ours:
         contract = ours.contract
-        for turn, sizes in enumerate([[(240, 200)], [], [(70, 90)]]):
+        for turn, sizes in enumerate([[(240, 200)], [], [(70, 90), (33, 61)]]):
             images = [generated_picture(turn).resize(size) for size in sizes]
             pictures = ours.processor(images) if images else None
             ids = ids_of(contract, pictures.tokens if pictures else [], 12, turn)

@@ -48,7 +48,7 @@ std::vector<double> Prefill::visual_held_by_layer() const {
 
 Session::Session(std::shared_ptr<Model> model) : model_(std::move(model)) {
   const GraphSpec& decoder = contract().graph("decoder");
-  hidden_ = contract().graph("embed").outputs[0].shape.back().size;
+  features_ = contract().feature_width();
   vocabulary_ = decoder.output("logits")->shape.back().size;
   selects_ = decoder.input("visual_positions") != nullptr;
   emits_ = decoder.output("key_scores") != nullptr;
@@ -192,7 +192,7 @@ Tensors Session::encode(const Pictures& pictures, int64_t visual) {
     feeds[name] = value.dtype == DType::kFloat32 ? cast(value, contract().dtype) : value;
   }
   Tensors outputs = graph("vision").run(feeds);
-  Tensors seen{{"image_features", outputs.at("image_features").reshaped({1, visual, hidden_})}};
+  Tensors seen{{"image_features", outputs.at("image_features").reshaped({1, visual, features_})}};
   if (contract().guide == Guide::kVision) {
     seen["visual_attention"] = outputs.at("visual_attention").reshaped({1, visual});
   }
@@ -247,7 +247,7 @@ Session::Step Session::step(const std::vector<int64_t>& ids, const std::vector<i
   Tensors embedded{{"input_ids", Tensor::of(ids, {1, tokens})}};
   if (!crossing_) embedded.insert({{"image_features", features}, {"visual_positions", where}});
   Tensors feeds = given;
-  feeds["inputs_embeds"] = graph("embed").run(embedded).at("inputs_embeds");
+  feeds.merge(graph("embed").run(embedded));
   feeds["position_ids"] = positions.ids;
   feeds["last_index"] = Tensor::of(std::vector<int64_t>{tokens - 1}, {1});
   if (emits_) {  // no rows of attention are summed
@@ -330,6 +330,6 @@ std::vector<std::vector<int64_t>> Session::kept_by_layer(const Tensors& outputs,
   return found;
 }
 
-Tensor Session::no_features() const { return Tensor::zeros(contract().dtype, {1, 0, hidden_}); }
+Tensor Session::no_features() const { return Tensor::zeros(contract().dtype, {1, 0, features_}); }
 
 }  // namespace vlmtrim

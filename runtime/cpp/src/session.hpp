@@ -84,7 +84,7 @@ class Session {
   std::shared_ptr<Model> model_;
   std::map<std::string, std::unique_ptr<Graph>> graphs_;
   Tensors caches_;
-  int64_t hidden_ = 0, vocabulary_ = 0, position_ = 0;
+  int64_t features_ = 0, vocabulary_ = 0, position_ = 0;
   bool selects_ = false, chooses_ = false, emits_ = false;
   std::vector<int64_t> entries_;
   std::unique_ptr<Crossing> crossing_;

@@ -144,10 +144,9 @@ int64_t query_heads(const Contract& c) {
 // The decoder's boundary follows from the groups and four numbers; those are read off it, the rest must match.
 void check_decoder(const Contract& c) {
   const GraphSpec& spec = c.graph("decoder");
-  for (const char* name : {"deepstack_features", "last_seen"}) {
-    if (spec.input(name) == nullptr) continue;
-    throw Refusal(said("the decoder of the family ", shown(c.family), " takes ", name,
-                       ", which only the Python runtime provides; run it with run-vlm"));
+  if (spec.input("last_seen") != nullptr) {
+    throw Refusal(said("the decoder of the family ", shown(c.family),
+                       " takes last_seen, which only the Python runtime provides; run it with run-vlm"));
   }
   const int64_t hidden = width(spec.input("inputs_embeds")), vocabulary = width(spec.output("logits"));
   const TensorSpec* positions = spec.input("position_ids");
@@ -157,10 +156,10 @@ void check_decoder(const Contract& c) {
   }
   const bool selects = spec.output("kept_indices") != nullptr || spec.output("kept_features") != nullptr;
   const int64_t axes = several ? positions->shape[0].size : 1;
-  const GraphSpec expected =
-      decoder_spec({c.dtype, hidden, vocabulary, selects, axes, c.guide != Guide::kNone,
-                    spec.output("key_scores") != nullptr, query_heads(c), c.cache && c.cache->ring > 0},
-                   c.groups);
+  const GraphSpec expected = decoder_spec(
+      {c.dtype, hidden, vocabulary, selects, axes, c.guide != Guide::kNone, spec.output("key_scores") != nullptr,
+       query_heads(c), c.cache && c.cache->ring > 0, width(spec.input(kDeepstack)) / hidden},
+      c.groups);
   const auto compare = [](const char* kind, const auto& found, const auto& wanted) {
     if (found.size() != wanted.size()) {
       contradict("the decoder has ", found.size(), " ", kind, "; its groups need ", wanted.size());
@@ -213,20 +212,24 @@ void check_embed(const Contract& c) {
   const Dim hidden(width(&c.graph("decoder").inputs[0]));
   std::vector<TensorSpec> wanted{{"input_ids", DType::kInt64, {"B", "S"}}};
   if (!c.crosses()) {
-    wanted.push_back({"image_features", c.dtype, {"B", "N", hidden}});
+    wanted.push_back({"image_features", c.dtype, {"B", "N", c.feature_width()}});
     wanted.push_back({"visual_positions", DType::kInt64, {"B", "N"}});
   }
   const TensorSpec embeds{"inputs_embeds", c.dtype, {"B", "S", hidden}};
-  bool same = spec.inputs.size() == wanted.size() && spec.outputs.size() == 1 && spec.outputs[0] == embeds;
+  std::vector<TensorSpec> returned{embeds};
+  if (const TensorSpec* added = c.graph("decoder").input(kDeepstack)) returned.push_back(*added);
+  bool same = spec.inputs.size() == wanted.size() && spec.outputs == returned;
   for (const auto& tensor : wanted) {
     const TensorSpec* found = spec.input(tensor.name);
     same = same && found != nullptr && *found == tensor;
   }
-  if (!same) contradict("the embedding does not turn token ids and image features into ", said_of(embeds));
+  if (same) return;
+  const std::string more = returned.size() > 1 ? " and " + said_of(returned[1]) : "";
+  contradict("the embedding does not turn token ids and image features into ", said_of(embeds), more);
 }
 
 void check_vision(const Contract& c) {
-  const int64_t hidden = width(&c.graph("decoder").inputs[0]);
+  const int64_t features = c.feature_width();
   const auto& outputs = c.graph("vision").outputs;
   const bool watches = c.guide == Guide::kVision;
   const TensorSpec seen{"visual_attention", DType::kFloat32, {"I", c.image_tokens}};
@@ -234,8 +237,8 @@ void check_vision(const Contract& c) {
                      outputs.size() == (watches ? 2u : 1u) && (!watches || outputs[1] == seen);
   if (!whole) contradict("the vision graph must return image_features of ", name_of(c.dtype), " and what guide says");
   const auto& shape = outputs[0].shape;
-  if (width(&outputs[0]) != hidden || (shape.size() != 2 && shape.size() != 3)) {
-    contradict("the vision graph returns ", said_of(outputs[0]), ", the decoder takes features of width ", hidden);
+  if (width(&outputs[0]) != features || (shape.size() != 2 && shape.size() != 3)) {
+    contradict("the vision graph returns ", said_of(outputs[0]), ", the decoder takes features of width ", features);
   }
   if (shape.size() == 3 && !(shape[1] == Dim(c.image_tokens))) {
     contradict("the vision graph returns ", said_of(outputs[0]), ", image_tokens is ", c.image_tokens);

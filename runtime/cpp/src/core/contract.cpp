@@ -258,6 +258,15 @@ bool Contract::crosses() const {
   return false;
 }
 
+int64_t Contract::feature_width() const {
+  int64_t width = 0;
+  for (const char* name : {"inputs_embeds", kDeepstack}) {
+    const TensorSpec* input = graph("decoder").input(name);
+    if (input != nullptr && !input->shape.empty()) width += input->shape.back().size;
+  }
+  return width;
+}
+
 std::vector<std::string> Contract::chain(const std::string& whole) const {
   const auto found = chains.find(whole);
   return found == chains.end() ? std::vector<std::string>{whole} : found->second;
@@ -316,6 +325,9 @@ GraphSpec decoder_spec(const DecoderShape& shape, const std::vector<CacheGroup>&
   }
   add_selection(spec, shape, groups, crosses);
   add_queries(spec, shape, groups);
+  if (shape.deepstack > 0) {
+    spec.inputs.push_back({kDeepstack, shape.dtype, {"B", "S", shape.deepstack * shape.hidden}});
+  }
   for (size_t i = 0; i < groups.size(); ++i) {
     spec.inputs.push_back({said("write_indices.", i), DType::kInt64, {"B"}});
     if (groups[i].of_images) {

@@ -137,6 +137,8 @@ struct Contract {
   // Graphs that are no piece of another one.
   std::vector<std::string> wholes() const;
   bool removes() const;
+  // Numbers of a visual token: as wide as the decoder, and what layers add behind it.
+  int64_t feature_width() const;
   // Group of every layer.
   std::vector<size_t> groups_of_layers() const;
   // Whether pictures reach the decoder through cross-attention instead of as tokens of the sequence.
@@ -145,6 +147,9 @@ struct Contract {
   // Throws BundleError where the text is not a contract of a known schema; `where` names it.
   static Contract from_json(const std::string& text, const std::string& where);
 };
+
+// What is added behind the first layers to the states of visual tokens, an input of some decoders.
+constexpr const char* kDeepstack = "deepstack_features";
 
 // Input and output name of a cache of a layer; `kind` is "key" or "value".
 std::string past_name(int64_t layer, const char* kind);
@@ -158,6 +163,7 @@ struct DecoderShape {
   bool guided, emits;
   int64_t query_heads;  // of the queries that it returns; 0 where it returns none
   bool rings;           // whether what tokens see is told apart from where they are written
+  int64_t deepstack;    // first layers behind which features are added to visual tokens
 };
 // The decoder's boundary as the table in graphs/contract.py states it.
 GraphSpec decoder_spec(const DecoderShape& shape, const std::vector<CacheGroup>& groups);

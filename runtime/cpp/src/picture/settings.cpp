@@ -18,6 +18,14 @@ int64_t square_root(int64_t value) {
   return root;
 }
 
+// Whether an input of vision graphs is of the contract's dtype, which their names tell; the others are int64.
+bool is_float(const std::string& name) {
+  const auto ends = [&](std::string_view end) {
+    return name.size() > end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
+  };
+  return ends("_values") || ends("_weights");
+}
+
 std::string said_of_input(const std::optional<std::pair<std::string, Shape>>& input) {
   return input ? input->first + " " + said_of(input->second) : "none";
 }
@@ -168,6 +176,16 @@ ImageProcessor ImageProcessor::from_folder(const Folder& files) {
   return made;
 }
 
+Tensor ImageProcessor::stacked(const std::vector<Picture>& pictures) const {
+  Tensor pixels = Tensor::empty(DType::kFloat32, {static_cast<int64_t>(pictures.size()), 3, height, width});
+  float* target = pixels.as<float>();
+  for (const Picture& picture : pictures) {
+    apply(picture, target);
+    target += int64_t{3} * height * width;
+  }
+  return pixels;
+}
+
 Picture ImageProcessor::framed(const Picture& given) const {
   const Picture picture = pad_to_square ? padded(given) : given;
   if (!shortest_edge) return resized(picture, width, height, filter);
@@ -215,7 +233,7 @@ void expect_inputs(const Folder& files, const Contract& contract, const std::map
   std::map<std::string, std::pair<std::string, Shape>> made, taken;
   std::set<std::string> names;
   for (const auto& [name, shape] : shapes) {
-    made[name] = {name == "pixel_values" ? name_of(contract.dtype) : "int64", shape};
+    made[name] = {is_float(name) ? name_of(contract.dtype) : "int64", shape};
     names.insert(name);
   }
   for (const auto& tensor : contract.graph("vision").inputs) {

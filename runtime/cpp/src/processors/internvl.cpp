@@ -100,12 +100,8 @@ class InternVl final : public Processor {
       for (int64_t i = 0; i < made.tokens.back(); ++i) words += mark_;
       made.words.push_back(words + end_);
     }
-    const auto total = static_cast<int64_t>(tiles.size());
-    check_tiles(pictures.size(), total);
-    Tensor pixels = Tensor::empty(DType::kFloat32, {total, 3, tile_.height, tile_.width});
-    const int64_t size = int64_t{3} * tile_.height * tile_.width;
-    for (int64_t i = 0; i < total; ++i) tile_.apply(tiles[static_cast<size_t>(i)], pixels.as<float>() + i * size);
-    made.inputs["pixel_values"] = pixels;
+    check_tiles(pictures.size(), static_cast<int64_t>(tiles.size()));
+    made.inputs["pixel_values"] = tile_.stacked(tiles);
     return made;
   }
 

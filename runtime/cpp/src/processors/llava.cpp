@@ -13,13 +13,10 @@ class Llava final : public Processor {
   }
 
   Pictures prepare(const std::vector<Picture>& pictures) const override {
-    const auto count = static_cast<int64_t>(pictures.size());
-    Tensor pixels = Tensor::empty(DType::kFloat32, {count, 3, image_.height, image_.width});
-    const int64_t each = int64_t{3} * image_.height * image_.width;
-    for (int64_t i = 0; i < count; ++i) {
-      image_.apply(pictures[static_cast<size_t>(i)], pixels.as<float>() + i * each);
-    }
-    return {{{"pixel_values", pixels}}, std::vector<int64_t>(pictures.size(), contract_.image_tokens), {}, {}};
+    return {{{"pixel_values", image_.stacked(pictures)}},
+            std::vector<int64_t>(pictures.size(), contract_.image_tokens),
+            {},
+            {}};
   }
 
  private:

@@ -7,10 +7,17 @@ namespace vlmtrim {
 namespace {
 
 using Maker = std::unique_ptr<Processor> (*)(const Folder&, const Contract&);
-constexpr std::pair<const char*, Maker> kFamilies[] = {{"idefics3", make_smolvlm},  {"internvl", make_internvl},
-                                                       {"llava", make_llava},       {"llava_next", make_llava_next},
-                                                       {"mllama", make_mllama},     {"qwen2_5_vl", make_qwen2_5_vl},
-                                                       {"qwen2_vl", make_qwen2_vl}, {"smolvlm", make_smolvlm}};
+constexpr std::pair<const char*, Maker> kFamilies[] = {{"idefics3", make_smolvlm},
+                                                       {"internvl", make_internvl},
+                                                       {"llava", make_llava},
+                                                       {"llava_next", make_llava_next},
+                                                       {"llava_onevision", make_llava_onevision},
+                                                       {"mllama", make_mllama},
+                                                       {"qwen2_5_vl", make_qwen2_5_vl},
+                                                       {"qwen2_vl", make_qwen2_vl},
+                                                       {"qwen3_vl", make_qwen3_vl},
+                                                       {"smolvlm", make_smolvlm},
+                                                       {"video_llava", make_video_llava}};
 
 }  // namespace
 

@@ -1,9 +1,9 @@
-// Qwen2-VL and Qwen2.5-VL: pictures keep their proportions; every 28 x 28 pixels or so become a visual token.
+#include "processors/qwen_vl.hpp"
+
 #include <algorithm>
 #include <cmath>
 
 #include "core/error.hpp"
-#include "picture/settings.hpp"
 #include "processors/families.hpp"
 
 namespace vlmtrim {
@@ -11,10 +11,6 @@ namespace {
 
 constexpr int64_t kMostPixelsSeen = INT32_MAX, kLargestPatch = 256, kMostTogether = 16;
 constexpr int64_t kMostElongated = 200;  // long side / short side
-
-struct Grid {
-  int64_t rows, columns;
-};
 
 // Python's round: halves to even.
 int64_t rounded(double value) { return static_cast<int64_t>(std::nearbyint(value)); }
@@ -53,174 +49,175 @@ int64_t window_side(const Contract& contract) {
   return static_cast<int64_t>(std::sqrt(static_cast<double>(windows->shape.back().size)));
 }
 
-class QwenVl final : public Processor {
+// Qwen2-VL and Qwen2.5-VL, which differ in what their vision graphs take.
+class Qwen2Vl final : public QwenVl {
  public:
-  QwenVl(const Folder& files, const Contract& contract) : Processor(contract), window_(window_side(contract)) {
-    const ImageSettings settings = ImageSettings::read(files);
-    patch_ = settings.integer("patch_size", 1, kLargestPatch, 14);
-    merge_ = settings.integer("merge_size", 1, kMostTogether, 2);
-    together_ = settings.integer("temporal_patch_size", 1, kMostTogether, 2);
-    const auto size = settings.sides("size", {}, kMostPixelsSeen);
-    const auto either = [&](const char* name, int64_t other) {
-      const auto found = size.find(name);
-      return found == size.end() ? other : found->second;
-    };
-    least_ = settings.integer("min_pixels", 1, kMostPixelsSeen, either("shortest_edge", 56 * 56));
-    most_ = settings.integer("max_pixels", 1, kMostPixelsSeen, either("longest_edge", 28 * 28 * 1280));
-    filter_ = settings.resample();
-    values_ = settings.normalisation();
-    const int64_t patches = merge_ * merge_;
-    std::map<std::string, Shape> shapes{{"pixel_values", {-1, patches, 3 * together_ * patch_ * patch_}},
-                                        {"patch_positions", {-1, patches, 2}},
-                                        {"frame_ids", {-1}}};
-    if (window_ > 0) {
-      shapes["window_tokens"] = {-1, window_ * window_};
-      shapes["window_slots"] = {-1};
-    }
-    expect_inputs(files, contract, shapes);
+  Qwen2Vl(const Folder& files, const Contract& contract) : QwenVl(files, contract) {
+    expect_inputs(files, contract, shapes());
   }
-
-  Pictures prepare(const std::vector<Picture>& pictures) const override {
-    std::vector<Picture> fitted;
-    std::vector<Grid> grids;
-    Pictures made;
-    int64_t total = 0;
-    const int64_t side = patch_ * merge_;
-    for (const auto& picture : pictures) {
-      fitted.push_back(fit(picture));
-      grids.push_back({fitted.back().height / side, fitted.back().width / side});
-      made.tokens.push_back(grids.back().rows * grids.back().columns);
-      made.grids.push_back({grids.back().rows, grids.back().columns, 0});
-      total += made.tokens.back();
-    }
-    const int64_t group = merge_ * merge_, values = 3 * together_ * patch_ * patch_;
-    Tensor pixels = Tensor::empty(DType::kFloat32, {total, group, values});
-    Tensor places = Tensor::empty(DType::kInt64, {total, group, 2});
-    float* pixel = pixels.as<float>();
-    int64_t* place = places.as<int64_t>();
-    std::vector<int64_t> frames;
-    for (size_t i = 0; i < fitted.size(); ++i) {
-      add_patches(fitted[i], grids[i], pixel);
-      add_places(grids[i], place);
-      frames.insert(frames.end(), static_cast<size_t>(made.tokens[i]), static_cast<int64_t>(i));
-    }
-    made.inputs = {{"pixel_values", pixels}, {"patch_positions", places}, {"frame_ids", Tensor::of(frames, {total})}};
-    if (window_ > 0) add_windows(grids, total, made.inputs);
-    return made;
-  }
-
-  // M-RoPE [3, 1, S]: text counts on along all three axes, a picture's tokens by frame, row and column; the text behind
-  // a picture goes on after its longer side.
-  Positions positions(const std::vector<int64_t>& ids, int64_t start, const Pictures* pictures) const override {
-    const size_t count = ids.size();
-    Positions found{Tensor::empty(DType::kInt64, {3, 1, static_cast<int64_t>(count)}), start};
-    int64_t* axes[3];
-    for (size_t axis = 0; axis < 3; ++axis) axes[axis] = found.ids.as<int64_t>() + axis * count;
-    size_t picture = 0;
-    int64_t position = start, last = start - 1;
-    for (size_t token = 0; token < count;) {
-      if (pictures == nullptr || ids[token] != contract_.image_token_id) {
-        for (auto* axis : axes) axis[token] = position;
-        last = std::max(last, position);
-        ++position;
-        ++token;
-        continue;
-      }
-      const auto& grid = pictures->grids.at(picture++);
-      const int64_t rows = grid[0], columns = grid[1];
-      for (size_t frame = 2; frame < grid.size(); ++frame) {
-        for (int64_t cell = 0; cell < rows * columns && token < count; ++cell, ++token) {
-          axes[0][token] = position + grid[frame];
-          axes[1][token] = position + cell / columns;
-          axes[2][token] = position + cell % columns;
-          last = std::max({last, axes[0][token], axes[1][token], axes[2][token]});
-        }
-      }
-      position += std::max(rows, columns);
-    }
-    found.after = last + 1;
-    return found;
-  }
-
- private:
-  // The picture at a size that tokens fill.
-  Picture fit(const Picture& picture) const {
-    const int64_t side = patch_ * merge_, share = contract_.image_tokens;
-    const int64_t most = std::min(most_, std::max<int64_t>(share, 1) * side * side);
-    const auto [height, width] = fitting_size(picture, side, std::min(least_, most), most);
-    if (const int64_t tokens = height / side * (width / side); tokens > share) {
-      throw Refusal(said("a picture of ", picture.width, " x ", picture.height, " pixels makes ", tokens,
-                         " visual tokens at least, the bundle takes ", share,
-                         " of a picture; crop it, or export with more --image-tokens"));
-    }
-    return resized(picture, static_cast<int>(width), static_cast<int>(height), filter_);
-  }
-
-  // [tokens, patches of a token, channel, frame, row, column] of a still picture, whose frames are all the same.
-  void add_patches(const Picture& picture, Grid grid, float*& target) const {
-    const int64_t area = static_cast<int64_t>(picture.width) * picture.height;
-    std::vector<float> whole(static_cast<size_t>(3 * area));
-    values_.apply(picture, whole.data());
-    const int64_t side = patch_ * merge_;
-    for (int64_t token = 0; token < grid.rows * grid.columns; ++token) {
-      const int64_t top = token / grid.columns * side, left = token % grid.columns * side;
-      for (int64_t part = 0; part < merge_ * merge_; ++part) {
-        const int64_t y = top + part / merge_ * patch_, x = left + part % merge_ * patch_;
-        for (int64_t channel = 0; channel < 3; ++channel) {
-          for (int64_t row = 0; row < together_ * patch_; ++row, target += patch_) {
-            std::copy_n(whole.data() + channel * area + (y + row % patch_) * picture.width + x, patch_, target);
-          }
-        }
-      }
-    }
-  }
-
-  // Row and column of every patch.
-  void add_places(Grid grid, int64_t*& target) const {
-    for (int64_t token = 0; token < grid.rows * grid.columns; ++token) {
-      for (int64_t part = 0; part < merge_ * merge_; ++part) {
-        *target++ = token / grid.columns * merge_ + part / merge_;
-        *target++ = token % grid.columns * merge_ + part % merge_;
-      }
-    }
-  }
-
-  // window_tokens [V, side^2], padded with -1, and window_slots [M]: where each token is in it.
-  void add_windows(const std::vector<Grid>& grids, int64_t total, Tensors& inputs) const {
-    std::vector<int64_t> table, slots(static_cast<size_t>(total));
-    int64_t first = 0;
-    for (const Grid& grid : grids) {
-      const int64_t high = (grid.rows + window_ - 1) / window_, wide = (grid.columns + window_ - 1) / window_;
-      for (int64_t window = 0; window < high * wide; ++window) {
-        const int64_t top = window / wide * window_, left = window % wide * window_;
-        for (int64_t cell = 0; cell < window_ * window_; ++cell) {
-          const int64_t row = top + cell / window_, column = left + cell % window_;
-          const bool inside = row < grid.rows && column < grid.columns;
-          const int64_t token = inside ? first + row * grid.columns + column : -1;
-          if (inside) slots[static_cast<size_t>(token)] = static_cast<int64_t>(table.size());
-          table.push_back(token);
-        }
-      }
-      first += grid.rows * grid.columns;
-    }
-    const int64_t area = window_ * window_;
-    inputs["window_tokens"] = Tensor::of(table, {static_cast<int64_t>(table.size()) / area, area});
-    inputs["window_slots"] = Tensor::of(slots, {total});
-  }
-
-  int64_t window_, patch_ = 0, merge_ = 0, together_ = 0, least_ = 0, most_ = 0;
-  int filter_ = kBicubic;
-  Normalisation values_;
 };
 
 }  // namespace
 
+QwenVl::QwenVl(const Folder& files, const Contract& contract) : Processor(contract), window_(window_side(contract)) {
+  const ImageSettings settings = ImageSettings::read(files);
+  patch_ = settings.integer("patch_size", 1, kLargestPatch, 14);
+  merge_ = settings.integer("merge_size", 1, kMostTogether, 2);
+  together_ = settings.integer("temporal_patch_size", 1, kMostTogether, 2);
+  const auto size = settings.sides("size", {}, kMostPixelsSeen);
+  const auto either = [&](const char* name, int64_t other) {
+    const auto found = size.find(name);
+    return found == size.end() ? other : found->second;
+  };
+  least_ = settings.integer("min_pixels", 1, kMostPixelsSeen, either("shortest_edge", 56 * 56));
+  most_ = settings.integer("max_pixels", 1, kMostPixelsSeen, either("longest_edge", 28 * 28 * 1280));
+  filter_ = settings.resample();
+  values_ = settings.normalisation();
+}
+
+std::map<std::string, Shape> QwenVl::shapes() const {
+  const int64_t patches = merge_ * merge_;
+  std::map<std::string, Shape> shapes{{"pixel_values", {-1, patches, 3 * together_ * patch_ * patch_}},
+                                      {"patch_positions", {-1, patches, 2}},
+                                      {"frame_ids", {-1}}};
+  if (window_ > 0) {
+    shapes["window_tokens"] = {-1, window_ * window_};
+    shapes["window_slots"] = {-1};
+  }
+  return shapes;
+}
+
+Pictures QwenVl::prepare(const std::vector<Picture>& pictures) const {
+  std::vector<Picture> fitted;
+  std::vector<Grid> grids;
+  Pictures made;
+  int64_t total = 0;
+  const int64_t side = patch_ * merge_;
+  for (const auto& picture : pictures) {
+    fitted.push_back(fit(picture));
+    grids.push_back({fitted.back().height / side, fitted.back().width / side});
+    made.tokens.push_back(grids.back().rows * grids.back().columns);
+    made.grids.push_back({grids.back().rows, grids.back().columns, 0});
+    total += made.tokens.back();
+  }
+  const int64_t group = merge_ * merge_, values = 3 * together_ * patch_ * patch_;
+  Tensor pixels = Tensor::empty(DType::kFloat32, {total, group, values});
+  Tensor places = Tensor::empty(DType::kInt64, {total, group, 2});
+  float* pixel = pixels.as<float>();
+  int64_t* place = places.as<int64_t>();
+  std::vector<int64_t> frames;
+  for (size_t i = 0; i < fitted.size(); ++i) {
+    add_patches(fitted[i], grids[i], pixel);
+    add_places(grids[i], place);
+    frames.insert(frames.end(), static_cast<size_t>(made.tokens[i]), static_cast<int64_t>(i));
+  }
+  made.inputs = {{"pixel_values", pixels}, {"patch_positions", places}, {"frame_ids", Tensor::of(frames, {total})}};
+  if (window_ > 0) add_windows(grids, total, made.inputs);
+  return made;
+}
+
+Positions QwenVl::positions(const std::vector<int64_t>& ids, int64_t start, const Pictures* pictures) const {
+  const size_t count = ids.size();
+  Positions found{Tensor::empty(DType::kInt64, {3, 1, static_cast<int64_t>(count)}), start};
+  int64_t* axes[3];
+  for (size_t axis = 0; axis < 3; ++axis) axes[axis] = found.ids.as<int64_t>() + axis * count;
+  size_t picture = 0;
+  int64_t position = start, last = start - 1;
+  for (size_t token = 0; token < count;) {
+    if (pictures == nullptr || ids[token] != contract_.image_token_id) {
+      for (auto* axis : axes) axis[token] = position;
+      last = std::max(last, position);
+      ++position;
+      ++token;
+      continue;
+    }
+    const auto& grid = pictures->grids.at(picture++);
+    const int64_t rows = grid[0], columns = grid[1];
+    for (size_t frame = 2; frame < grid.size(); ++frame) {
+      for (int64_t cell = 0; cell < rows * columns && token < count; ++cell, ++token) {
+        axes[0][token] = position + grid[frame];
+        axes[1][token] = position + cell / columns;
+        axes[2][token] = position + cell % columns;
+        last = std::max({last, axes[0][token], axes[1][token], axes[2][token]});
+      }
+    }
+    position += std::max(rows, columns);
+  }
+  found.after = last + 1;
+  return found;
+}
+
+// The picture at a size that tokens fill.
+Picture QwenVl::fit(const Picture& picture) const {
+  const int64_t side = patch_ * merge_, share = contract_.image_tokens;
+  const int64_t most = std::min(most_, std::max<int64_t>(share, 1) * side * side);
+  const auto [height, width] = fitting_size(picture, side, std::min(least_, most), most);
+  if (const int64_t tokens = height / side * (width / side); tokens > share) {
+    throw Refusal(said("a picture of ", picture.width, " x ", picture.height, " pixels makes ", tokens,
+                       " visual tokens at least, the bundle takes ", share,
+                       " of a picture; crop it, or export with more --image-tokens"));
+  }
+  return resized(picture, static_cast<int>(width), static_cast<int>(height), filter_);
+}
+
+// [tokens, patches of a token, channel, frame, row, column] of a still picture, whose frames are all the same.
+void QwenVl::add_patches(const Picture& picture, Grid grid, float*& target) const {
+  const int64_t area = static_cast<int64_t>(picture.width) * picture.height;
+  std::vector<float> whole(static_cast<size_t>(3 * area));
+  values_.apply(picture, whole.data());
+  const int64_t side = patch_ * merge_;
+  for (int64_t token = 0; token < grid.rows * grid.columns; ++token) {
+    const int64_t top = token / grid.columns * side, left = token % grid.columns * side;
+    for (int64_t part = 0; part < merge_ * merge_; ++part) {
+      const int64_t y = top + part / merge_ * patch_, x = left + part % merge_ * patch_;
+      for (int64_t channel = 0; channel < 3; ++channel) {
+        for (int64_t row = 0; row < together_ * patch_; ++row, target += patch_) {
+          std::copy_n(whole.data() + channel * area + (y + row % patch_) * picture.width + x, patch_, target);
+        }
+      }
+    }
+  }
+}
+
+// Row and column of every patch.
+void QwenVl::add_places(Grid grid, int64_t*& target) const {
+  for (int64_t token = 0; token < grid.rows * grid.columns; ++token) {
+    for (int64_t part = 0; part < merge_ * merge_; ++part) {
+      *target++ = token / grid.columns * merge_ + part / merge_;
+      *target++ = token % grid.columns * merge_ + part % merge_;
+    }
+  }
+}
+
+// window_tokens [V, side^2], padded with -1, and window_slots [M]: where each token is in it.
+void QwenVl::add_windows(const std::vector<Grid>& grids, int64_t total, Tensors& inputs) const {
+  std::vector<int64_t> table, slots(static_cast<size_t>(total));
+  int64_t first = 0;
+  for (const Grid& grid : grids) {
+    const int64_t high = (grid.rows + window_ - 1) / window_, wide = (grid.columns + window_ - 1) / window_;
+    for (int64_t window = 0; window < high * wide; ++window) {
+      const int64_t top = window / wide * window_, left = window % wide * window_;
+      for (int64_t cell = 0; cell < window_ * window_; ++cell) {
+        const int64_t row = top + cell / window_, column = left + cell % window_;
+        const bool inside = row < grid.rows && column < grid.columns;
+        const int64_t token = inside ? first + row * grid.columns + column : -1;
+        if (inside) slots[static_cast<size_t>(token)] = static_cast<int64_t>(table.size());
+        table.push_back(token);
+      }
+    }
+    first += grid.rows * grid.columns;
+  }
+  const int64_t area = window_ * window_;
+  inputs["window_tokens"] = Tensor::of(table, {static_cast<int64_t>(table.size()) / area, area});
+  inputs["window_slots"] = Tensor::of(slots, {total});
+}
+
 std::unique_ptr<Processor> make_qwen2_vl(const Folder& files, const Contract& contract) {
-  return std::make_unique<QwenVl>(files, contract);
+  return std::make_unique<Qwen2Vl>(files, contract);
 }
 
 std::unique_ptr<Processor> make_qwen2_5_vl(const Folder& files, const Contract& contract) {
-  return std::make_unique<QwenVl>(files, contract);
+  return std::make_unique<Qwen2Vl>(files, contract);
 }
 
 }  // namespace vlmtrim

@@ -1,0 +1,41 @@
+// What the families of Qwen-VL share: pictures keep their proportions; every 28 x 28 pixels or so become a visual
+// token. Mirrors runtime/processors/qwen2_5_vl.py.
+#pragma once
+
+#include "picture/settings.hpp"
+#include "processors/processor.hpp"
+
+namespace vlmtrim {
+
+class QwenVl : public Processor {
+ public:
+  // `grids` of what it makes: rows, columns, and the time of each frame.
+  Pictures prepare(const std::vector<Picture>& pictures) const override;
+  // M-RoPE [3, 1, S]: text counts on along all three axes, a picture's tokens by frame, row and column; the text behind
+  // a picture goes on after its longer side.
+  Positions positions(const std::vector<int64_t>& ids, int64_t start, const Pictures* pictures) const override;
+
+ protected:
+  QwenVl(const Folder& files, const Contract& contract);
+
+  // Of the vision graph's inputs.
+  std::map<std::string, Shape> shapes() const;
+  // Patches of a token along each side.
+  int64_t merge() const { return merge_; }
+
+ private:
+  struct Grid {
+    int64_t rows, columns;
+  };
+
+  Picture fit(const Picture& picture) const;
+  void add_patches(const Picture& picture, Grid grid, float*& target) const;
+  void add_places(Grid grid, int64_t*& target) const;
+  void add_windows(const std::vector<Grid>& grids, int64_t total, Tensors& inputs) const;
+
+  int64_t window_, patch_ = 0, merge_ = 0, together_ = 0, least_ = 0, most_ = 0;
+  int filter_ = kBicubic;
+  Normalisation values_;
+};
+
+}  // namespace vlmtrim
