@@ -15,6 +15,7 @@ random conversations both ways. A template that is no such form gets no ``prompt
     trims               which ends of ``system``, ``question`` and ``answer`` it strips: "", "left", "right" or "both"
     keeps_order         whether pictures between texts stand there
     late_pictures       whether a conversation that began without pictures may go on with some
+    videos              whether a video is written as a picture is, but for its mark
 
 Every piece of text is a list: of strings, of token ids (control tokens of the tokenizer), and of ``{"date": format}``.
 """
@@ -64,6 +65,7 @@ def write_form(folder: Path, contract: Contract) -> str | None:
         prompter = Prompter(Folder(folder), contract)
         form = find_form(prompter)
         prove(prompter, form)
+        form["videos"] = contract.video_token_id is not None and takes_videos(prompter, form)
     except (NoForm, RuntimeRefusal, BundleError) as error:
         (folder / FILE).unlink(missing_ok=True)
         return str(error)
@@ -279,16 +281,20 @@ class Speaker:
         return self._began.strftime(piece["date"]) if isinstance(piece, dict) else piece
 
 
-def prove(prompter: Prompter, form: dict[str, Any]) -> None:
-    """Random conversations both ways. Raises NoForm where one differs."""
+def prove(prompter: Prompter, form: dict[str, Any], videos: bool = False) -> None:
+    """Random conversations both ways. Raises NoForm where one differs.
+
+    ``videos``: whether the template is given some of the pictures as videos, which the form does not tell apart.
+    """
     dice = random.Random(0)
     for number in range(CONVERSATIONS):
         system = _words(prompter, dice) if number % 3 == 2 else ""
         ours, theirs = Conversation(prompter, system), Speaker(prompter, form, system)
         for _ in range(dice.randint(1, 4)):
             prompt, images, said = _words(prompter, dice), dice.choice((0, 0, 1, 2)), _words(prompter, dice)
-            expected, found = (_asked(talk, prompt, images) for talk in (ours, theirs))
-            if expected is None:  # refused, which ends a conversation
+            films = [image for image in range(images) if videos and dice.random() < 0.7]
+            expected, found = _asked(ours, prompt, images, films), _asked(theirs, prompt, images)
+            if expected is None and not (films and found):  # refused, which ends a conversation
                 break
             if expected != found:
                 raise NoForm("conversations that are put together of its segments differ from it")
@@ -296,9 +302,18 @@ def prove(prompter: Prompter, form: dict[str, Any]) -> None:
             theirs.answer(said)
 
 
-def _asked(talk: Conversation | Speaker, prompt: str, images: int) -> list[int] | None:
+def takes_videos(prompter: Prompter, form: dict[str, Any]) -> bool:
+    """Whether random conversations with videos are those with pictures in their places."""
     try:
-        return talk.ask(prompt, images)
+        prove(prompter, form, videos=True)
+    except NoForm:
+        return False
+    return True
+
+
+def _asked(talk: Conversation | Speaker, prompt: str, *shown: Any) -> list[int] | None:
+    try:
+        return talk.ask(prompt, *shown)
     except RuntimeRefusal:
         return None
 

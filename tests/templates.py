@@ -28,6 +28,11 @@ MLLAMA = (
     "}}{%- endif %}"
 )
 FORMS = {"llava": LLAVA, "qwen": QWEN, "mistral": MISTRAL, "mllama": MLLAMA}
+FILMS = "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}<video>\n{% endfor %}"
+VIDEO_FORMS = {  # with videos, behind the pictures or where they are
+    "llava": LLAVA.replace("{% endfor %}", "{% endfor %}" + FILMS, 1),
+    "qwen": QWEN.replace("{% else %}", "{% elif content['type'] == 'video' %}<pad><video><pad>{% else %}"),
+}
 
 # Templates that are no list of segments, and what is said of them.
 NO_FORMS = {

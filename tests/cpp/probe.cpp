@@ -157,15 +157,20 @@ PROBE int probe_resize(const uint8_t* pixels, int width, int height, int to_widt
   });
 }
 
-// What the bundle's processor makes of pictures: RGB one after the other, sizes as (height, width).
-PROBE int probe_process(void* opened, const uint8_t* pixels, const int* sizes, int count) {
+// What the bundle's processor makes of pictures and videos: RGB one after the other; of each (height, width, frames)
+// and frames a second, 0 for a picture.
+PROBE int probe_process(void* opened, const uint8_t* pixels, const int* sizes, const double* fps, int count) {
   return guarded([&] {
-    std::vector<Picture> pictures;
+    std::vector<Shown> shown;
     for (int i = 0; i < count; ++i) {
-      const int height = sizes[2 * i], width = sizes[2 * i + 1];
-      pictures.push_back(from_pixels(pixels, width, height, int64_t{3} * width, 3));
-      pixels += pictures.back().rgb.size();
+      const int height = sizes[3 * i], width = sizes[3 * i + 1], frames = sizes[3 * i + 2];
+      const auto open = [&](size_t) {
+        const uint8_t* const from = pixels;
+        pixels += size_t{3} * height * width;
+        return from_pixels(from, width, height, int64_t{3} * width, 3);
+      };
+      shown.push_back(fps[i] > 0 ? Shown::video(frames, fps[i], open) : Shown::of(open(0)));
     }
-    keep_pictures(static_cast<Probed*>(opened)->model->processor().prepare(pictures));
+    keep_pictures(static_cast<Probed*>(opened)->model->processor().prepare(shown));
   });
 }

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vlmtrim.runtime.video import Video
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -99,10 +101,12 @@ class Native:
         call("probe_caches", self._handle, ctypes.c_double(share), ctypes.c_int64(every))
 
     def process(self, images) -> dict:
-        """What the processor makes of Pillow pictures: inputs by name, tokens, grids and words."""
-        pixels = np.concatenate([np.asarray(image).reshape(-1) for image in images])
-        sizes = np.array([(image.height, image.width) for image in images], dtype=np.int32)
-        call("probe_process", self._handle, pointer(pixels), pointer(sizes), len(images))
+        """What the processor makes of Pillow pictures, and of videos of them: inputs by name, tokens, grids, words."""
+        videos = [image if isinstance(image, Video) else Video([image], 0) for image in images]
+        pixels = np.concatenate([np.asarray(frame).reshape(-1) for video in videos for frame in video.frames])
+        sizes = [(video.frames[0].height, video.frames[0].width, len(video.frames)) for video in videos]
+        fps = np.array([video.fps for video in videos])
+        call("probe_process", self._handle, pointer(pixels), pointer(np.int32(sizes)), pointer(fps), len(videos))
         said = record()
         inputs = {
             name: array(name, tensor["dtype"]).reshape(tensor["shape"]) for name, tensor in said["inputs"].items()

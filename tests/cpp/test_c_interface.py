@@ -16,8 +16,9 @@ from vlmtrim.runtime import Image, Prompt
 from vlmtrim.runtime.generate import Chat
 from vlmtrim.runtime.image import generated_picture
 from vlmtrim.runtime.sampling import Sampling
+from vlmtrim.runtime.video import Video
 
-TEXT, FILE, BYTES, PIXELS = range(4)
+TEXT, FILE, BYTES, PIXELS, VIDEO = range(5)
 ENDED = ["", "eos", "stop", "length", "capacity", "cancelled"]
 
 
@@ -44,6 +45,9 @@ class Part(ctypes.Structure):
         ("height", c_int32),
         ("channels", c_int32),
         ("stride", c_int64),
+        ("frames", c_void_p),
+        ("frame_count", c_size_t),
+        ("fps", c_double),
     ]
 
 
@@ -125,7 +129,12 @@ def options_of(stop=(), guide=(), **settings):
 
 
 def part(value):
-    """Of a text, a Pillow picture (its pixels, in rows with a gap), bytes of a file, or a Path."""
+    """Of a text, a Pillow picture (its pixels, in rows with a gap), bytes of a file, a Path, or a Video of these."""
+    if isinstance(value, Video):
+        frames = (Part * len(value.frames))(*map(part, value.frames))
+        made = Part(VIDEO, frames=ctypes.cast(frames, c_void_p), frame_count=len(frames), fps=value.fps)
+        made.kept = frames
+        return made
     if isinstance(value, str):
         return Part(TEXT, value.encode())
     if isinstance(value, bytes):
@@ -161,7 +170,8 @@ class Native:
     def generate(self, parts, listener=None, ids=None, **settings):
         """(text, tokens, why it ended, visual, kept); listener is given every step's text and token."""
         heard = Callback(lambda _, step: listener(said(step[0]), step[0].token) or 0) if listener else None
-        given = (Part * len(parts))(*map(part, parts))
+        made = list(map(part, parts))
+        given = (Part * len(parts))(*made)
         answer, options = Answer(size=ctypes.sizeof(Answer)), options_of(**settings)
         rest = (ctypes.byref(options), heard, None, ctypes.byref(answer))
         if ids is None:

@@ -14,6 +14,7 @@ from vlmtrim.graphs.bundle import open_bundle, seal
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture, load_image
 from vlmtrim.runtime.processors.base import load_processor
+from vlmtrim.runtime.video import Video
 
 FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4}
 SIZES = [(240, 200), (1, 1), (3, 500), (500, 3), (336, 336), (31, 300), (1400, 1000), (84, 84), (9, 12)]
@@ -247,17 +248,44 @@ FAMILIES = {
 def test_processors_are_pythons(family, export_tiny):
     bundle = open_bundle(export_tiny("cpp-pictures", family=family, **FAMILIES[family]))
     ours, native = load_processor(bundle.files, bundle.contract), Native(bundle.folder)
-    groups = [[size] for size in SIZES] + [[(84, 84), (50, 40)]]
-    for sizes in groups:
-        images = [generated_picture(seed).resize(size) for seed, size in enumerate(sizes)]
-        expected, found = ours(images), native.process(images)
-        assert found["tokens"] == list(expected.tokens)
-        assert [tuple(grid) for grid in found["grids"]] == list(expected.grids)
-        assert found["words"] == list(expected.words)
-        assert found["inputs"].keys() == expected.inputs.keys()
-        for name, value in expected.inputs.items():
-            np.testing.assert_array_equal(found["inputs"][name], value, err_msg=f"{name} of {sizes}")
-            assert found["inputs"][name].dtype == value.dtype
+    for sizes in [[size] for size in SIZES] + [[(84, 84), (50, 40)]]:
+        compare(ours, native, [generated_picture(seed).resize(size) for seed, size in enumerate(sizes)])
+    native.close()
+
+
+def compare(ours, native, images):
+    expected, found = ours(images), native.process(images)
+    assert found["tokens"] == list(expected.tokens)
+    assert [tuple(grid) for grid in found["grids"]] == list(expected.grids)
+    assert found["words"] == list(expected.words)
+    assert found["inputs"].keys() == expected.inputs.keys()
+    for name, value in expected.inputs.items():
+        np.testing.assert_array_equal(found["inputs"][name], value, err_msg=f"{name} of {images}")
+        assert found["inputs"][name].dtype == value.dtype
+
+
+def film(size, count, fps, seed=0):
+    return Video([generated_picture(seed + number).resize(size) for number in range(count)], fps)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llava_onevision", "video_llava"])
+def test_videos_are_pythons(family, export_tiny):
+    bundle = open_bundle(export_tiny("cpp-pictures", family=family, **FAMILIES[family]))
+    ours, native = load_processor(bundle.files, bundle.contract), Native(bundle.folder)
+    still = generated_picture(9).resize((75, 40))
+    for shown in (
+        [film((90, 60), 4, 2.0)],
+        [film((31, 300), 3, 0.3), film((84, 84), 1, 24.0, 5)],
+        [still, film((50, 70), 5, 2.5)],
+        [film((57, 20), 2, 1000.0), still, generated_picture(3).resize((20, 90)), film((9, 12), 7, 0.7, 2)],
+    ):
+        compare(ours, native, shown)
+    longer = Video([still] * 600, 2.0)
+    with pytest.raises(RuntimeRefusal) as expected:
+        ours([longer])
+    with pytest.raises(ProbeError) as found:
+        native.process([longer])
+    assert str(found.value) == str(expected.value)
     native.close()
 
 

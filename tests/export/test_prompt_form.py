@@ -10,17 +10,18 @@ import templates
 from vlmtrim.export import prompt_form
 from vlmtrim.export.weights.tiny import SPECIAL_IDS, write_tokenizer
 from vlmtrim.graphs.reading import Folder
-from vlmtrim.runtime.prompt import Prompter
+from vlmtrim.runtime.prompt import Conversation, Prompter
 
 CONTRACT: Any = SimpleNamespace(image_token_id=SPECIAL_IDS["<image>"], video_token_id=None, max_seq_len=512)
+FILMS: Any = SimpleNamespace(image_token_id=SPECIAL_IDS["<image>"], video_token_id=300, max_seq_len=512)
 
 
 @pytest.fixture
 def write(tmp_path):
-    def of(template):
-        write_tokenizer(tmp_path, SPECIAL_IDS)
+    def of(template, contract=CONTRACT):
+        write_tokenizer(tmp_path, {**SPECIAL_IDS, "<video>": 300})
         (tmp_path / "chat_template.jinja").write_text(template)
-        problem = prompt_form.write_form(tmp_path, CONTRACT)
+        problem = prompt_form.write_form(tmp_path, contract)
         path = tmp_path / "prompt.json"
         return problem, json.loads(path.read_text()) if path.exists() else None
 
@@ -63,3 +64,26 @@ def test_a_form_that_says_something_else_is_found_out(write, tmp_path):
             prompt_form.prove(prompter, {**form, name: [*form[name], " "]})
     with pytest.raises(prompt_form.NoForm):
         prompt_form.prove(prompter, {**form, "trims": dict.fromkeys(form["trims"], "both")})
+
+
+@pytest.mark.parametrize("name", templates.VIDEO_FORMS)
+def test_videos_are_written_as_pictures(name, write, tmp_path):
+    problem, form = write(templates.VIDEO_FORMS[name], FILMS)
+    assert problem is None and form["videos"]
+    prompter = Prompter(Folder(tmp_path), FILMS)
+    shown = [Conversation(prompter).ask("Which?", 2, videos) for videos in ((), (0,), (1,), (0, 1))]
+    assert all(ids == shown[0] for ids in shown) and shown[0].count(FILMS.image_token_id) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "contract"),
+    [
+        (templates.VIDEO_FORMS["llava"], CONTRACT),
+        (templates.LLAVA, FILMS),
+        (templates.VIDEO_FORMS["llava"].replace("<video>", "<video>:"), FILMS),
+    ],
+    ids=["the bundle takes none", "not written", "written in another way"],
+)
+def test_where_videos_are_no_pictures_the_form_says_so(template, contract, write):
+    problem, form = write(template, contract)
+    assert problem is None and not form["videos"]

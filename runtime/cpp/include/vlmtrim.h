@@ -79,21 +79,26 @@ VLMTRIM_API void vlmtrim_cancel(vlmtrim_session* session);
 
 typedef enum {
   VLMTRIM_TEXT = 0,
-  VLMTRIM_FILE = 1,  /* a picture: `text` is its path */
-  VLMTRIM_BYTES = 2, /* a picture: the contents of a file, `data` of `length` bytes */
-  VLMTRIM_PIXELS = 3 /* a picture: `data` of `width` x `height` pixels of `channels` bytes (1: grey, 3: RGB, 4: RGB and
-                        one that is ignored), `stride` bytes from row to row */
+  VLMTRIM_FILE = 1,   /* a picture: `text` is its path */
+  VLMTRIM_BYTES = 2,  /* a picture: the contents of a file, `data` of `length` bytes */
+  VLMTRIM_PIXELS = 3, /* a picture: `data` of `width` x `height` pixels of `channels` bytes (1: grey, 3: RGB, 4: RGB and
+                         one that is ignored), `stride` bytes from row to row */
+  VLMTRIM_VIDEO = 4   /* a video: `frames`, pictures of one size in order, `frame_count` of them, `fps` a second as they
+                         are given (0 for 2). All of them are seen: take as many out of a film as the model should see */
 } vlmtrim_kind;
 
-/* A piece of a question: words, or a picture. Pictures before all words stand where the template puts them, others
- * where they are. */
-typedef struct {
+/* A piece of a question: words, a picture, or a video. Pictures before all words stand where the template puts them,
+ * others where they are. */
+typedef struct vlmtrim_part {
   vlmtrim_kind kind;
   const char* text;
   const uint8_t* data;
   size_t length;
   int32_t width, height, channels;
   int64_t stride;
+  const struct vlmtrim_part* frames;
+  size_t frame_count;
+  double fps;
 } vlmtrim_part;
 
 typedef struct {
@@ -146,8 +151,8 @@ typedef struct {
 VLMTRIM_API vlmtrim_status vlmtrim_generate(vlmtrim_session* session, const vlmtrim_part* parts, size_t count,
                                             const vlmtrim_generate_options* options, vlmtrim_callback callback,
                                             void* user, vlmtrim_answer* answer);
-/* The same with token ids, which hold the image token once for each of the pictures: for bundles without prompt.json.
- * The text of the answer is empty where the library does not know the bundle's tokenizer. */
+/* The same with token ids, which hold the image (or video) token once for each of the pictures: for bundles without
+ * prompt.json. The text of the answer is empty where the library does not know the bundle's tokenizer. */
 VLMTRIM_API vlmtrim_status vlmtrim_generate_ids(vlmtrim_session* session, const int64_t* ids, size_t id_count,
                                                 const vlmtrim_part* pictures, size_t picture_count,
                                                 const vlmtrim_generate_options* options, vlmtrim_callback callback,

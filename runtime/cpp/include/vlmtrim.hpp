@@ -115,17 +115,45 @@ class Picture {
 
  private:
   friend class Part;
+  friend class Video;
   explicit Picture(vlmtrim_kind kind) { part_.kind = kind; }
   vlmtrim_part part_{};
   std::string path_;
 };
 
-// Words or a picture.
+// Frames of one size in order, `fps` of them a second as they are given. All of them are seen.
+class Video {
+ public:
+  explicit Video(const std::vector<Picture>& frames, double fps = 2) : fps_(fps), frames_(std::make_shared<Frames>()) {
+    for (const Picture& frame : frames) {
+      frames_->paths.push_back(frame.path_);
+      frames_->parts.push_back(frame.part_);
+    }
+    for (size_t i = 0; i < frames.size(); ++i) frames_->parts[i].text = frames_->paths[i].c_str();
+  }
+
+ private:
+  friend class Part;
+  struct Frames {
+    std::vector<std::string> paths;
+    std::vector<vlmtrim_part> parts;
+  };
+  double fps_;
+  std::shared_ptr<Frames> frames_;
+};
+
+// Words, a picture or a video.
 class Part {
  public:
   Part(std::string words) : text_(std::move(words)) {}  // NOLINT(google-explicit-constructor)
   Part(const char* words) : text_(words) {}             // NOLINT(google-explicit-constructor)
   Part(Picture picture) : part_(picture.part_), text_(std::move(picture.path_)) {}  // NOLINT
+  Part(Video video) : frames_(std::move(video.frames_)) {                           // NOLINT
+    part_.kind = VLMTRIM_VIDEO;
+    part_.frames = frames_->parts.data();
+    part_.frame_count = frames_->parts.size();
+    part_.fps = video.fps_;
+  }
   vlmtrim_part get() const {
     vlmtrim_part part = part_;
     part.text = text_.c_str();
@@ -135,6 +163,7 @@ class Part {
  private:
   vlmtrim_part part_{};
   std::string text_;
+  std::shared_ptr<Video::Frames> frames_;
 };
 
 struct GenerateOptions {
@@ -200,7 +229,7 @@ class Session {
     });
   }
 
-  // Token ids, with the image token once for each picture.
+  // Token ids, with the image token once for each picture (or video).
   Result<Answer> generate_ids(const std::vector<int64_t>& ids, const std::vector<Part>& pictures = {},
                               const GenerateOptions& options = {}, const Listener& listener = nullptr) {
     const std::vector<vlmtrim_part> given = taken(pictures);

@@ -7,6 +7,13 @@
 #include "text/unicode.hpp"
 
 namespace vlmtrim {
+namespace {
+
+bool has_video(const std::vector<Shown>& shown) {
+  return std::any_of(shown.begin(), shown.end(), [](const Shown& one) { return one.is_video(); });
+}
+
+}  // namespace
 
 Chat::Chat(std::shared_ptr<Model> model) : session_(std::move(model)) {}
 
@@ -17,16 +24,17 @@ void Chat::reset(const std::string& system) {
   pending_ = -1;
 }
 
-Answer Chat::generate(const std::vector<Part>& parts, const std::vector<Picture>& pictures,
-                      const GenerateOptions& options, const Listener& listener) {
+Answer Chat::generate(const std::vector<Part>& parts, const std::vector<Shown>& shown, const GenerateOptions& options,
+                      const Listener& listener) {
   cancelled_ = false;
   const Prompter& prompter = session_.model().prompter();
   const auto marks = std::count_if(parts.begin(), parts.end(), [](const Part& part) { return part.picture; });
-  if (marks != static_cast<ptrdiff_t>(pictures.size())) throw Refusal("parts and pictures of a question differ");
+  if (marks != static_cast<ptrdiff_t>(shown.size())) throw Refusal("parts and pictures of a question differ");
   const bool words =
       std::any_of(parts.begin(), parts.end(), [](const Part& part) { return !strip_left(part.text).empty(); });
-  if (!words && pictures.empty()) throw Refusal("the prompt is empty; ask something, or give a picture");
-  const auto prepared = this->prepared(pictures);
+  if (!words && shown.empty()) throw Refusal("the prompt is empty; ask something, or give a picture");
+  const auto prepared = this->prepared(shown);
+  if (has_video(shown)) prompter.check_videos();
   if (!conversation_) conversation_ = std::make_unique<Conversation>(prompter, system_);
   Prefill prefill;
   const std::vector<int64_t> fresh = conversation_->ask(parts);
@@ -47,10 +55,10 @@ Answer Chat::generate(const std::vector<Part>& parts, const std::vector<Picture>
   return answer;
 }
 
-Answer Chat::generate_ids(const std::vector<int64_t>& ids, const std::vector<Picture>& pictures,
+Answer Chat::generate_ids(const std::vector<int64_t>& ids, const std::vector<Shown>& shown,
                           const GenerateOptions& options, const Listener& listener) {
   cancelled_ = false;
-  const auto prepared = this->prepared(pictures);
+  const auto prepared = this->prepared(shown);
   const auto expanded = this->expanded(ids, prepared);
   std::shared_ptr<const Tokenizer> tokenizer;
   try {
@@ -62,19 +70,24 @@ Answer Chat::generate_ids(const std::vector<int64_t>& ids, const std::vector<Pic
   return answer;
 }
 
-std::vector<int64_t> Chat::expanded(const std::vector<int64_t>& ids, const std::optional<Pictures>& pictures) {
+std::vector<int64_t> Chat::expanded(std::vector<int64_t> ids, const std::optional<Pictures>& pictures) {
   const int64_t image = session_.contract().image_token_id;
+  // Features take their places all the same.
+  if (const auto video = session_.contract().video_token_id) std::replace(ids.begin(), ids.end(), *video, image);
   if (!pictures) return expand_images(ids, image, {});
   if (pictures->words.empty()) return expand_images(ids, image, pictures->tokens);
   return tell_images(ids, image, pictures->words, pictures->tokens, *session_.model().tokenizer());
 }
 
-std::optional<Pictures> Chat::prepared(const std::vector<Picture>& pictures) const {
-  if (pictures.empty()) return std::nullopt;
-  Pictures made = session_.model().processor().prepare(pictures);
+std::optional<Pictures> Chat::prepared(const std::vector<Shown>& shown) const {
+  if (shown.empty()) return std::nullopt;
+  if (has_video(shown) && !session_.model().processor().takes_videos()) {
+    throw Refusal(said("bundles of ", session_.contract().family, " take no videos; give the frames as pictures"));
+  }
+  Pictures made = session_.model().processor().prepare(shown);
   const int64_t brought = std::accumulate(made.tokens.begin(), made.tokens.end(), int64_t{0});
   if (const int64_t most = session_.contract().dims.at("N").second; brought > most) {
-    throw Refusal(said(pictures.size(), " images of ", brought, " visual tokens for one prompt; a conversation of ",
+    throw Refusal(said(shown.size(), " images of ", brought, " visual tokens for one prompt; a conversation of ",
                        session_.contract().max_seq_len, " tokens holds at most ", most, " of them"));
   }
   return made;

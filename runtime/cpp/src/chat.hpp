@@ -49,20 +49,21 @@ class Chat {
   Session& session() { return session_; }
   // Starts a new conversation; `system` stands before the first question, where the template has a place for it.
   void reset(const std::string& system);
-  // Asks; `pictures` are those of the parts, in order. Throws Refusal before the first token where they do not fit.
-  Answer generate(const std::vector<Part>& parts, const std::vector<Picture>& pictures, const GenerateOptions& options,
+  // Asks; `shown` are the pictures and videos of the parts, in order. Throws Refusal before the first token where they
+  // do not fit.
+  Answer generate(const std::vector<Part>& parts, const std::vector<Shown>& shown, const GenerateOptions& options,
                   const Listener& listener);
-  // The same with token ids from outside, an image token for each picture; for bundles whose template is no
+  // The same with token ids from outside, an image or video token for each; for bundles whose template is no
   // prompt.json.
-  Answer generate_ids(const std::vector<int64_t>& ids, const std::vector<Picture>& pictures,
-                      const GenerateOptions& options, const Listener& listener);
+  Answer generate_ids(const std::vector<int64_t>& ids, const std::vector<Shown>& shown, const GenerateOptions& options,
+                      const Listener& listener);
   // Ends the answer that is being generated behind its next token.
   void cancel() { cancelled_ = true; }
 
  private:
   // Ids with the tokens of all pictures in place of their marks.
-  std::vector<int64_t> expanded(const std::vector<int64_t>& ids, const std::optional<Pictures>& pictures);
-  std::optional<Pictures> prepared(const std::vector<Picture>& pictures) const;
+  std::vector<int64_t> expanded(std::vector<int64_t> ids, const std::optional<Pictures>& pictures);
+  std::optional<Pictures> prepared(const std::vector<Shown>& shown) const;
   Prefill fed(const std::vector<int64_t>& ids, const std::optional<Pictures>& pictures, const GenerateOptions& options);
   // Fills `answer` as far as it gets.
   void speak(const Prefill& prefill, const GenerateOptions& options, const Listener& listener,

@@ -1,10 +1,12 @@
 // vlmtrim-run: asks a bundle about pictures, as run-vlm does.
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <iterator>
 #include <nlohmann/json.hpp>
 
@@ -17,15 +19,17 @@ using Json = nlohmann::ordered_json;
 using tools::Arguments;
 using tools::BadArguments;
 
-constexpr const char* kHelp = R"(usage: vlmtrim-run BUNDLE --prompt TEXT [--image FILE]... [options]
+constexpr const char* kHelp = R"(usage: vlmtrim-run BUNDLE --prompt TEXT [--image FILE]... [--video FOLDER] [options]
 
 Ask a bundle about a picture; the answer is streamed to stdout.
 
   BUNDLE                 bundle folder made by export-vlm
   --prompt TEXT          question, or - for stdin
   --image FILE           PNG, JPEG or WebP file; repeat for several
+  --video FOLDER         a video: the pictures of a folder by name, all of which are seen; or --video FRAME repeated
+  --fps N                frames a second that they are (default 2)
   --system TEXT          what stands before the first question
-  --ids "I J ..."        token ids in place of --prompt, the image token once for each picture
+  --ids "I J ..."        token ids in place of --prompt, the image token once for each picture and video
   --backend NAME         auto (default), ort-cpu, ort-cuda; tensorrt, tensorrt-rtx where they are built in
   --cuda-graphs HOW      how TensorRT's decode steps are replayed: auto (default), capture or off
   --threads N            CPU threads of ONNX Runtime (default: one per core)
@@ -101,6 +105,38 @@ vlmtrim::ModelOptions model_of(const Arguments& arguments) {
   return options;
 }
 
+// What --video names: frames, and folders for their files by name.
+std::vector<vlmtrim::Picture> frames_of(const std::vector<std::string>& paths) {
+  namespace fs = std::filesystem;
+  std::vector<vlmtrim::Picture> frames;
+  for (const auto& path : paths) {
+    std::vector<std::string> files;
+    std::error_code problem;
+    if (fs::is_directory(path, problem)) {
+      for (fs::directory_iterator entry(path, problem), end; !problem && entry != end; entry.increment(problem)) {
+        files.push_back(entry->path().string());
+      }
+      if (problem) throw BadArguments{"the folder " + path + " cannot be read; give one with frames"};
+    } else {
+      files.push_back(path);
+    }
+    std::sort(files.begin(), files.end());
+    for (auto& file : files) frames.push_back(vlmtrim::Picture::file(std::move(file)));
+  }
+  return frames;
+}
+
+// Pictures, then the video.
+std::vector<vlmtrim::Part> shown_of(const Arguments& arguments) {
+  std::vector<vlmtrim::Part> parts;
+  for (const auto& path : arguments.all("--image")) parts.emplace_back(vlmtrim::Picture::file(path));
+  const auto paths = arguments.all("--video");
+  const double fps = arguments.number("--fps", 2.0, 0);
+  if (fps == 0) throw BadArguments{"--fps is 0; give a number above 0"};
+  if (!paths.empty()) parts.emplace_back(vlmtrim::Video(frames_of(paths), fps));
+  return parts;
+}
+
 std::vector<int64_t> ids_of(const std::string& text) {
   std::vector<int64_t> ids;
   const char* at = text.c_str();
@@ -169,8 +205,7 @@ int run(const Arguments& arguments) {
       return refuse(*error);
     }
   }
-  std::vector<vlmtrim::Part> parts;
-  for (const auto& path : arguments.all("--image")) parts.emplace_back(vlmtrim::Picture::file(path));
+  std::vector<vlmtrim::Part> parts = shown_of(arguments);
   const bool json = arguments.flag("--json");
   const vlmtrim::Listener listener = [json](const vlmtrim::Step& step) {
     if (json) return true;
@@ -195,11 +230,11 @@ int run(const Arguments& arguments) {
 
 int main(int count, char** values) {
   try {
-    const Arguments arguments(
-        count, values,
-        {"--prompt", "--image", "--system", "--ids", "--backend", "--cuda-graphs", "--cache-share", "--cache-every",
-         "--threads", "--activations", "--max-new-tokens", "--stop", "--temperature", "--top-k", "--top-p", "--seed"},
-        {"--verify", "--json", "--version", "--help"});
+    const Arguments arguments(count, values,
+                              {"--prompt", "--image", "--video", "--fps", "--system", "--ids", "--backend",
+                               "--cuda-graphs", "--cache-share", "--cache-every", "--threads", "--activations",
+                               "--max-new-tokens", "--stop", "--temperature", "--top-k", "--top-p", "--seed"},
+                              {"--verify", "--json", "--version", "--help"});
     if (arguments.flag("--help")) return std::fputs(kHelp, stdout) < 0 ? 1 : 0;
     if (arguments.flag("--version")) return std::printf("vlmtrim %s\n", vlmtrim_version()) < 0 ? 1 : 0;
     return run(arguments);

@@ -101,6 +101,12 @@ Picture picture_of(const vlmtrim_part& part) {
   }
 }
 
+Shown shown_of(const vlmtrim_part& part) {
+  if (part.kind != VLMTRIM_VIDEO) return Shown::of(picture_of(part));
+  const auto open = [&](size_t number) { return picture_of((&there(part.frames, "frames"))[number]); };
+  return Shown::video(part.frame_count, part.fps == 0 ? 2 : part.fps, open);
+}
+
 GenerateOptions options_of(const vlmtrim_generate_options* given) {
   const auto raw = known(given, "vlmtrim_generate_options");
   GenerateOptions options;
@@ -230,14 +236,14 @@ vlmtrim_status vlmtrim_generate(vlmtrim_session* session, const vlmtrim_part* pa
     const Alone alone(there(session, "session"));
     known(answer, "vlmtrim_answer");
     std::vector<Part> given;
-    std::vector<Picture> pictures;
+    std::vector<Shown> shown;
     for (size_t i = 0; i < count; ++i) {
       const vlmtrim_part& part = (&there(parts, "parts"))[i];
       const bool words = part.kind == VLMTRIM_TEXT;
       given.push_back({words ? text_of(part.text) : "", !words});
-      if (!words) pictures.push_back(picture_of(part));
+      if (!words) shown.push_back(shown_of(part));
     }
-    fill(*session, session->chat.generate(given, pictures, options_of(options), listener_of(callback, user)), answer);
+    fill(*session, session->chat.generate(given, shown, options_of(options), listener_of(callback, user)), answer);
   });
 }
 
@@ -248,8 +254,8 @@ vlmtrim_status vlmtrim_generate_ids(vlmtrim_session* session, const int64_t* ids
   return guarded([&] {
     const Alone alone(there(session, "session"));
     known(answer, "vlmtrim_answer");
-    std::vector<Picture> given;
-    for (size_t i = 0; i < picture_count; ++i) given.push_back(picture_of((&there(pictures, "pictures"))[i]));
+    std::vector<Shown> given;
+    for (size_t i = 0; i < picture_count; ++i) given.push_back(shown_of((&there(pictures, "pictures"))[i]));
     const std::vector<int64_t> tokens(ids, ids + (ids == nullptr ? 0 : id_count));
     fill(*session, session->chat.generate_ids(tokens, given, options_of(options), listener_of(callback, user)), answer);
   });

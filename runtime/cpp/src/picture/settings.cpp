@@ -177,10 +177,16 @@ ImageProcessor ImageProcessor::from_folder(const Folder& files) {
 }
 
 Tensor ImageProcessor::stacked(const std::vector<Picture>& pictures) const {
+  std::vector<const Picture*> places;
+  for (const Picture& picture : pictures) places.push_back(&picture);
+  return stacked(places);
+}
+
+Tensor ImageProcessor::stacked(const std::vector<const Picture*>& pictures) const {
   Tensor pixels = Tensor::empty(DType::kFloat32, {static_cast<int64_t>(pictures.size()), 3, height, width});
   float* target = pixels.as<float>();
-  for (const Picture& picture : pictures) {
-    apply(picture, target);
+  for (const Picture* picture : pictures) {
+    apply(*picture, target);
     target += int64_t{3} * height * width;
   }
   return pixels;

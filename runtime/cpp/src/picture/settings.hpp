@@ -62,6 +62,7 @@ struct ImageProcessor {
   // RGB picture -> float32 [3, height, width] at `target`.
   void apply(const Picture& picture, float* target) const { values.apply(framed(picture), target); }
   // Of every picture, [n, 3, height, width].
+  Tensor stacked(const std::vector<const Picture*>& pictures) const;
   Tensor stacked(const std::vector<Picture>& pictures) const;
   // The part of the picture that the model sees.
   Picture framed(const Picture& picture) const;

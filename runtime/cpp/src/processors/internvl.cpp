@@ -89,18 +89,18 @@ class InternVl final : public Processor {
     end_ = mark_of(raw, "end_image_token", "</img>", where);
   }
 
-  Pictures prepare(const std::vector<Picture>& pictures) const override {
+  Pictures prepare(const std::vector<Shown>& shown) const override {
     std::vector<Picture> tiles;
     Pictures made;
-    for (const Picture& picture : pictures) {
+    for (const Shown& one : shown) {
       const size_t before = tiles.size();
-      add_tiles(picture, tiles);
+      add_tiles(one.picture(), tiles);
       made.tokens.push_back(static_cast<int64_t>(tiles.size() - before) * each_);
       std::string words = start_;
       for (int64_t i = 0; i < made.tokens.back(); ++i) words += mark_;
       made.words.push_back(words + end_);
     }
-    check_tiles(pictures.size(), static_cast<int64_t>(tiles.size()));
+    check_tiles(shown.size(), static_cast<int64_t>(tiles.size()));
     made.inputs["pixel_values"] = tile_.stacked(tiles);
     return made;
   }

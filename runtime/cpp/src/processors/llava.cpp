@@ -12,7 +12,9 @@ class Llava final : public Processor {
     expect_inputs(files, contract, {{"pixel_values", {-1, 3, image_.height, image_.width}}});
   }
 
-  Pictures prepare(const std::vector<Picture>& pictures) const override {
+  Pictures prepare(const std::vector<Shown>& shown) const override {
+    std::vector<const Picture*> pictures;
+    for (const Shown& one : shown) pictures.push_back(&one.picture());
     return {{{"pixel_values", image_.stacked(pictures)}},
             std::vector<int64_t>(pictures.size(), contract_.image_tokens),
             {},

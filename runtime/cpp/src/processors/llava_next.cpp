@@ -16,21 +16,22 @@ class LlavaNext final : public Processor {
     tiling_.check(files, contract, [](int64_t rows, int64_t columns) { return rows * (columns + 1); });
   }
 
-  Pictures prepare(const std::vector<Picture>& pictures) const override {
+  Pictures prepare(const std::vector<Shown>& shown) const override {
     std::vector<Picture> tiles;
     std::vector<int64_t> first;
-    for (const auto& picture : pictures) {
+    for (const Shown& one : shown) {
       first.push_back(static_cast<int64_t>(tiles.size()));
-      tiling_.add_tiles(picture, tiles);
+      tiling_.add_tiles(one.picture(), tiles);
     }
     const auto total = static_cast<int64_t>(tiles.size());
-    check_tiles(pictures.size(), total);
+    check_tiles(shown.size(), total);
     const auto [rows, columns] = tiling_.patches();
     Pictures made;
     std::vector<int64_t> index;
-    for (size_t i = 0; i < pictures.size(); ++i) {
+    for (size_t i = 0; i < shown.size(); ++i) {
       const size_t before = index.size();
-      add_features({pictures[i].height, pictures[i].width}, first[i], total * rows * columns, index);
+      const Picture& picture = shown[i].picture();
+      add_features({picture.height, picture.width}, first[i], total * rows * columns, index);
       made.tokens.push_back(static_cast<int64_t>(index.size() - before));
     }
     made.inputs["pixel_values"] = tiling_.tile().stacked(tiles);

@@ -1,5 +1,6 @@
 // LLaVA-OneVision: tiles as LLaVA-NeXT has them where a question brings one picture, of which large ones become fewer
-// tokens than patches; one tile each where it brings several. Mirrors runtime/processors/llava_onevision.py.
+// tokens than patches; one tile each where it brings several, and for each frame of a video.
+// Mirrors runtime/processors/llava_onevision.py.
 #include <algorithm>
 #include <cmath>
 
@@ -106,27 +107,32 @@ class LlavaOneVision final : public Processor {
                   [this](int64_t rows, int64_t columns) { return std::min(rows * columns, 121 * most_ / 100) + rows; });
   }
 
-  Pictures prepare(const std::vector<Picture>& pictures) const override {
-    const bool alone = pictures.size() == 1;
+  bool takes_videos() const override { return contract_.video_token_id.has_value(); }
+
+  Pictures prepare(const std::vector<Shown>& shown) const override {
+    const bool alone = std::count_if(shown.begin(), shown.end(), [](const Shown& one) { return !one.is_video(); }) == 1;
     std::vector<Picture> tiles;
     std::vector<int64_t> first;
-    for (const Picture& picture : pictures) {
+    for (const Shown& one : shown) {
       first.push_back(static_cast<int64_t>(tiles.size()));
-      if (alone) tiling_.add_tiles(picture, tiles);
-      else tiles.push_back(square_.framed(picture));
+      cut(one, alone, tiles);
     }
-    const auto total = static_cast<int64_t>(tiles.size());
-    check_tiles(pictures.size(), total);
+    first.push_back(static_cast<int64_t>(tiles.size()));
+    check_tiles(shown.size(), first.back());
     const auto [rows, columns] = tiling_.patches();
-    const int64_t newline = total * rows * columns;
+    const int64_t newline = first.back() * rows * columns;
     Pictures made;
     Tokens tokens;
-    for (size_t i = 0; i < pictures.size(); ++i) {
+    for (size_t i = 0; i < shown.size(); ++i) {
       const int64_t before = tokens.count();
-      tokens.add(tiling_.squeezed(first[i]), tiling_.patches(), nullptr);
+      const Size laid = shown[i].is_video() ? Size{(rows + 1) / 2, (columns + 1) / 2} : tiling_.patches();
+      const int64_t whole = shown[i].is_video() ? first[i + 1] : first[i] + 1;
+      for (int64_t tile = first[i]; tile < whole; ++tile) tokens.add(tiling_.squeezed(tile), laid, nullptr);
       PatchGrid grid{1, 0, {}};  // no patches, and the newline behind them
-      if (alone) grid = tiling_.covered({pictures[i].height, pictures[i].width}, first[i]);
-      tokens.add(grid, laid(grid), &newline);
+      if (alone && !shown[i].is_video()) {
+        grid = tiling_.covered({shown[i].picture().height, shown[i].picture().width}, first[i]);
+      }
+      tokens.add(grid, this->laid(grid), &newline);
       made.tokens.push_back(tokens.count() - before);
     }
     made.inputs = {{"pixel_values", tiling_.tile().stacked(tiles)},
@@ -136,6 +142,19 @@ class LlavaOneVision final : public Processor {
   }
 
  private:
+  // Tiles of a picture, or of a video, whose frames are squeezed into one each.
+  void cut(const Shown& shown, bool alone, std::vector<Picture>& tiles) const {
+    if (shown.is_video()) {
+      for (const Picture& frame : shown.frames) {
+        tiles.push_back(resized(frame, square_.width, square_.height, square_.filter));
+      }
+    } else if (alone) {
+      tiling_.add_tiles(shown.picture(), tiles);
+    } else {
+      tiles.push_back(square_.framed(shown.picture()));
+    }
+  }
+
   // Rows and columns of tokens: fewer where the patches are more than those of the most tiles, by a fifth or above.
   Size laid(const PatchGrid& grid) const {
     const double ratio = std::sqrt(static_cast<double>(grid.rows * grid.columns) / static_cast<double>(most_));

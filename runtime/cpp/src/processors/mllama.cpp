@@ -38,12 +38,12 @@ class Mllama final : public Processor {
     }
   }
 
-  Pictures prepare(const std::vector<Picture>& pictures) const override {
-    const auto count = static_cast<int64_t>(pictures.size());
+  Pictures prepare(const std::vector<Shown>& shown) const override {
+    const auto count = static_cast<int64_t>(shown.size());
     Tensor pixels = Tensor::zeros(DType::kFloat32, {count, tiles_, 3, tile_, tile_});
     std::vector<int64_t> ids, mask;
     for (int64_t i = 0; i < count; ++i) {
-      const Picture& picture = pictures[static_cast<size_t>(i)];
+      const Picture& picture = shown[static_cast<size_t>(i)].picture();
       const size_t number = canvas_of(picture);
       const auto [rows, columns] = canvases_[number];
       std::vector<float> whole(static_cast<size_t>(3 * rows * columns * tile_ * tile_));
@@ -55,7 +55,7 @@ class Mllama final : public Processor {
     return {{{"pixel_values", pixels},
              {"aspect_ratio_ids", Tensor::of(ids, {count})},
              {"aspect_ratio_mask", Tensor::of(mask, {count, tiles_})}},
-            std::vector<int64_t>(pictures.size(), 1),
+            std::vector<int64_t>(shown.size(), 1),
             {},
             {}};
   }

@@ -1,5 +1,5 @@
-// What a processor is: pictures -> inputs of the vision graph, visual tokens a picture, positions of the tokens.
-// Mirrors runtime/processors/base.py and the families' files beside it.
+// What a processor is: pictures and videos -> inputs of the vision graph, visual tokens of each, positions of the
+// tokens. Mirrors runtime/processors/base.py and the families' files beside it.
 #pragma once
 
 #include <memory>
@@ -7,11 +7,11 @@
 
 #include "core/bundle.hpp"
 #include "core/tensor.hpp"
-#include "picture/picture.hpp"
+#include "processors/shown.hpp"
 
 namespace vlmtrim {
 
-// What the pictures of one step become.
+// What the pictures and videos of one step become.
 struct Pictures {
   Tensors inputs;               // of the vision graph: float32 (cast to the contract's dtype later) or int64
   std::vector<int64_t> tokens;  // visual tokens that each picture brings
@@ -39,7 +39,9 @@ class Processor {
   explicit Processor(const Contract& contract) : contract_(contract) {}
   virtual ~Processor() = default;
 
-  virtual Pictures prepare(const std::vector<Picture>& pictures) const = 0;
+  // Whether videos may stand among the pictures.
+  virtual bool takes_videos() const { return false; }
+  virtual Pictures prepare(const std::vector<Shown>& shown) const = 0;
   // Positions of a step's tokens, from the first free one; `pictures` may be null.
   virtual Positions positions(const std::vector<int64_t>& ids, int64_t start, const Pictures* pictures) const;
 

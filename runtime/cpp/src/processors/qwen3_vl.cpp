@@ -21,19 +21,20 @@ struct Taps {
 class Qwen3Vl final : public QwenVl {
  public:
   Qwen3Vl(const Folder& files, const Contract& contract) : QwenVl(files, contract) {
-    const std::string where = (files.path() / "config.json").string() + ": vision_config";
-    const Json config = files.json("config.json"), vision = config.value("vision_config", Json());
-    if (!vision.is_object()) throw BundleError(said(where, " is ", shown(vision), "; expected an object"));
-    const Json positions = vision.value("num_position_embeddings", Json(kUsualPositions));
-    const double count = number(positions, where + ".num_position_embeddings", 1, kMostPositions);
+    const std::string where = (files.path() / "config.json").string() + ": vision_config.num_position_embeddings";
+    const Json positions = vision_config(files).value("num_position_embeddings", Json(kUsualPositions));
+    const double count = number(positions, where, 1, kMostPositions);
     side_ = static_cast<int64_t>(std::sqrt(std::floor(count)));
     auto inputs = shapes();
     inputs["grid_index"] = inputs["grid_weights"] = {-1, merge() * merge(), 4};
     expect_inputs(files, contract, inputs);
   }
 
-  Pictures prepare(const std::vector<Picture>& pictures) const override {
-    Pictures made = QwenVl::prepare(pictures);
+  // In the prompt their frames stand behind words.
+  bool takes_videos() const override { return false; }
+
+  Pictures prepare(const std::vector<Shown>& shown) const override {
+    Pictures made = QwenVl::prepare(shown);
     const Tensor& places = made.inputs.at("patch_positions");
     const Shape shape{places.shape[0], places.shape[1], 4};
     Tensor index = Tensor::empty(DType::kInt64, shape), weights = Tensor::empty(DType::kFloat32, shape);

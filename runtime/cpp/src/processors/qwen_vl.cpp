@@ -49,12 +49,22 @@ int64_t window_side(const Contract& contract) {
   return static_cast<int64_t>(std::sqrt(static_cast<double>(windows->shape.back().size)));
 }
 
-// Qwen2-VL and Qwen2.5-VL, which differ in what their vision graphs take.
+class Qwen25Vl final : public QwenVl {
+ public:
+  Qwen25Vl(const Folder& files, const Contract& contract) : QwenVl(files, contract) {
+    expect_inputs(files, contract, shapes());
+  }
+};
+
 class Qwen2Vl final : public QwenVl {
  public:
   Qwen2Vl(const Folder& files, const Contract& contract) : QwenVl(files, contract) {
     expect_inputs(files, contract, shapes());
   }
+
+ protected:
+  // Frames are one position apart whatever their distance.
+  float interval(double /*fps*/) const override { return 1; }
 };
 
 }  // namespace
@@ -73,6 +83,8 @@ QwenVl::QwenVl(const Folder& files, const Contract& contract) : Processor(contra
   most_ = settings.integer("max_pixels", 1, kMostPixelsSeen, either("longest_edge", 28 * 28 * 1280));
   filter_ = settings.resample();
   values_ = settings.normalisation();
+  const std::string where = (files.path() / "config.json").string() + ": vision_config.tokens_per_second";
+  tokens_per_second_ = number(vision_config(files).value("tokens_per_second", Json(4)), where, 1e-3, 1e3);
 }
 
 std::map<std::string, Shape> QwenVl::shapes() const {
@@ -87,31 +99,53 @@ std::map<std::string, Shape> QwenVl::shapes() const {
   return shapes;
 }
 
-Pictures QwenVl::prepare(const std::vector<Picture>& pictures) const {
-  std::vector<Picture> fitted;
-  std::vector<Grid> grids;
+Json QwenVl::vision_config(const Folder& files) {
+  const Json config = files.json("config.json"), found = config.value("vision_config", Json());
+  if (found.is_object()) return found;
+  const std::string where = (files.path() / "config.json").string();
+  throw BundleError(said(where, ": vision_config is ", shown(found), "; expected an object"));
+}
+
+float QwenVl::interval(double fps) const {
+  return static_cast<float>(tokens_per_second_) * static_cast<float>(static_cast<double>(together_) / fps);
+}
+
+Pictures QwenVl::prepare(const std::vector<Shown>& shown) const {
+  std::vector<std::vector<Picture>> fitted;
+  std::vector<Grid> grids;  // of the frames, each of which is `together_` of a video
   Pictures made;
   int64_t total = 0;
-  const int64_t side = patch_ * merge_;
-  for (const auto& picture : pictures) {
-    fitted.push_back(fit(picture));
-    grids.push_back({fitted.back().height / side, fitted.back().width / side});
-    made.tokens.push_back(grids.back().rows * grids.back().columns);
-    made.grids.push_back({grids.back().rows, grids.back().columns, 0});
+  const int64_t side = patch_ * merge_, group = merge_ * merge_, values = 3 * together_ * patch_ * patch_;
+  for (const Shown& one : shown) {
+    const int64_t count = (static_cast<int64_t>(one.frames.size()) + together_ - 1) / together_;
+    fitted.emplace_back();
+    for (const Picture& frame : one.frames) fitted.back().push_back(fit(frame, count));
+    const Picture& first = fitted.back().front();
+    const Grid grid{first.height / side, first.width / side};
+    made.grids.push_back({grid.rows, grid.columns});
+    const float step = one.is_video() ? interval(*one.fps) : 0;
+    for (int64_t frame = 0; frame < count; ++frame) {
+      made.grids.back().push_back(static_cast<int64_t>(static_cast<double>(frame) * static_cast<double>(step)));
+      grids.push_back(grid);
+    }
+    made.tokens.push_back(count * grid.rows * grid.columns);
     total += made.tokens.back();
   }
-  const int64_t group = merge_ * merge_, values = 3 * together_ * patch_ * patch_;
   Tensor pixels = Tensor::empty(DType::kFloat32, {total, group, values});
   Tensor places = Tensor::empty(DType::kInt64, {total, group, 2});
   float* pixel = pixels.as<float>();
   int64_t* place = places.as<int64_t>();
-  std::vector<int64_t> frames;
-  for (size_t i = 0; i < fitted.size(); ++i) {
-    add_patches(fitted[i], grids[i], pixel);
-    add_places(grids[i], place);
-    frames.insert(frames.end(), static_cast<size_t>(made.tokens[i]), static_cast<int64_t>(i));
+  std::vector<int64_t> numbers;
+  size_t number = 0;
+  for (const auto& frames : fitted) {
+    for (size_t first = 0; first < frames.size(); first += static_cast<size_t>(together_), ++number) {
+      const Grid grid = grids[number];
+      add_patches(frames, first, grid, pixel);
+      add_places(grid, place);
+      numbers.insert(numbers.end(), static_cast<size_t>(grid.rows * grid.columns), static_cast<int64_t>(number));
+    }
   }
-  made.inputs = {{"pixel_values", pixels}, {"patch_positions", places}, {"frame_ids", Tensor::of(frames, {total})}};
+  made.inputs = {{"pixel_values", pixels}, {"patch_positions", places}, {"frame_ids", Tensor::of(numbers, {total})}};
   if (window_ > 0) add_windows(grids, total, made.inputs);
   return made;
 }
@@ -147,24 +181,28 @@ Positions QwenVl::positions(const std::vector<int64_t>& ids, int64_t start, cons
   return found;
 }
 
-// The picture at a size that tokens fill.
-Picture QwenVl::fit(const Picture& picture) const {
-  const int64_t side = patch_ * merge_, share = contract_.image_tokens;
+// The picture at a size that tokens fill; `frames` of them share what the bundle takes of one picture.
+Picture QwenVl::fit(const Picture& picture, int64_t frames) const {
+  const int64_t side = patch_ * merge_, share = contract_.image_tokens / frames;
   const int64_t most = std::min(most_, std::max<int64_t>(share, 1) * side * side);
   const auto [height, width] = fitting_size(picture, side, std::min(least_, most), most);
   if (const int64_t tokens = height / side * (width / side); tokens > share) {
+    const std::string of = frames > 1 ? said("one of ", frames, " frames") : "a picture";
     throw Refusal(said("a picture of ", picture.width, " x ", picture.height, " pixels makes ", tokens,
-                       " visual tokens at least, the bundle takes ", share,
-                       " of a picture; crop it, or export with more --image-tokens"));
+                       " visual tokens at least, the bundle takes ", share, " of ", of,
+                       "; crop it, give fewer frames, or export with more --image-tokens"));
   }
   return resized(picture, static_cast<int>(width), static_cast<int>(height), filter_);
 }
 
-// [tokens, patches of a token, channel, frame, row, column] of a still picture, whose frames are all the same.
-void QwenVl::add_patches(const Picture& picture, Grid grid, float*& target) const {
-  const int64_t area = static_cast<int64_t>(picture.width) * picture.height;
-  std::vector<float> whole(static_cast<size_t>(3 * area));
-  values_.apply(picture, whole.data());
+// [tokens, patches of a token, channel, frame, row, column] of the frames from `first` on that share tokens; where they
+// end, the last one is repeated: a picture is all of them.
+void QwenVl::add_patches(const std::vector<Picture>& frames, size_t first, Grid grid, float*& target) const {
+  const int64_t wide = frames[first].width, area = wide * frames[first].height;
+  std::vector<std::vector<float>> wholes;
+  for (size_t i = first; i < std::min(first + static_cast<size_t>(together_), frames.size()); ++i) {
+    values_.apply(frames[i], wholes.emplace_back(static_cast<size_t>(3 * area)).data());
+  }
   const int64_t side = patch_ * merge_;
   for (int64_t token = 0; token < grid.rows * grid.columns; ++token) {
     const int64_t top = token / grid.columns * side, left = token % grid.columns * side;
@@ -172,7 +210,8 @@ void QwenVl::add_patches(const Picture& picture, Grid grid, float*& target) cons
       const int64_t y = top + part / merge_ * patch_, x = left + part % merge_ * patch_;
       for (int64_t channel = 0; channel < 3; ++channel) {
         for (int64_t row = 0; row < together_ * patch_; ++row, target += patch_) {
-          std::copy_n(whole.data() + channel * area + (y + row % patch_) * picture.width + x, patch_, target);
+          const auto& whole = wholes[std::min(static_cast<size_t>(row / patch_), wholes.size() - 1)];
+          std::copy_n(whole.data() + channel * area + (y + row % patch_) * wide + x, patch_, target);
         }
       }
     }
@@ -217,7 +256,7 @@ std::unique_ptr<Processor> make_qwen2_vl(const Folder& files, const Contract& co
 }
 
 std::unique_ptr<Processor> make_qwen2_5_vl(const Folder& files, const Contract& contract) {
-  return std::make_unique<Qwen2Vl>(files, contract);
+  return std::make_unique<Qwen25Vl>(files, contract);
 }
 
 }  // namespace vlmtrim

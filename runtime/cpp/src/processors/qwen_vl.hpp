@@ -9,8 +9,9 @@ namespace vlmtrim {
 
 class QwenVl : public Processor {
  public:
+  bool takes_videos() const override { return contract_.video_token_id.has_value(); }
   // `grids` of what it makes: rows, columns, and the time of each frame.
-  Pictures prepare(const std::vector<Picture>& pictures) const override;
+  Pictures prepare(const std::vector<Shown>& shown) const override;
   // M-RoPE [3, 1, S]: text counts on along all three axes, a picture's tokens by frame, row and column; the text behind
   // a picture goes on after its longer side.
   Positions positions(const std::vector<int64_t>& ids, int64_t start, const Pictures* pictures) const override;
@@ -18,22 +19,27 @@ class QwenVl : public Processor {
  protected:
   QwenVl(const Folder& files, const Contract& contract);
 
+  // Positions between two frames of a video that are as many a second.
+  virtual float interval(double fps) const;
   // Of the vision graph's inputs.
   std::map<std::string, Shape> shapes() const;
   // Patches of a token along each side.
   int64_t merge() const { return merge_; }
+  // Of the model's config.
+  static Json vision_config(const Folder& files);
 
  private:
   struct Grid {
     int64_t rows, columns;
   };
 
-  Picture fit(const Picture& picture) const;
-  void add_patches(const Picture& picture, Grid grid, float*& target) const;
+  Picture fit(const Picture& picture, int64_t frames) const;
+  void add_patches(const std::vector<Picture>& frames, size_t first, Grid grid, float*& target) const;
   void add_places(Grid grid, int64_t*& target) const;
   void add_windows(const std::vector<Grid>& grids, int64_t total, Tensors& inputs) const;
 
   int64_t window_, patch_ = 0, merge_ = 0, together_ = 0, least_ = 0, most_ = 0;
+  double tokens_per_second_ = 0;
   int filter_ = kBicubic;
   Normalisation values_;
 };

@@ -55,16 +55,16 @@ class SmolVlm final : public Processor {
     }
   }
 
-  Pictures prepare(const std::vector<Picture>& pictures) const override {
+  Pictures prepare(const std::vector<Shown>& shown) const override {
     std::vector<Picture> scaled;
     std::vector<Grid> grids;
     int64_t total = 0;
-    for (const Picture& picture : pictures) {
-      scaled.push_back(framed(picture));
+    for (const Shown& one : shown) {
+      scaled.push_back(framed(one.picture()));
       grids.push_back(tiled(scaled.back()));
       total += grids.back().tiles();
     }
-    check_tiles(pictures.size(), total);
+    check_tiles(shown.size(), total);
     Pictures made;
     Tensor pixels = Tensor::empty(DType::kFloat32, {total, 3, side_, side_});
     float* target = pixels.as<float>();
@@ -72,7 +72,7 @@ class SmolVlm final : public Processor {
       values_.apply(tile, target);
       target += int64_t{3} * side_ * side_;
     };
-    for (size_t i = 0; i < pictures.size(); ++i) {
+    for (size_t i = 0; i < shown.size(); ++i) {
       const Grid grid = grids[i];
       for (int row = 0; row < grid.rows; ++row) {
         for (int column = 0; column < grid.columns; ++column) {

@@ -101,6 +101,12 @@ Prompter::Prompter(const Json& form, std::string where, const Contract& contract
   answer_trim_ = trim(trims, "answer");
   keeps_order_ = boolean(need(form, "keeps_order", where_), where_ + ": keeps_order");
   late_pictures_ = boolean(need(form, "late_pictures", where_), where_ + ": late_pictures");
+  videos_ = boolean(form.value("videos", Json(false)), where_ + ": videos");  // older ones do not say
+}
+
+void Prompter::check_videos() const {
+  if (videos_) return;
+  throw Refusal(said(where_, " does not say that videos are written as pictures are; ", kGiveIds, ", or export again"));
 }
 
 Segments Prompter::segments(const Json& form, const char* name) const {

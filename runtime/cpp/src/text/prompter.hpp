@@ -14,7 +14,7 @@
 
 namespace vlmtrim {
 
-// A piece of a question: text, or a picture in its place.
+// A piece of a question: text, or a picture or a video in its place.
 struct Part {
   std::string text;
   bool picture = false;
@@ -43,6 +43,9 @@ class Prompter {
   // The same of what prompt.json holds; `where` is for messages.
   Prompter(const Json& form, std::string where, const Contract& contract, std::shared_ptr<const Tokenizer> tokenizer);
 
+  // Throws Refusal where videos are not written as pictures are.
+  void check_videos() const;
+
  private:
   friend class Conversation;
 
@@ -55,7 +58,7 @@ class Prompter {
   std::vector<Opening> openings_;
   Segments image_, joint_, text_, asked_, again_;
   Trim system_trim_ = Trim::kNone, question_trim_ = Trim::kNone, answer_trim_ = Trim::kNone;
-  bool keeps_order_ = false, late_pictures_ = false;
+  bool keeps_order_ = false, late_pictures_ = false, videos_ = false;
   int64_t image_token_id_;
   size_t most_characters_;
 };
