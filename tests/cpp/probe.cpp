@@ -120,6 +120,14 @@ PROBE int probe_caches(void* opened, double share, int64_t every) {
   });
 }
 
+PROBE int probe_sum_attention(void* opened) {
+  return guarded([&] { static_cast<Probed*>(opened)->session->attention().sum(); });
+}
+
+PROBE int probe_received(void* opened) {
+  return guarded([&] { keep("received", static_cast<Probed*>(opened)->session->attention().received()); });
+}
+
 PROBE int probe_prefill(void* opened, const int64_t* ids, size_t count, const char* pictures, const void* const* data,
                         const float* guide, size_t scores) {
   return guarded([&] {

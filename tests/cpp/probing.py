@@ -100,6 +100,15 @@ class Native:
         """How a cache policy cuts from now on."""
         call("probe_caches", self._handle, ctypes.c_double(share), ctypes.c_int64(every))
 
+    def sum_attention(self):
+        """Sums what visual tokens receive from now on, where the bundle returns it."""
+        call("probe_sum_attention", self._handle)
+
+    def received(self) -> np.ndarray:
+        """What the visual tokens of the last step with any have received since, float32 [N]."""
+        call("probe_received", self._handle)
+        return array("received", np.float32)
+
     def process(self, images) -> dict:
         """What the processor makes of Pillow pictures, and of videos of them: inputs by name, tokens, grids, words."""
         videos = [image if isinstance(image, Video) else Video([image], 0) for image in images]

@@ -96,6 +96,11 @@ class Answer(ctypes.Structure):
         ("decode_steps", c_int64),
         ("caches", c_char_p),
         ("caches_seconds", c_double),
+        ("guided", c_int32),
+        ("exited", c_int32),
+        ("confidence", c_double),
+        ("guide_seconds", c_double),
+        ("guided_seconds", c_double),
     ]
 
 

@@ -41,7 +41,7 @@ ON_ENGINES = {
     "chained": ("llava", {"k": 2, "r": 0.5, "engine": "tensorrt-rtx", "engine_shards": 2}),
     "crossing-chain": (
         "mllama",
-        {"method": "trimmed-llama", "images": 2, "engine": "tensorrt-rtx", "engine_shards": 3},
+        {"method": "trimmed-llama", "images": 3, "engine": "tensorrt-rtx", "engine_shards": 3},
     ),
     **{name: case for name, case in CASES.items() if name not in ("packed", "idefics", "intern")},
 }
@@ -93,16 +93,23 @@ def three_turns(folder, native, buckets=False):
         backend.window = profiles.bucket
     with Session(open_bundle(folder), backend) as ours:
         contract = ours.contract
+        if emits := ours.attention.emitted:
+            ours.attention.on = True
+            native.sum_attention()
         for turn, sizes in enumerate([[(240, 200)], [], [(70, 90), (33, 61)]]):
             images = [generated_picture(turn).resize(size) for size in sizes]
             pictures = ours.processor(images) if images else None
             ids = ids_of(contract, pictures.tokens if pictures else [], 12, turn)
             token = compare(ours, native, ids, pictures, drawn_scores(contract, [ids.tolist()]))
             decode(ours, native, token, 8)
+            if emits:
+                np.testing.assert_array_equal(native.received(), ours.attention.received[0])
         ours.reset()
         native.reset()
         ids = ids_of(contract, [], 9, 5)
         compare(ours, native, ids, None, drawn_scores(contract, [ids.tolist()]))
+        with pytest.raises(ProbeError, match="no attention was summed"):
+            native.received()
 
 
 @pytest.mark.parametrize("name", CASES)

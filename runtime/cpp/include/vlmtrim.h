@@ -74,6 +74,12 @@ VLMTRIM_API vlmtrim_status vlmtrim_session_reset(vlmtrim_session* session, const
 /* Of a bundle with a cache policy: the share of the candidates that stays (below 0: as it is), and the decode steps
  * between two rounds while an answer grows (0: as they are). */
 VLMTRIM_API vlmtrim_status vlmtrim_session_caches(vlmtrim_session* session, double share, int64_t every);
+/* Lets another bundle, of --method none --emit-guide, show one of --method guided which visual tokens to keep. It is
+ * asked first, every question with pictures in a conversation of its own; where the geometric mean of its tokens'
+ * probabilities reaches `exit_confidence` its answer is given, and every question then opens a new conversation; 0:
+ * never. Begins a new conversation; a session has one guide, and no vlmtrim_generate_ids then. */
+VLMTRIM_API vlmtrim_status vlmtrim_session_guide(vlmtrim_session* session, vlmtrim_model* small,
+                                                 double exit_confidence);
 /* Ends the answer that is being generated behind its next token. From any thread. */
 VLMTRIM_API void vlmtrim_cancel(vlmtrim_session* session);
 
@@ -145,6 +151,9 @@ typedef struct {
   const char* caches; /* JSON of what a cache policy left: policy, share, visual_by_layer, entries_by_layer, bytes,
                          allocated; NULL without one */
   double caches_seconds;
+  int32_t guided, exited; /* not 0: a guide was asked; its answer is this one, and so are visual, kept and the times */
+  double confidence;      /* geometric mean of the probabilities of the guide's tokens */
+  double guide_seconds, guided_seconds; /* that the guide took, and behind it the guided bundle */
 } vlmtrim_answer;
 
 /* Asks. `options`, `callback` and `answer` may be NULL. */

@@ -182,6 +182,13 @@ struct Step {
   vlmtrim_ended ended = VLMTRIM_GOES_ON;
 };
 
+// What became of a question with pictures that a guide was asked first, see vlmtrim_session_guide.
+struct Guidance {
+  double confidence = 0;
+  bool exited = false;          // the guide's answer was given
+  double small = 0, large = 0;  // seconds that guide and guided bundle took
+};
+
 struct Answer {
   std::string text;
   std::vector<int64_t> tokens;
@@ -192,6 +199,7 @@ struct Answer {
   int64_t decode_steps = 0;
   std::string caches;  // JSON of what a cache policy left; empty without one
   double caches_seconds = 0;
+  std::optional<Guidance> guidance;
 };
 
 // Called with every token; false ends the answer. It must not throw.
@@ -215,6 +223,13 @@ class Session {
   // See vlmtrim_session_caches.
   std::optional<Error> caches(double share, int64_t every = 0) {
     const vlmtrim_status status = vlmtrim_session_caches(session_.get(), share, every);
+    if (status != VLMTRIM_OK) return last_error(status);
+    return std::nullopt;
+  }
+
+  // See vlmtrim_session_guide.
+  std::optional<Error> guide(const Model& small, double exit_confidence = 0) {
+    const vlmtrim_status status = vlmtrim_session_guide(session_.get(), small.get(), exit_confidence);
     if (status != VLMTRIM_OK) return last_error(status);
     return std::nullopt;
   }
@@ -288,6 +303,9 @@ class Session {
     answer.decode_steps = found.decode_steps;
     if (found.caches != nullptr) answer.caches = found.caches;
     answer.caches_seconds = found.caches_seconds;
+    if (found.guided != 0) {
+      answer.guidance = Guidance{found.confidence, found.exited != 0, found.guide_seconds, found.guided_seconds};
+    }
     return answer;
   }
 

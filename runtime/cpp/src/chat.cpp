@@ -118,7 +118,7 @@ void Chat::speak(const Prefill& prefill, const GenerateOptions& options, const L
   const auto& eos = session_.contract().eos_token_ids;
   std::vector<float> logits = prefill.logits;
   for (int64_t index = 0;; ++index) {
-    Step step{index, sample(logits), "", Ended::kNot};
+    Step step{index, sample(logits), "", Ended::kNot, options.sure ? largest_probability(logits) : 0};
     step.ended = end_of(step.token, index, options);
     const bool ends = std::find(eos.begin(), eos.end(), step.token) != eos.end();
     const std::string fresh = ends || !stream ? "" : stream->step(step.token);

@@ -20,6 +20,7 @@ struct Step {
   int64_t index = 0, token = 0;
   std::string text;  // what the token adds to the answer; may be empty
   Ended ended = Ended::kNot;
+  double sure = 0;  // probability of the likeliest token, where that was asked for
 };
 
 struct GenerateOptions {
@@ -27,6 +28,7 @@ struct GenerateOptions {
   Sampling sampling;
   std::vector<std::string> stop;
   std::vector<float> guide;  // what the visual tokens are ranked by, where another bundle provides that
+  bool sure = false;         // tell with every step how probable the likeliest token was
 };
 
 struct Answer {

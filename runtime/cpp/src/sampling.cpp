@@ -120,6 +120,13 @@ int64_t Sampler::draw(const std::vector<float>& logits) {
   return std::upper_bound(cumulated.begin(), cumulated.end(), point) - cumulated.begin();
 }
 
+double largest_probability(const std::vector<float>& logits) {
+  const double most = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (const float logit : logits) sum += std::exp(static_cast<double>(logit) - most);
+  return 1 / sum;
+}
+
 Stopper::Stopper(std::vector<std::string> stops) : stops_(std::move(stops)) {
   for (const auto& stop : stops_) {
     if (stop.empty() || first_bad_utf8(stop))

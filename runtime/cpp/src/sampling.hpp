@@ -48,6 +48,9 @@ class Sampler {
   Pcg64 generator_;
 };
 
+// Of the likeliest token, at temperature 1.
+double largest_probability(const std::vector<float>& logits);
+
 // Passes text on until a stop text begins in it; holds back what may become one.
 class Stopper {
  public:

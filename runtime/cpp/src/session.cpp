@@ -51,7 +51,7 @@ Session::Session(std::shared_ptr<Model> model) : model_(std::move(model)) {
   features_ = contract().feature_width();
   vocabulary_ = decoder.output("logits")->shape.back().size;
   selects_ = decoder.input("visual_positions") != nullptr;
-  emits_ = decoder.output("key_scores") != nullptr;
+  attention_ = std::make_unique<Attention>(contract());
   for (const auto& group : contract().groups) chooses_ |= group.chooses;
   caches_ = model_->backend().make_caches(contract());
   graph("decoder").bind_caches(caches_);
@@ -65,6 +65,7 @@ void Session::reset() {
   entries_.assign(contract().groups.size(), 0);
   times_ = {};
   caching_->reset();
+  attention_->forget();
   crossing_ = contract().crosses() ? std::make_unique<Crossing>(contract(), model_->processor()) : nullptr;
 }
 
@@ -250,10 +251,7 @@ Session::Step Session::step(const std::vector<int64_t>& ids, const std::vector<i
   feeds.merge(graph("embed").run(embedded));
   feeds["position_ids"] = positions.ids;
   feeds["last_index"] = Tensor::of(std::vector<int64_t>{tokens - 1}, {1});
-  if (emits_) {  // no rows of attention are summed
-    feeds["score_rows"] = Tensor::zeros(DType::kInt64, {1, 0});
-    feeds["score_weights"] = Tensor::zeros(DType::kFloat32, {1, 0});
-  }
+  feeds.merge(attention_->feeds(tokens, visual_positions));
   if (selects_) feeds["visual_positions"] = where;
   const std::vector<int64_t> windows = feed_places(feeds, tokens, visual, decodes);
   if (crossing_) {
@@ -261,6 +259,7 @@ Session::Step Session::step(const std::vector<int64_t>& ids, const std::vector<i
     feeds.merge(crossing_->feeds(ids, pictures, windows));
   }
   Step done{graph("decoder").run(feeds), std::nullopt};
+  attention_->took(done.outputs, model_->backend(), visual_positions, entries_[0]);
   if (crossing_) done.kept_features = crossing_->took(done.outputs, model_->backend(), entries_);
   const std::vector<int64_t> added = grown(done.outputs, tokens, visual, done.kept_features);
   for (size_t i = 0; i < entries_.size(); ++i) entries_[i] += added[i];

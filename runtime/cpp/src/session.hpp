@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.hpp"
 #include "caching.hpp"
 #include "crossing.hpp"
 #include "model.hpp"
@@ -45,6 +46,7 @@ class Session {
   const Contract& contract() const { return model_->contract(); }
   const Times& times() const { return times_; }
   Caching& caching() { return *caching_; }
+  Attention& attention() { return *attention_; }
 
   // Forgets the conversation; the caches are reused.
   void reset();
@@ -85,10 +87,11 @@ class Session {
   std::map<std::string, std::unique_ptr<Graph>> graphs_;
   Tensors caches_;
   int64_t features_ = 0, vocabulary_ = 0, position_ = 0;
-  bool selects_ = false, chooses_ = false, emits_ = false;
+  bool selects_ = false, chooses_ = false;
   std::vector<int64_t> entries_;
   std::unique_ptr<Crossing> crossing_;
   std::unique_ptr<Caching> caching_;
+  std::unique_ptr<Attention> attention_;
   Times times_;
 };
 

@@ -34,6 +34,8 @@ Ask a bundle about a picture; the answer is streamed to stdout.
   --cuda-graphs HOW      how TensorRT's decode steps are replayed: auto (default), capture or off
   --threads N            CPU threads of ONNX Runtime (default: one per core)
   --activations KIND     what packed weights are multiplied by: int8 (default) or float32 (exact and slow)
+  --guide SMALL          with a bundle of --method guided: the bundle (--emit-guide) that shows which tokens to keep
+  --exit-confidence C    give the guide's answer where the geometric mean of its tokens' probabilities reaches C
   --cache-share S        with a bundle of --cache: share of the visual tokens that stays in the caches
   --cache-every T        with a bundle of --cache keyformer or scope: decode steps between two rounds
   --max-new-tokens N     at most so many tokens (default 128)
@@ -152,6 +154,13 @@ std::vector<int64_t> ids_of(const std::string& text) {
   return ids;
 }
 
+Json guidance_of(const vlmtrim::Guidance& guidance) {
+  return {{"confidence", rounded(guidance.confidence)},
+          {"exited", guidance.exited},
+          {"small", rounded(guidance.small)},
+          {"large", rounded(guidance.large)}};
+}
+
 // What --json prints: the record of run-vlm.
 Json record(const vlmtrim::Answer& answer, const Json& model, double opened) {
   return {{"text", answer.text},
@@ -164,7 +173,7 @@ Json record(const vlmtrim::Answer& answer, const Json& model, double opened) {
           {"caches", answer.caches.empty() ? Json() : Json::parse(answer.caches)},
           {"backend", model.at("backend")},
           {"selection", model.at("selection")},
-          {"guide", nullptr},
+          {"guide", answer.guidance ? guidance_of(*answer.guidance) : Json()},
           {"times",
            {{"open", rounded(opened)},
             {"vision", rounded(answer.vision_seconds)},
@@ -173,10 +182,29 @@ Json record(const vlmtrim::Answer& answer, const Json& model, double opened) {
             {"caches", rounded(answer.caches_seconds)}}}};
 }
 
-void finish(const vlmtrim::Answer& answer, const Json& model) {
+// Gives the session the guide of --guide, whose description is left in `description`.
+std::optional<vlmtrim::Error> guided(vlmtrim::Session& session, const Arguments& arguments, std::string& description) {
+  const auto folder = arguments.last("--guide");
+  const bool exits = arguments.last("--exit-confidence").has_value();
+  if (exits && !folder) throw BadArguments{"--exit-confidence is of a guide's answer; give --guide SMALL as well"};
+  if (!folder) return std::nullopt;
+  const double confidence = arguments.number("--exit-confidence", 0.0, 0);
+  if (exits && confidence == 0) throw BadArguments{"--exit-confidence is 0; give a probability above 0, at most 1"};
+  const auto small = vlmtrim::Model::open(*folder, model_of(arguments));
+  if (!small) return small.error();
+  description = small->description();
+  return session.guide(*small, confidence);
+}
+
+void finish(const vlmtrim::Answer& answer, const Json& model, const Arguments& arguments) {
   const double rate = answer.decode_seconds > 0 ? static_cast<double>(answer.decode_steps) / answer.decode_seconds : 0;
   std::printf("\n");
   std::fflush(stdout);
+  if (answer.guidance) {
+    const std::string who = answer.guidance->exited ? "its answer" : "guided " + arguments.plain[0];
+    std::fprintf(stderr, "guide %s: confidence %.3f, %.3f s; %s\n", arguments.last("--guide")->c_str(),
+                 answer.guidance->confidence, answer.guidance->small, who.c_str());
+  }
   std::fprintf(stderr,
                "%" PRId64 " %s, %" PRId64 " kept, %" PRId64
                " removed; vision %.3f s, prefill %.3f s, decode %.1f tokens/s (%s; %s)\n",
@@ -197,6 +225,8 @@ int run(const Arguments& arguments) {
   if (!model) return refuse(model.error());
   auto session = vlmtrim::Session::open(*model);
   if (!session) return refuse(session.error());
+  std::string guide;
+  if (const auto error = guided(*session, arguments, guide)) return refuse(*error);
   const double opened = seconds() - start;
   if (const auto error = session->reset(arguments.last("--system").value_or(""))) return refuse(*error);
   if (arguments.last("--cache-share") || arguments.last("--cache-every")) {
@@ -216,9 +246,10 @@ int run(const Arguments& arguments) {
   const auto answer = prompt ? session->generate(parts, options, listener)
                              : session->generate_ids(ids_of(*ids), parts, options, listener);
   if (!answer) return refuse(answer.error());
-  const Json description = Json::parse(model->description());
+  const bool exited = answer->guidance && answer->guidance->exited;
+  const Json description = Json::parse(exited ? guide : model->description());
   if (!json) {
-    finish(*answer, description);
+    finish(*answer, description, arguments);
     return 0;
   }
   const std::string line = record(*answer, description, opened).dump(-1, ' ', true, Json::error_handler_t::replace);
@@ -231,9 +262,10 @@ int run(const Arguments& arguments) {
 int main(int count, char** values) {
   try {
     const Arguments arguments(count, values,
-                              {"--prompt", "--image", "--video", "--fps", "--system", "--ids", "--backend",
-                               "--cuda-graphs", "--cache-share", "--cache-every", "--threads", "--activations",
-                               "--max-new-tokens", "--stop", "--temperature", "--top-k", "--top-p", "--seed"},
+                              {"--prompt",      "--image",       "--video",       "--fps",         "--system",
+                               "--ids",         "--backend",     "--cuda-graphs", "--guide",       "--exit-confidence",
+                               "--cache-share", "--cache-every", "--threads",     "--activations", "--max-new-tokens",
+                               "--stop",        "--temperature", "--top-k",       "--top-p",       "--seed"},
                               {"--verify", "--json", "--version", "--help"});
     if (arguments.flag("--help")) return std::fputs(kHelp, stdout) < 0 ? 1 : 0;
     if (arguments.flag("--version")) return std::printf("vlmtrim %s\n", vlmtrim_version()) < 0 ? 1 : 0;

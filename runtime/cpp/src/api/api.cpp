@@ -2,8 +2,8 @@
 #include <atomic>
 #include <cstddef>
 
-#include "chat.hpp"
 #include "core/error.hpp"
+#include "guided.hpp"
 #include "text/unicode.hpp"
 #include "vlmtrim.h"
 
@@ -18,6 +18,8 @@ struct vlmtrim_model {
 
 struct vlmtrim_session {
   vlmtrim::Chat chat;
+  std::unique_ptr<vlmtrim::Guided> guided;  // null: asked without a guide
+  std::atomic<vlmtrim::Guided*> cancelled_too{nullptr};
   std::atomic<bool> busy{false};
   vlmtrim::Answer answer;
 
@@ -133,7 +135,8 @@ void fill(vlmtrim_session& session, Answer answer, vlmtrim_answer* target) {
   session.answer = std::move(answer);
   if (target == nullptr) return;
   const Answer& held = session.answer;
-  const Times& times = session.chat.session().times();
+  const bool guided = session.guided && session.guided->guidance();
+  const Times& times = (guided ? session.guided->session() : session.chat.session()).times();
   vlmtrim_answer made{};
   made.size = target->size;
   made.text = held.text.c_str();
@@ -151,6 +154,14 @@ void fill(vlmtrim_session& session, Answer answer, vlmtrim_answer* target) {
   made.decode_steps = times.steps;
   made.caches = held.caches.empty() ? nullptr : held.caches.c_str();
   made.caches_seconds = times.caches;
+  if (guided) {
+    const Guidance& guidance = *session.guided->guidance();
+    made.guided = 1;
+    made.exited = guidance.exited ? 1 : 0;
+    made.confidence = guidance.confidence;
+    made.guide_seconds = guidance.small;
+    made.guided_seconds = guidance.large;
+  }
   std::memcpy(target, &made, std::min(target->size, sizeof made));
 }
 
@@ -221,12 +232,27 @@ void vlmtrim_session_close(vlmtrim_session* session) { delete session; }
 vlmtrim_status vlmtrim_session_reset(vlmtrim_session* session, const char* system) {
   return guarded([&] {
     const Alone alone(there(session, "session"));
-    session->chat.reset(text_of(system));
+    if (session->guided) session->guided->reset(text_of(system));
+    else session->chat.reset(text_of(system));
+  });
+}
+
+vlmtrim_status vlmtrim_session_guide(vlmtrim_session* session, vlmtrim_model* small, double exit_confidence) {
+  return guarded([&] {
+    const Alone alone(there(session, "session"));
+    if (session->guided) throw Refusal("the session has a guide already; open another session for another guide");
+    const auto exit = exit_confidence == 0 ? std::nullopt : std::make_optional(exit_confidence);
+    auto made = std::make_unique<Guided>(there(small, "small").model, session->chat, exit);
+    made->reset("");
+    session->cancelled_too = made.get();
+    session->guided = std::move(made);
   });
 }
 
 void vlmtrim_cancel(vlmtrim_session* session) {
-  if (session != nullptr) session->chat.cancel();
+  if (session == nullptr) return;
+  session->chat.cancel();
+  if (Guided* guided = session->cancelled_too) guided->cancel();
 }
 
 vlmtrim_status vlmtrim_generate(vlmtrim_session* session, const vlmtrim_part* parts, size_t count,
@@ -243,7 +269,12 @@ vlmtrim_status vlmtrim_generate(vlmtrim_session* session, const vlmtrim_part* pa
       given.push_back({words ? text_of(part.text) : "", !words});
       if (!words) shown.push_back(shown_of(part));
     }
-    fill(*session, session->chat.generate(given, shown, options_of(options), listener_of(callback, user)), answer);
+    const GenerateOptions settings = options_of(options);
+    const Listener listener = listener_of(callback, user);
+    fill(*session,
+         session->guided ? session->guided->generate(given, shown, settings, listener)
+                         : session->chat.generate(given, shown, settings, listener),
+         answer);
   });
 }
 
@@ -254,6 +285,7 @@ vlmtrim_status vlmtrim_generate_ids(vlmtrim_session* session, const int64_t* ids
   return guarded([&] {
     const Alone alone(there(session, "session"));
     known(answer, "vlmtrim_answer");
+    if (session->guided) throw Refusal("a session with a guide takes words; give no token ids, or scores as guide");
     std::vector<Shown> given;
     for (size_t i = 0; i < picture_count; ++i) given.push_back(shown_of((&there(pictures, "pictures"))[i]));
     const std::vector<int64_t> tokens(ids, ids + (ids == nullptr ? 0 : id_count));
