@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import threading
 from ctypes import c_double, c_void_p
 
 import pytest
@@ -67,6 +68,24 @@ def test_an_answer_of_the_guide_is_told_as_far_as_it_is_heard(small, large):
     assert (tokens, ended, visual, kept) == (heard, "cancelled", 16, 16) and len(heard) == 3
     whole = native.generate([PICTURES[0], "What?"], max_new_tokens=9)
     assert whole[0].startswith(text) and whole[1][:3] == heard and whole[2] == "length"
+    native.close()
+
+
+def test_a_cancelled_guide_ends_the_question(small, large):
+    native, done = Native(large), threading.Event()
+    guide(native, small)
+
+    def cancel():
+        while not done.wait(1e-3):
+            api().vlmtrim_cancel(native.session)
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    _, tokens, ended, visual, kept = native.generate([PICTURES[0], "What?"], max_new_tokens=300)
+    done.set()
+    thread.join()
+    assert (ended, visual, kept) == ("cancelled", 16, 16) and 0 < len(tokens) < 300
+    assert native.answer.exited and native.answer.guided_seconds == 0
     native.close()
 
 
