@@ -86,9 +86,8 @@ def decode(ours, native, token, steps):
         token = int(expected.argmax())
 
 
-def three_turns(folder, native, buckets=False, several=False):
-    """A conversation with pictures in both; ``buckets``: live windows as TensorRT gets them; ``several``: whether the
-    last turn has two pictures."""
+def three_turns(folder, native, buckets=False):
+    """A conversation with pictures in both, two in the last turn; ``buckets``: live windows as TensorRT gets them."""
     backend = OrtBackend("ort-cpu")
     if buckets:
         backend.window = profiles.bucket
@@ -97,7 +96,7 @@ def three_turns(folder, native, buckets=False, several=False):
         if emits := ours.attention.emitted:
             ours.attention.on = True
             native.sum_attention()
-        for turn, sizes in enumerate([[(240, 200)], [], [(70, 90), (33, 61)][: 1 + several]]):
+        for turn, sizes in enumerate([[(240, 200)], [], [(70, 90), (33, 61)]]):
             images = [generated_picture(turn).resize(size) for size in sizes]
             pictures = ours.processor(images) if images else None
             ids = ids_of(contract, pictures.tokens if pictures else [], 12, turn)
@@ -118,7 +117,7 @@ def test_three_turns_to_the_bit(name, export_tiny):
     family, fields = CASES[name]
     folder = export_tiny(f"cpp-{name}", family=family, **fields)
     native = Native(folder)
-    three_turns(folder, native, several=True)
+    three_turns(folder, native)
     native.close()
 
 
@@ -129,9 +128,7 @@ def test_three_turns_on_engines_to_the_bit(name, export_tiny, place, tmp_path):
     bundle = export_tiny(f"cpp-{name}", family=family, **fields)
     here = place()
     native = Native(here.with_engines(bundle, tmp_path / "bundle"), backend="tensorrt")
-    # Open: of two pictures in a prompt the selections of `guided` and `pyramid` read an index that there is not, on the
-    # stand-in alone.
-    three_turns(bundle, native, buckets=True, several=name in ("next", "onevision", "qwen3", "smol", "video"))
+    three_turns(bundle, native, buckets=True)
     native.close()
     assert here.count("replays") > 20 and here.count("graphs") < 20
 

@@ -200,17 +200,28 @@ class Context final : public nvinfer1::IExecutionContext {
     int64_t generation = 0;
   };
 
+  // What shapes are found with: zeros, and visual tokens in front of others. A selection cannot keep as many of one
+  // place.
+  Array made_up(const Array& input) const {
+    Array array{input.name, input.type, shapes_.at(input.name), {}};
+    array.bytes.assign(array.nbytes(), 0);
+    const auto positions = shapes_.find("position_ids");  // not of every piece of a chain
+    const int64_t tokens = positions == shapes_.end() ? 1 : positions->second.back();
+    auto* numbers = reinterpret_cast<int64_t*>(array.bytes.data());
+    for (size_t i = 0; i < array.bytes.size() / sizeof(int64_t); ++i) {
+      if (input.name == "visual_positions") numbers[i] = static_cast<int64_t>(i) % array.shape.back();
+      if (input.name == "last_index") numbers[i] = tokens - 1;
+    }
+    return array;
+  }
+
   const Shape& shape(const std::string& name) const {
     const auto given = shapes_.find(name);
     if (given != shapes_.end()) return given->second;
     if (inferred_.empty()) {
-      std::vector<Array> zeros;
-      for (const auto& input : plan_->session.inputs()) {
-        Array array{input.name, input.type, shapes_.at(input.name), {}};
-        array.bytes.assign(array.nbytes(), 0);
-        zeros.push_back(std::move(array));
-      }
-      for (const auto& output : plan_->session.run(zeros)) inferred_[output.name] = output.shape;
+      std::vector<Array> feeds;
+      for (const auto& input : plan_->session.inputs()) feeds.push_back(made_up(input));
+      for (const auto& output : plan_->session.run(feeds)) inferred_[output.name] = output.shape;
     }
     return inferred_.at(name);
   }
