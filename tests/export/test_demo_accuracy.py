@@ -54,7 +54,7 @@ def test_the_report_is_of_the_shipped_weights():
     assert reported("dense")["all"]["share"] >= 0.9
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("k4")) for n in SETTINGS])
 def test_accuracy_is_the_reports(bundles, examples, name):
     """The same questions are answered as then, and their share lies where the report's larger sample puts it."""
     run = reported(name)

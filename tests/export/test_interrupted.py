@@ -114,7 +114,7 @@ def test_a_shared_trace_writes_the_same_files(checkpoint, traces, stages, tmp_pa
         assert {name for name in sums[0] if sums[0][name] != other[name]} == {"job.json"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_command_with_nothing_left(number, tmp_path):
     """Finding 21; what a kill -9 leaves in the temporary folder is for the next run (tests/graphs/test_staging.py)."""
     temporary, outputs = tmp_path / "tmp", tmp_path / "outputs"

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from parity import room_of
 
 from vlmtrim import runtime
 from vlmtrim.export import check_cli, pipeline
@@ -24,7 +25,7 @@ PAIRS = [(f, rule) for f, tells in FAMILIES.items() for rule in RULES if load_ru
 def test_what_is_kept_equals_pytorch(family, rule, export_tiny, capsys):
     """Three turns in float32: kept sets equal, but where two scores tie; caches, logits and tokens within 1e-4."""
     k = 0 if ATTENTION not in load_rule(rule).NEEDS and family != "llava" else 2
-    folder = export_tiny("rule", family=family, k=k, r=0.5 if k else 0.75, score=rule, max_batch=2)
+    folder = export_tiny("rule", family=family, k=k, r=0.5 if k else 0.75, score=rule, **room_of(family))
     assert check_cli.main([str(folder), "--json", "--tokens", "4"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert max(row["difference"] for row in rows if row["what"] == "kept tokens") < 1e-6
@@ -50,7 +51,12 @@ def test_recovery_equals_pytorch_on_a_trained_model(tmp_path, capsys):
     assert max(row["difference"] for row in rows if row["what"] == "kept tokens") < 1e-6
 
 
-@pytest.mark.parametrize("rule", RULES)
+# One of attention, of places, of picks one by one and of a loop; the rest is slow.
+QUICK = ("own-row", "cells", "divprune", "topv")
+ENGINES = [pytest.param(rule, marks=[pytest.mark.slow] * (rule not in QUICK)) for rule in RULES]
+
+
+@pytest.mark.parametrize("rule", ENGINES)
 def test_engines_build(rule, export_tiny):
     """TensorRT-RTX in float16, both profiles; picks one by one in an engine of their own."""
     folder = export_tiny(

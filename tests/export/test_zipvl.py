@@ -59,7 +59,8 @@ def test_rows_of_a_batch_keep_counts_of_their_own(form, export_tiny):
     assert form != "exact" or counts[0] != counts[1]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # float16: tests/export/test_families.py
+# float16: tests/export/test_families.py
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_engines_build_with_both_profiles(dtype, export_tiny):
     folder = bundle_of(export_tiny, "bounded", dtype=dtype, engine="tensorrt-rtx", images=2)
     assert (folder / "decoder.engine").stat().st_size > 100_000

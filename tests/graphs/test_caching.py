@@ -109,7 +109,9 @@ def merging(tmp_path_factory):
     return session(made(load_policy("elastic")(merge=True))[0]["compact-0"], tmp_path_factory)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "bfloat16"))]
+)
 @pytest.mark.parametrize("name", policy_names())
 def test_every_policy_builds_as_engines(name, dtype, tmp_path):
     """Windows beyond the largest K of TensorRT's TopK."""
