@@ -31,8 +31,10 @@ from vlmtrim.export.tracing.text_decoder import embed_spec as embed_spec
 from vlmtrim.export.tracing.text_models import tiny_text
 from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.export.tracing.vision_tower import OLD_NAMES as OLD_NAMES
+from vlmtrim.export.tracing.vision_tower import vision_dims as vision_dims
+from vlmtrim.export.tracing.vision_tower import vision_spec as vision_spec
 from vlmtrim.export.weights import tiny
-from vlmtrim.graphs.contract import TOKENS, Contract, GraphSpec, TensorSpec
+from vlmtrim.graphs.contract import TOKENS, Contract, GraphSpec
 
 MODEL_CLASS = Gemma3ForConditionalGeneration
 PRUNES = TOKENS  # what methods remove of its pictures
@@ -122,20 +124,6 @@ class Decoder(text_decoder.Decoder):
         near = key_positions > (own - self.full.config.text_config.sliding_window)[:, :, None]
         seen = {"full_attention": visible, "sliding_attention": visible & near}
         return {kind: super(Decoder, self).mask(of, own, key_positions, dtype) for kind, of in seen.items()}
-
-
-def vision_spec(shape: Shape, dtype: str) -> GraphSpec:
-    """Boundary of ``vision.onnx``."""
-    return GraphSpec(
-        "vision.onnx",
-        (TensorSpec("pixel_values", dtype, ("I", 3, shape.image_size, shape.image_size)),),
-        (TensorSpec("image_features", dtype, ("I", shape.image_tokens, shape.hidden)),),
-    )
-
-
-def vision_dims(shape: Shape, images: int) -> dict[str, tuple[int, int]]:
-    """Sizes of the vision graph's symbolic dimensions when a step brings 1 to ``images`` pictures."""
-    return {"I": (1, images)}
 
 
 def plans(full: Any, shape: Shape, dtype: torch.dtype, decoder: GraphSpec) -> list[Plan]:

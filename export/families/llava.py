@@ -23,8 +23,10 @@ from vlmtrim.export.tracing.text_models import tiny_text
 from vlmtrim.export.tracing.trace import Plan
 from vlmtrim.export.tracing.vision_tower import CLIP_LARGE, tile_features, tile_tokens, tiny_vision_config
 from vlmtrim.export.tracing.vision_tower import OLD_NAMES as OLD_NAMES
+from vlmtrim.export.tracing.vision_tower import vision_dims as vision_dims
+from vlmtrim.export.tracing.vision_tower import vision_spec as vision_spec
 from vlmtrim.export.weights import tiny
-from vlmtrim.graphs.contract import PATCHES, TOKENS, GraphSpec, TensorSpec
+from vlmtrim.graphs.contract import PATCHES, TOKENS, GraphSpec
 
 MODEL_CLASS = LlavaForConditionalGeneration
 PRUNES = (TOKENS, PATCHES)  # what methods remove of its pictures
@@ -58,20 +60,6 @@ class Vision(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [I, 3, H, W] -> image features [I, P, D]."""
         return tile_features(self.full, pixel_values)
-
-
-def vision_spec(shape: Shape, dtype: str) -> GraphSpec:
-    """Boundary of ``vision.onnx``."""
-    return GraphSpec(
-        "vision.onnx",
-        (TensorSpec("pixel_values", dtype, ("I", 3, shape.image_size, shape.image_size)),),
-        (TensorSpec("image_features", dtype, ("I", shape.image_tokens, shape.hidden)),),
-    )
-
-
-def vision_dims(shape: Shape, images: int) -> dict[str, tuple[int, int]]:
-    """Sizes of the vision graph's symbolic dimensions when a step brings 1 to ``images`` pictures."""
-    return {"I": (1, images)}
 
 
 def plans(full: LlavaForConditionalGeneration, shape: Shape, dtype: torch.dtype, decoder: GraphSpec) -> list[Plan]:

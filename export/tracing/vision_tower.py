@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from vlmtrim.export.job import Refusal
+from vlmtrim.export.tracing.text_decoder import Shape
+from vlmtrim.graphs.contract import GraphSpec, TensorSpec
 
 VISION_MODELS = ("clip_vision_model", "siglip_vision_model")
 CLIP_LARGE = {  # the tower of LLaVA-1.5 and LLaVA-1.6: CLIP-L/14 at 336 (Radford et al. 2021)
@@ -75,3 +77,17 @@ def tiny_vision_config(vision: str = "clip_vision_model") -> Any:
         "patch_size": 14,
     }
     return AutoConfig.for_model(vision, **settings, **({"projection_dim": 128} if vision == VISION_MODELS[0] else {}))
+
+
+def vision_spec(shape: Shape, dtype: str) -> GraphSpec:
+    """Boundary of ``vision.onnx`` where every picture is one square of the same size."""
+    return GraphSpec(
+        "vision.onnx",
+        (TensorSpec("pixel_values", dtype, ("I", 3, shape.image_size, shape.image_size)),),
+        (TensorSpec("image_features", dtype, ("I", shape.image_tokens, shape.hidden)),),
+    )
+
+
+def vision_dims(shape: Shape, images: int) -> dict[str, tuple[int, int]]:
+    """Sizes of the vision graph's symbolic dimensions when a step brings 1 to ``images`` pictures."""
+    return {"I": (1, images)}
