@@ -38,6 +38,11 @@ def asked(session, *parts, talk=None):
     return session.prompter.expand_images(ids, tokens, words), images
 
 
+def film(seed, frames=3, size=(96, 64), **more):
+    """A video whose frames differ; ``more`` is what Video takes beside them."""
+    return runtime.Video([sized(*size, seed + number) for number in range(frames)], **more)
+
+
 def conversation(session, *questions):
     """The turns of one conversation as :func:`asked` makes them."""
     talk, turns = Conversation(session.prompter), []

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from qwen_turns import asked, assert_rows, assert_turns, conversation, sized
+from qwen_turns import asked, assert_rows, assert_turns, conversation, film, sized
 from torchless import function_of
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.video_utils import VideoMetadata
@@ -15,7 +15,6 @@ from vlmtrim import runtime
 from vlmtrim.export.families import internvl
 from vlmtrim.export.oracles.reference_internvl import Reference
 from vlmtrim.graphs.bundle import open_bundle
-from vlmtrim.runtime import Video
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
 from vlmtrim.runtime.slots.request import Preparer
@@ -36,10 +35,6 @@ def session(bundle):
 @pytest.fixture(scope="module")
 def reference(bundle):
     return Reference(internvl.MODEL_CLASS, bundle.folder, dict(bundle.contract.selection))
-
-
-def film(seed, frames=3, size=(96, 64)):
-    return Video([sized(*size, seed + number) for number in range(frames)])
 
 
 @pytest.mark.parametrize("pruned", [True, False])

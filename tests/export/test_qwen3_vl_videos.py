@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from qwen_turns import IMAGE, asked, assert_rows, assert_turns, conversation, sized
+from qwen_turns import IMAGE, asked, assert_rows, assert_turns, conversation, film, sized
 from torchless import function_of
 from transformers import AutoTokenizer, Qwen3VLModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -19,7 +19,6 @@ from vlmtrim.export.families import qwen3_vl
 from vlmtrim.export.oracles.reference_qwen3_vl import Reference
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.reading import BundleError, Folder
-from vlmtrim.runtime import Video
 from vlmtrim.runtime.processors.base import load_processor
 from vlmtrim.runtime.select_backend import make_backend
 from vlmtrim.runtime.session import Session
@@ -43,10 +42,6 @@ def session(bundle):
 @pytest.fixture(scope="module")
 def reference(bundle):
     return Reference(qwen3_vl.MODEL_CLASS, bundle.folder, dict(bundle.contract.selection))
-
-
-def film(seed, frames=4, size=(96, 64), **more):
-    return Video([sized(*size, seed + number) for number in range(frames)], **more)
 
 
 def roomy(bundle, path, **change):
@@ -93,11 +88,11 @@ def test_videos_and_pictures_in_three_turns_equal_pytorch(session, reference, ex
 
 
 def test_rows_that_bring_a_picture_and_a_video_equal_single_runs(session, reference):
-    assert_rows(session, reference, film(3), sized(64, 64, 1), asked)
+    assert_rows(session, reference, film(3, 4), sized(64, 64, 1), asked)
 
 
 def test_what_deepstack_adds_to_a_video_is_transformers(session, reference):
-    pictures = session.processor([film(0).load(), sized(64, 64), film(9, 2, (64, 96)).load()])
+    pictures = session.processor([film(0, 4).load(), sized(64, 64), film(9, 2, (64, 96)).load()])
     found = session.backend.to_host(session.encode_images(pictures))[0]
     grids = torch.tensor([(len(times), 2 * rows, 2 * columns) for rows, columns, *times in pictures.grids])
     assert grids.tolist() == [[2, 4, 6], [1, 4, 4], [1, 6, 4]] and pictures.tokens == (12, 4, 6)
@@ -125,7 +120,7 @@ def test_words_are_transformers_without_the_templates_marks_around(bundle, sessi
 
 
 def test_what_people_type_is_no_mark_of_a_video(session):
-    ids, _ = asked(session, f"Is {START}{VIDEO}{END} ", film(0), "?")
+    ids, _ = asked(session, f"Is {START}{VIDEO}{END} ", film(0, 4), "?")
     assert ids.count(IMAGE) == 12 and 262 not in ids and ids.count(260) == 2
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from num2words import num2words
-from qwen_turns import asked, assert_rows, assert_turns, conversation, sized
+from qwen_turns import asked, assert_rows, assert_turns, conversation, film, sized
 from torchless import function_of
 from transformers import AutoTokenizer
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
@@ -48,10 +48,6 @@ def session(bundle):
 @pytest.fixture(scope="module")
 def reference(bundle):
     return Reference(smolvlm.MODEL_CLASS, bundle.folder, dict(bundle.contract.selection))
-
-
-def film(seed, frames=3, size=(96, 64), **more):
-    return Video([sized(*size, seed + number) for number in range(frames)], **more)
 
 
 def theirs(video):
