@@ -220,7 +220,7 @@ def graphs(
                 method(graph, visual_tokens=job.images * contract.image_tokens, grid=contract.whole_grid)
         if name == "decoder" and job.cache is not None and job.cache.by_layer:
             with _stage(report, "groups of one layer"):
-                split_groups(graph)
+                split_groups(graph, [group.layers for group in contract.groups])
         if name == "decoder" and job.cache is not None and job.cache.ring:
             query_limits(graph)
         if name == "decoder" and job.emit_guide:
