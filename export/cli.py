@@ -44,20 +44,7 @@ def parser(method: str = DEFAULT_METHOD, cache: str = arguments.NONE) -> argpars
     _add_measuring(p)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of activations and weights; auto: the checkpoint's")
     _add_packing(p)
-    p.add_argument(
-        "--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)"
-    )
-    p.add_argument("--max-batch", type=int, default=1, help="rows that run at once (default 1)")
-    p.add_argument(
-        "--images", type=int, default=1, help="images a full-length conversation holds; sizes the later caches"
-    )
-    p.add_argument(
-        "--image-tokens",
-        type=int,
-        default=0,
-        help="visual tokens of one picture at most, where pictures may have any size (default: half of --max-seq-len "
-        "over --images); larger pictures are scaled down",
-    )
+    _add_limits(p)
     p.add_argument("--output", default=None, help="bundle folder (default: bundles/<model>-<method>)")
     p.add_argument("--engine", default="none", choices=ENGINES, help="TensorRT engines to build as well")
     p.add_argument(
@@ -89,6 +76,31 @@ def parser(method: str = DEFAULT_METHOD, cache: str = arguments.NONE) -> argpars
     p.add_argument("--operators", action="store_true", help="with --dry-run: trace the graphs and count operators")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     return p
+
+
+def _add_limits(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--max-seq-len", type=int, default=None, help="tokens of a conversation (default: 2048 or the model's)"
+    )
+    p.add_argument(
+        "--max-input-len",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tokens of one step: of a chat's turn with pictures, or of a request with all its turns (default: "
+        "--max-seq-len). With less, layers that see a sliding window (gemma3) have caches of the window and N tokens",
+    )
+    p.add_argument("--max-batch", type=int, default=1, help="rows that run at once (default 1)")
+    p.add_argument(
+        "--images", type=int, default=1, help="images a full-length conversation holds; sizes the later caches"
+    )
+    p.add_argument(
+        "--image-tokens",
+        type=int,
+        default=0,
+        help="visual tokens of one picture at most, where pictures may have any size (default: half of --max-seq-len "
+        "over --images); larger pictures are scaled down",
+    )
 
 
 def _add_cache(p: argparse.ArgumentParser, cache: str) -> None:

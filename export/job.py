@@ -28,6 +28,8 @@ class Job:
         method: of ``vlmtrim.graphs.methods``, with its parameters; None for the unpruned model.
         dtype: of weights and activations; ``auto`` keeps the checkpoint's.
         max_seq_len: tokens of a whole conversation before removal.
+        max_input_len: tokens of one step at most; None for ``max_seq_len``. Less makes caches of layers with a window
+            as long as the window and a step.
         max_batch: rows that run at once.
         images: images that a conversation of full length is assumed to hold; the later caches are sized for it.
         image_tokens: visual tokens of one picture at most, for families that take pictures of any size; 0 leaves half
@@ -58,6 +60,7 @@ class Job:
     method: Any = field(default_factory=FastV)
     dtype: str = "auto"
     max_seq_len: int = 2048
+    max_input_len: int | None = None
     max_batch: int = 1
     images: int = 1
     image_tokens: int = 0
@@ -79,6 +82,11 @@ class Job:
     cache_share: float = 0.5
     calibrate: str | None = None
     decoder: str | None = None
+
+    @property
+    def longest_step(self) -> int:
+        """Tokens that a step may have."""
+        return self.max_seq_len if self.max_input_len is None else self.max_input_len
 
     @property
     def head_format(self) -> str:

@@ -14,7 +14,7 @@ from vlmtrim.export.checkpoint import read_json
 from vlmtrim.export.flops import decoder_macs
 from vlmtrim.export.job import Job, Refusal, check_numbers
 from vlmtrim.export.tracing.text_models import text_model
-from vlmtrim.graphs.boundary import cache_dims, cache_specs, compacts, decoder_spec
+from vlmtrim.graphs.boundary import cache_dims, cache_specs, compacts, decoder_spec, shift_specs
 from vlmtrim.graphs.contract import IMAGES, PATCHES, TOKENS, VISION, CacheGroup, Contract, GraphSpec, TensorSpec
 from vlmtrim.graphs.keeping import CachePolicy
 from vlmtrim.graphs.rules import GRID, PLACES, load_rule, rule_names
@@ -32,12 +32,12 @@ def build_contract(job: Job, family: Any, config: Any, dtype: torch.dtype, sourc
     name, capacity = str(dtype).removeprefix("torch."), job.max_seq_len
     groups = _groups(job, shape)
     crosses, guide = bool(shape.cross_layers), getattr(method, "guide", None)
-    most_images = job.images if crosses else max(1, capacity // shape.image_tokens)
+    most_images = job.images if crosses else max(1, job.longest_step // shape.image_tokens)
     dims = {
         "B": (1, job.max_batch),
-        "S": (1, capacity),
+        "S": (1, job.longest_step),
         # A picture of the sequence may bring less than image_tokens; every one for cross-attention brings as many.
-        "N": (0, most_images * shape.image_tokens if crosses else capacity),
+        "N": (0, most_images * shape.image_tokens if crosses else job.longest_step),
     }
     dims |= {"R": (0, min(SCORED_ROWS, capacity))} if job.emit_guide else {}
     dims |= {} if job.cache is None else cache_dims(groups, job.cache.count)
@@ -111,7 +111,7 @@ def _cache_specs(
     job: Job, record: CachePolicy | None, groups: tuple[CacheGroup, ...], dtype: str, heads: int
 ) -> dict[str, GraphSpec]:
     if record is None:
-        return {}
+        return shift_specs(groups, dtype)
     kv = groups[0].kv_heads
     return cache_specs(record, groups, dtype, heads, job.cache.sets(kv), job.cache.maps(kv), job.cache.merges)
 
@@ -174,6 +174,7 @@ def _groups(job: Job, shape: Any) -> tuple[CacheGroup, ...]:
             raise Refusal(str(error)) from error
     if job.cache is not None and job.cache.by_layer:
         groups = tuple(dataclasses.replace(group, layers=(layer,)) for group in groups for layer in group.layers)
+    groups = _windowed(job, shape, groups)
     least = min((group.length(0, shape.image_tokens) for group in groups if group.source == IMAGES), default=1)
     if least < 1:
         raise Refusal(
@@ -181,6 +182,20 @@ def _groups(job: Job, shape: Any) -> tuple[CacheGroup, ...]:
             f"above 1 / {shape.image_tokens}"
         )
     return groups
+
+
+def _windowed(job: Job, shape: Any, groups: tuple[CacheGroup, ...]) -> tuple[CacheGroup, ...]:
+    """The groups with layers that see a window alone apart, where their caches then are shorter."""
+    near, capacity, made = set(shape.near_layers), shape.window + job.longest_step, []
+    for group in groups:
+        apart = tuple(layer for layer in group.layers if layer in near)
+        if capacity >= group.capacity or not apart:
+            made.append(group)
+            continue
+        made.append(dataclasses.replace(group, layers=apart, capacity=capacity, window=shape.window))
+        if rest := tuple(layer for layer in group.layers if layer not in near):
+            made.append(dataclasses.replace(group, layers=rest))
+    return tuple(sorted(made, key=lambda group: group.layers[0]))
 
 
 def dense_groups(shape: Any, capacity: int, images: int) -> tuple[CacheGroup, ...]:
@@ -203,6 +218,7 @@ def _check_limits(job: Job, shape: Any, config: Any) -> None:
             f"--max-seq-len {job.max_seq_len} does not hold {job.images} image(s) of {shape.image_tokens} tokens; "
             "give a larger --max-seq-len or fewer --images"
         )
+    _check_step(job, shape)
     window = text_model(config).window(config.text_config)
     if window is not None and window < job.max_seq_len:
         raise Refusal(
@@ -212,6 +228,29 @@ def _check_limits(job: Job, shape: Any, config: Any) -> None:
     rope = getattr(config.text_config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _DYNAMIC_ROPE:
         raise Refusal(f"rope type {rope['rope_type']!r} depends on the length at run time, which a graph cannot hold")
+
+
+def _check_step(job: Job, shape: Any) -> None:
+    """Refuse a longest step that does not go with the model or the rest of the job."""
+    longest = job.max_input_len
+    if longest is None:
+        return
+    if not 0 < len(shape.near_layers) < shape.layers:
+        raise Refusal(
+            "--max-input-len shortens the caches of layers that see a sliding window beside others that see all, which "
+            "this model has not; leave it out"
+        )
+    if not shape.image_tokens < longest <= job.max_seq_len:
+        raise Refusal(
+            f"--max-input-len is {longest}; give more than the {shape.image_tokens} tokens of a picture, up to "
+            f"--max-seq-len, {job.max_seq_len}"
+        )
+    if job.cache is not None or job.emit_guide:
+        what = "--emit-guide returns attention to" if job.cache is None else f"--cache {job.cache.name} judges"
+        raise Refusal(
+            f"{what} all entries of a conversation, and with --max-input-len some layers keep the last ones; leave one "
+            "of them out"
+        )
 
 
 def plain_decoder(contract: Contract, config: Any, family: Any) -> Any:

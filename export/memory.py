@@ -252,7 +252,10 @@ def lines(plan: Plan, contract: Contract, batch: int, parameters: int) -> list[s
         span = f"layers {group.layers[0]}-{group.layers[-1]}"
         if group.layers != tuple(range(group.layers[0], group.layers[-1] + 1)):
             span = f"{len(group.layers)} of {span}"
-        out.append(f"    caches {index}     {megabytes(size)}  ({span}, {group.capacity} {filled}, batch {batch})")
+        held = f"{group.capacity} {filled}"
+        if group.window:
+            held = f"the last {group.window} of them and a step, {held}"
+        out.append(f"    caches {index}     {megabytes(size)}  ({span}, {held}, batch {batch})")
     out.append(f"    caches       {megabytes(pruned)}  (unpruned: {plan.dense_caches / 1e6:.1f} MB)")
     out.append(f"    disk         {megabytes(plan.disk)}  (what the bundle adds; {plan.free / 1e6:.1f} MB are free)")
     out.append(f"    export       {megabytes(plan.export)}  of memory at its peak")

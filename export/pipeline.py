@@ -38,6 +38,7 @@ from vlmtrim.graphs.passes.split_groups import split_groups
 from vlmtrim.graphs.passes.vision_scores import vision_scores
 from vlmtrim.graphs.passes.wide_layers import wide_layers
 from vlmtrim.graphs.passes.widen import widen
+from vlmtrim.graphs.shifting import shift_graphs
 from vlmtrim.graphs.staging import check_target, staging
 from vlmtrim.graphs.surgery import shard
 from vlmtrim.runtime.engines import build_engines, import_library
@@ -218,9 +219,10 @@ def graphs(
         if name == "decoder" and method is not None and method.prunes != PATCHES:
             with _stage(report, f"select ({method.label})"):
                 method(graph, visual_tokens=job.images * contract.image_tokens, grid=contract.whole_grid)
-        if name == "decoder" and job.cache is not None and job.cache.by_layer:
-            with _stage(report, "groups of one layer"):
-                split_groups(graph, [group.layers for group in contract.groups])
+        apart = any(group.window for group in contract.groups) or (job.cache is not None and job.cache.by_layer)
+        if name == "decoder" and apart:
+            with _stage(report, "cache groups"):
+                split_groups(graph, contract.groups)
         if name == "decoder" and job.cache is not None and job.cache.ring:
             query_limits(graph)
         if name == "decoder" and job.emit_guide:
@@ -240,6 +242,7 @@ def graphs(
             specs = {name: contract.graphs[name] for name in contract.cache.graphs}
             made = cache_graphs(job.cache, specs)
         yield from made.items()
+    yield from shift_graphs(contract.groups, contract.dtype).items()
 
 
 def _stored(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from vlmtrim.graphs.boundary import cache_specs, compacts, decoder_spec
+from vlmtrim.graphs.boundary import cache_specs, compacts, decoder_spec, shift_specs
 from vlmtrim.graphs.contract import DEEPSTACK, LAST_SEEN, TOKENS, VISION, Contract, GraphSpec, TensorSpec
 from vlmtrim.graphs.keeping import POLICY
 from vlmtrim.graphs.reading import BundleError, is_plain_name, shown
@@ -19,7 +19,7 @@ LONGEST = 400  # characters of what is said of a contradiction
 
 def check(contract: Contract, where: str = "contract.json") -> None:
     """Raise BundleError naming ``where`` and the first promise that another one contradicts."""
-    for rule in (_graphs, _groups, _guide, _decoder, _cache, _embed, _vision, _dims, _pictures):
+    for rule in (_graphs, _groups, _guide, _decoder, _cache, _shifts, _embed, _vision, _dims, _pictures):
         for problem in rule(contract):
             said = " ".join(problem.split())  # names in it are a stranger's
             said = said if len(said) <= LONGEST else f"{said[:LONGEST]}..."
@@ -80,8 +80,8 @@ def _groups(contract: Contract) -> Iterator[str]:
     layers = sorted(layer for group in contract.groups for layer in group.layers)
     if not layers or layers != list(range(len(layers))) or not all(group.layers for group in contract.groups):
         yield "groups do not hold every layer once"
-    if not any(group.source == TOKENS for group in contract.groups):
-        yield "no group is filled by tokens"
+    if not any(group.source == TOKENS and not group.window for group in contract.groups):
+        yield "no group is filled by tokens and holds all of them"
     selects = any(tensor.name == "kept_indices" for tensor in contract.graphs["decoder"].outputs)
     for index, group in enumerate(contract.groups):
         if group.source == TOKENS and group.capacity > contract.max_seq_len:
@@ -92,6 +92,8 @@ def _groups(contract: Contract) -> Iterator[str]:
             yield f"groups[{index}] chooses and is not one layer that is filled by tokens"
         if group.most < 1 and group.source == TOKENS and not group.chooses:
             yield f"groups[{index}].most is {group.most:g}, and it chooses nothing"
+        if group.window and (group.source != TOKENS or group.chooses or contract.cache is not None):
+            yield f"groups[{index}].window is {group.window}, of layers whose caches are cut by something else"
         if not set(group.sparse) <= set(group.layers) or bool(group.sparse) != bool(group.attends):
             yield f"groups[{index}].sparse is {list(group.sparse)}, attending to {group.attends} entries"
         if group.removed >= 1 or group.most <= 0:
@@ -103,7 +105,7 @@ def _guide(contract: Contract) -> Iterator[str]:
     if takes and contract.guide is None:
         yield "the decoder takes guide_scores, and guide does not say who provides them"
     emits = any(tensor.name == "key_scores" for tensor in contract.graphs["decoder"].outputs)
-    if emits and (contract.removes or contract.crosses):
+    if emits and (contract.removes or contract.crosses or any(group.window for group in contract.groups)):
         yield "the decoder returns key_scores, and does not hold all visual tokens"
     if not takes and contract.guide is not None:
         yield f"guide is {shown(contract.guide)}, and the decoder takes no guide_scores"
@@ -184,6 +186,12 @@ def _cache(contract: Contract) -> Iterator[str]:
         yield f"dims.R is not 0 to the {record.count} rows of the cache policy"
 
 
+def _shifts(contract: Contract) -> Iterator[str]:
+    for name, spec in shift_specs(contract.groups, contract.dtype).items():
+        if contract.graphs.get(name) != spec:
+            yield f"graphs.{name} is not what caches with a window need"
+
+
 def _embed(contract: Contract) -> Iterator[str]:
     hidden = _width(contract.graphs["decoder"].inputs[0])
     assert hidden is not None  # checked with the decoder
@@ -235,14 +243,17 @@ def _dims(contract: Contract) -> Iterator[str]:
     for index, group in enumerate(contract.groups):
         if contract.dims[f"W{index}"] != (1, group.capacity):
             yield f"dims.W{index} is not 1 to the capacity of its group, {group.capacity}"
-    if contract.dims["B"][0] < 1 or contract.dims["S"] != (1, contract.max_seq_len):
-        yield "dims.B must begin at 1, and dims.S be 1 to max_seq_len"
+    if contract.dims["B"][0] < 1 or contract.dims["S"][0] != 1 or contract.dims["S"][1] > contract.max_seq_len:
+        yield "dims.B and dims.S must begin at 1, and dims.S end at max_seq_len or before"
+    for index, group in enumerate(contract.groups):
+        if group.window and group.window + contract.dims["S"][1] > group.capacity:
+            yield f"groups[{index}].capacity is {group.capacity}; its window and the longest step take more"
     if contract.dims.get("R", (0, 0))[0] != 0:
         yield "dims.R must begin at 0"
     if "N" not in contract.dims or contract.dims["N"][0] != 0:
         yield "dims.N must begin at 0"
-    elif not contract.crosses and contract.dims["N"][1] > contract.max_seq_len:
-        yield f"dims.N reaches {contract.dims['N'][1]}, a step has at most {contract.max_seq_len} tokens"
+    elif not contract.crosses and contract.dims["N"][1] > contract.dims["S"][1]:
+        yield f"dims.N reaches {contract.dims['N'][1]}, a step has at most {contract.dims['S'][1]} tokens"
 
 
 def _pictures(contract: Contract) -> Iterator[str]:

@@ -93,6 +93,18 @@ def _add_caches(
                 outputs.append(TensorSpec(present, dtype, shape))
 
 
+def shift_specs(groups: Sequence[CacheGroup], dtype: str) -> dict[str, GraphSpec]:
+    """Boundaries of the graphs that move windows to the front, by name, as the contract states them."""
+    specs = {}
+    for group in groups:
+        if group.window:
+            shape = ("B", group.kv_heads, group.capacity, group.head_size)
+            old, new = ([TensorSpec(f"{end}.{kind}", dtype, shape) for kind in ("key", "value")] for end in _ENDS)
+            first = TensorSpec("first_kept", "int64", ("B",))
+            specs[group.shift] = GraphSpec(f"{group.shift}.onnx", (first, *old), tuple(new))
+    return specs
+
+
 def compacts(groups: Sequence[CacheGroup]) -> tuple[str, ...]:
     """Names of the graphs that compact the groups' layers: one for every shape of caches."""
     shapes = [(group.kv_heads, group.capacity, group.head_size) for group in groups]

@@ -35,7 +35,7 @@ def cache_graphs(policy: Policy, specs: Mapping[str, GraphSpec]) -> dict[str, ir
     return models
 
 
-class _Building:
+class Building:
     """A graph that begins with the inputs of a spec and ends with its outputs."""
 
     def __init__(self, spec: GraphSpec, prefix: str):
@@ -60,7 +60,7 @@ class _Building:
 
 def _score(policy: Policy, spec: GraphSpec, longest: int) -> ir.Model:
     """The entries of one layer by what the rows pay them, as the policy sums it."""
-    graph = _Building(spec, "score")
+    graph = Building(spec, "score")
     ops, queries, kinds, slots = graph.ops, graph["score_queries"], graph["key_kinds"], graph["row_slots"]
     cache, none = graph["past_key_values.key"], ops.const([0])
     (heads, kv, size) = (_static(spec.inputs[0], 1), _static(spec.inputs[-1], 1), _static(spec.inputs[-1], 3))
@@ -97,7 +97,7 @@ def _score(policy: Policy, spec: GraphSpec, longest: int) -> ir.Model:
 
 def _choose(policy: Policy, spec: GraphSpec, longest: int) -> ir.Model:
     """Which entries of every layer stay."""
-    graph = _Building(spec, "policy")
+    graph = Building(spec, "policy")
     ops, kinds, scores = graph.ops, graph["key_kinds"], graph["key_scores"]
     sets = _static(spec.outputs[0], 2)
     budget = Budgeting(
@@ -137,7 +137,7 @@ def _first(ops: Ops, ranking: ir.Value, counts: ir.Value, sets: int, longest: in
 
 def _compact(policy: Policy, spec: GraphSpec, longest: int) -> ir.Model:
     """What stays of one layer's caches, at their beginning. It is gathered before the first entry is overwritten."""
-    graph = _Building(spec, "compact")
+    graph = Building(spec, "compact")
     ops, order, caches = graph.ops, graph["order"], {}
     batch, kept = ops.dim(order, 0), ops.dim(order, 2)
     kv, size = _static(spec.inputs[-1], 1), _static(spec.inputs[-1], 3)
@@ -154,7 +154,7 @@ def _compact(policy: Policy, spec: GraphSpec, longest: int) -> ir.Model:
     return graph.finish(**caches)
 
 
-def _spans(graph: _Building) -> tuple[ir.Value, ir.Value]:
+def _spans(graph: Building) -> tuple[ir.Value, ir.Value]:
     """Of every entry that stays, int64 [B, M, 1] each: the first slot that is nearest to it, and the first behind them;
     the earlier of two at the same distance. What is behind the last that counts is a span of its own slot."""
     ops, order = graph.ops, graph.ops("Squeeze", graph["order"], graph.ops.const([1]))  # [B, M]

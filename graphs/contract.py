@@ -71,6 +71,16 @@ Decoder graph (D hidden width, V vocabulary, KV key/value heads, Dh head size, C
     kept_counts                     [B]                       int64     how many of them count, row by row
     present.L.key/.value            [B, KV, C_g, Dh]          model     the caches; bind to the buffers of the inputs
     ==============================  ========================  ========  ==============================================
+
+    A graph without weights where a group has a window, run before a step that would not fit behind what it holds:
+
+    ==============================  ========================  ========  ==============================================
+    shift graph                     shape                     dtype     meaning
+    ==============================  ========================  ========  ==============================================
+    in  first_kept                  [B]                       int64     first slot of the ``window`` that moves to 0
+    in  past_key_values.key/.value  [B, KV, C_g, Dh]          model     of one layer of the group
+    out present.key/.value          [B, KV, C_g, Dh]          model     bind to the buffers of the inputs
+    ==============================  ========================  ========  ==============================================
 """
 
 from __future__ import annotations
@@ -97,6 +107,7 @@ _PLAIN = re.compile(r"--[a-z]{1,16} [a-z0-9.-]{1,32}").fullmatch
 # What fills the caches of a group, one entry each.
 TOKENS, IMAGES = "tokens", "images"
 DEEPSTACK, LAST_SEEN = "deepstack_features", "last_seen"
+SHIFT = "shift"
 # What a method may remove before there are visual tokens: patches of the vision tower.
 PATCHES = "patches"
 # Who provides guide_scores: the bundle's own vision graph, or another bundle.
@@ -159,6 +170,8 @@ class CacheGroup:
             takes at most; how many it takes may depend on the data, and the graph returns it.
         chooses: whether its one layer chooses by itself which of a step's visual tokens it keeps.
         sparse: layers that attend, in a step of one token, to ``attends`` entries of each key head alone.
+        window: last entries that a later token may see; 0: all. What is before them goes where a step needs the room:
+            the graph ``shift`` moves them to the front.
     """
 
     layers: tuple[Size, ...]
@@ -171,6 +184,12 @@ class CacheGroup:
     chooses: bool = False
     sparse: tuple[Size, ...] = ()
     attends: Size = 0
+    window: Size = 0
+
+    @property
+    def shift(self) -> str:
+        """Name of the graph that moves the window of one of its layers; one for every shape of caches."""
+        return f"{SHIFT}-{self.kv_heads}-{self.capacity}-{self.head_size}"
 
     def length(self, tokens: int, visual: int) -> int:
         """Cache entries that a step adds to this group (at most, where it is bounded).
@@ -207,7 +226,7 @@ class Contract:
         groups: cache groups in the order of their first layers.
         dims: inclusive (minimum, maximum) of every symbolic input dimension.
         selection: method name and its parameters, or None for the unpruned model. For people and reports only.
-        max_seq_len: tokens of a whole conversation before removal, the capacity of unpruned caches.
+        max_seq_len: tokens of a whole conversation before removal, the capacity of unpruned caches that hold all.
         images_assumed: images that a conversation of ``max_seq_len`` tokens is assumed to hold; sizes the later caches.
         image_tokens: visual tokens one image becomes, at most.
         image_grid: rows and columns in which they lie on the image, in reading order; None where they do not.
@@ -244,7 +263,8 @@ class Contract:
     @property
     def wholes(self) -> tuple[str, ...]:
         """Names of all graphs that are no pieces of another."""
-        return ("vision", "embed", "decoder", *(() if self.cache is None else self.cache.graphs))
+        shifts = dict.fromkeys(group.shift for group in self.groups if group.window)
+        return ("vision", "embed", "decoder", *(() if self.cache is None else self.cache.graphs), *shifts)
 
     def chain(self, graph: str) -> tuple[str, ...]:
         """Names of the graphs to run one after the other in place of ``graph``; itself where it is not cut."""

@@ -40,7 +40,16 @@ def check_room(contract: Contract, entries: Sequence[np.ndarray], tokens: int, v
         tokens: of the longest row.
         visual: visual tokens, or image features, of each row.
     """
+    longest, rows = contract.dims["S"][1], len(entries[0])
+    if contract.max_seq_len > longest < tokens and (visual or rows > 1):  # the text of one row goes in several steps
+        what = "pictures" if visual else f"{rows} rows"
+        raise RuntimeRefusal(
+            f"the prompt has {tokens} tokens ({visual} visual), a step with {what} takes {longest}: shorten it, say it "
+            "in several turns, or export with a larger --max-input-len"
+        )
     for group, filled in zip(contract.groups, entries, strict=True):
+        if group.window:  # there is room for a window and the longest step
+            continue
         needed = int(filled.max()) + group.length(tokens, visual)
         if needed > group.capacity and group.source == IMAGES:
             held, each, brings = int(filled.max()), contract.image_tokens, group.length(tokens, visual)

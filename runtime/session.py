@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from vlmtrim.runtime.measure.machine import return_memory
 from vlmtrim.runtime.processors.base import Pictures, load_processor
 from vlmtrim.runtime.prompt import Prompter
 from vlmtrim.runtime.results import Prefill, Times
+from vlmtrim.runtime.windows import Windows
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Session:
         self._choosing = Choosing(self.contract, backend)
         self.attention = Attention(self.contract, backend)
         self.caching = Caching(self.contract, backend, self.caches)
+        self._windows = Windows(self.contract, self.caches)
         logits = next(tensor for tensor in self.contract.graphs["decoder"].outputs if tensor.name == "logits")
         self._vocabulary = int(logits.shape[-1])
         self.lengths, self.times = Lengths.empty(batch, len(self.contract.groups)), Times()
@@ -109,6 +112,7 @@ class Session:
         part.caches = {name: self.backend.rows(cache, first, count) for name, cache in self.caches.items()}
         part.attention = Attention(self.contract, self.backend)
         part.caching = Caching(self.contract, self.backend, part.caches)
+        part._windows = Windows(self.contract, part.caches)
         part._crossing = None if self._crossing is None else self._crossing.part(rows)
         return part
 
@@ -164,7 +168,8 @@ class Session:
         """Run new tokens of every row, image tokens already repeated.
 
         Args:
-            rows: token ids, one sequence per row; shorter rows are padded on the right.
+            rows: token ids, one sequence per row; shorter rows are padded on the right. The text of a single row may
+                be longer than a step of the bundle.
             pictures: all rows' pictures in order, as ``processor`` makes them, or None.
             guide: what each row's visual tokens are ranked by, float32 [B, N], where the contract's guide is another
                 bundle; for a step without visual tokens it may be left out.
@@ -177,6 +182,8 @@ class Session:
         visual = self._visual(pictures)
         given = self._guide_scores(guide, visual_positions.shape)
         check_room(self.contract, self.lengths.entries, ids.shape[1], visual)
+        if ids.shape[1] > self.contract.dims["S"][1]:
+            return self._in_steps(rows[0])
         start = self.backend.mark()
         features, seen = (self._no_features(), None) if pictures is None else self._encode(pictures)
         middle = self.backend.mark()
@@ -216,6 +223,13 @@ class Session:
             logits, visual, kept_visual, kept_indices, visual_positions, scores, kept_features, kept_by_layer, held
         )
 
+    def _in_steps(self, text: Sequence[int]) -> Prefill:
+        """The text of a single row that is longer than a step; all of it is kept."""
+        longest = self.contract.dims["S"][1]
+        parts = [self.prefill([text[first : first + longest]]) for first in range(0, len(text), longest)]
+        kept = None if parts[-1].kept_indices is None else [np.arange(len(text))]
+        return dataclasses.replace(parts[-1], kept_indices=kept)
+
     def decode(self, tokens: np.ndarray, live: np.ndarray | None = None) -> np.ndarray:
         """Run one token per row (int64 [B]); returns logits [B, V].
 
@@ -241,11 +255,11 @@ class Session:
         return min(
             int(group.capacity - entries.max())
             for group, entries in zip(self.contract.groups, self.lengths.entries, strict=True)
-            if group.source == TOKENS
+            if group.source == TOKENS and not group.window
         )
 
     def cache_contents(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(keys, values) of every layer as they are filled, [KV, length, Dh]."""
+        """(keys, values) of every layer as they are filled, [KV, length, Dh]; where it has a window, what is left."""
         contents = {}
         for group, entries in zip(self.contract.groups, self.lengths.entries, strict=True):
             for layer in group.layers:
@@ -333,6 +347,7 @@ class Session:
         if self._sees_ahead:
             feeds[LAST_SEEN] = last_seen(tokens, visual_positions)
         grown = [group.length(tokens, visual) for group in self.contract.groups]
+        self._windows.make_room(self._graph, self.lengths.entries, grown)
         windows = [
             self.backend.window(max(1, int(entries.max()) + n), group.capacity)
             for group, entries, n in zip(self.contract.groups, self.lengths.entries, grown, strict=True)

@@ -87,7 +87,15 @@ def read_shape(config: Gemma3Config) -> Shape:
         rope = text.rope_parameters[kind]["rope_type"]
         if rope not in ROPES:
             raise Refusal(f"rope_type of {kind} is {rope!r}; the gemma3 family exports {', '.join(ROPES)}")
-    return Shape(**numbers, image_size=vision.image_size, image_tokens=tokens, image_grid=(side, side), sees_ahead=True)
+    return Shape(
+        **numbers,
+        image_size=vision.image_size,
+        image_tokens=tokens,
+        image_grid=(side, side),
+        sees_ahead=True,
+        near_layers=tuple(index for index, kind in enumerate(text.layer_types) if kind == "sliding_attention"),
+        window=text.sliding_window,
+    )
 
 
 class Vision(nn.Module):

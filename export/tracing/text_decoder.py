@@ -28,7 +28,7 @@ class Shape:
     ``any_size``: pictures keep their proportions, and ``image_tokens`` is the most that the model takes of one.
     ``position_axes``: numbers that a token's position consists of. ``cross_layers``: layers that attend to pictures.
     ``deepstack``: first layers behind which features are added to visual tokens. ``sees_ahead``: whether visual tokens
-    attend to those of their picture that are behind them.
+    attend to those of their picture that are behind them. ``near_layers``: layers that see the last ``window`` entries.
     """
 
     hidden: int
@@ -47,6 +47,8 @@ class Shape:
     cross_layers: tuple[int, ...] = ()
     deepstack: int = 0
     sees_ahead: bool = False
+    near_layers: tuple[int, ...] = ()
+    window: int = 0
 
 
 def text_numbers(config: Any, models: Sequence[str] = PLAIN) -> dict[str, Any]:

@@ -6,54 +6,65 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from vlmtrim.graphs.contract import CacheGroup
 from vlmtrim.graphs.surgery.anatomy import Layer, find_layers, graph_input
 from vlmtrim.graphs.surgery.region import SideInputs
-from vlmtrim.graphs.surgery.split import drop_unused, rename_dims
+from vlmtrim.graphs.surgery.split import drop_unused, rename_dims, shrink_caches
 
 
-def split_groups(model: ir.Model, parts: Sequence[Sequence[int]]) -> ir.Model:
-    """Give each part's layers inputs ``write_indices.P`` and ``key_positions.P``, in place, and return the model.
+def split_groups(model: ir.Model, groups: Sequence[CacheGroup]) -> ir.Model:
+    """Give each group's layers inputs ``write_indices.G`` and ``key_positions.G`` and caches of its capacity, in place,
+    and return the model.
 
     Only the mask, the ends of the live window and the write index are derived anew: queries and keys, whose shapes may
-    be read off the old inputs, stay what they are. The part that holds the last layer of a group takes over the group's
+    be read off the old inputs, stay what they are. The one that holds the last layer of an old group takes over the old
     inputs, since a selection behind it reads that layer's mask.
 
     Args:
         model: decoder with the boundary of :mod:`vlmtrim.graphs.contract`, with or without a selection.
-        parts: layers of each new group, all of them of one old group; together every layer once.
+        groups: as the contract has them, the layers of each in one group of the graph so far.
     """
     layers = find_layers(model)
     last = {layer.write_indices: layer.index for layer in layers}
     own: list[_Group] = []
     names: dict[str, str | int] = {}
     cloned: list[ir.Node] = []
+    parts = [[layers[index] for index in group.layers] for group in groups]
     for index, part in enumerate(parts):
-        write = layers[part[0]].write_indices
-        group = write, graph_input(model, str(write.name).replace(*_NAMES))
+        write = part[0].write_indices
+        old = write, graph_input(model, str(write.name).replace(*_NAMES))
         number = str(write.name).rpartition(".")[2]
         for kind in _LEFT:
             names.setdefault(f"{kind}{number}", f"{kind}{_OWN}{index}")
-        if last[write] in part:
-            own.append(group)
+        if last[write] in groups[index].layers:
+            own.append(old)
             names[f"W{number}"] = f"W{_OWN}{index}"
             continue
         own.append(_inputs(index))
-        side = SideInputs(dict(zip(group, own[-1], strict=True)), shape_only=None, suffix=f".own{index}")
-        between = [node for layer in part for node in _derive(layers[layer], side, own[-1][0])]
+        side = SideInputs(dict(zip(old, own[-1], strict=True)), shape_only=None, suffix=f".own{index}")
+        between = [node for layer in part for node in _derive(layer, side, own[-1][0])]
         for node in [*between, *side.cloned]:
             rename_dims(node, {f"W{number}": f"W{_OWN}{index}"})
         cloned += side.cloned
     model.graph.extend(cloned)
     drop_unused(model)
+    for group, part in zip(groups, parts, strict=True):
+        shrink_caches(part, group.capacity)
     _rename(model, own, names)
-    caches = [
-        value
-        for group, part in zip(own, parts, strict=True)
-        for value in (*group, *(c for index in part for c in (layers[index].key_cache, layers[index].value_cache)))
-    ]
-    model.graph.inputs[:] = [value for value in model.graph.inputs if value not in set(caches)] + caches
+    _order(model, own, parts)
     model.graph.sort()
     return model
+
+
+def _order(model: ir.Model, own: Sequence[_Group], parts: Sequence[Sequence[Layer]]) -> None:
+    """Inputs and outputs group by group."""
+    caches: list[ir.Value] = []
+    for group, part in zip(own, parts, strict=True):
+        caches += [*group, *(cache for layer in part for cache in (layer.key_cache, layer.value_cache))]
+    updates = [node for part in parts for layer in part for node in (layer.key_update, layer.value_update)]
+    for values, last in ((model.graph.inputs, caches), (model.graph.outputs, [n.outputs[0] for n in updates])):
+        behind = set(last)
+        values[:] = [value for value in values if value not in behind] + last
 
 
 _Group = tuple[ir.Value, ir.Value]  # write_indices and key_positions
@@ -68,7 +79,7 @@ def _inputs(index: int) -> _Group:
 
 
 def _derive(layer: Layer, side: SideInputs, write: ir.Value) -> list[ir.Node]:
-    """Let a layer read its part's inputs; returns the nodes between its caches and its attention."""
+    """Let a layer read its new group's inputs; returns the nodes between its caches and its attention."""
     layer.attention.replace_input_with(3, side.derive(layer.mask))
     between: list[ir.Node] = []
     for value, update in ((layer.key, layer.key_update), (layer.value, layer.value_update)):

@@ -21,7 +21,7 @@ from typing import Any
 
 from vlmtrim.graphs.bundle import SUMS, BundleError, open_bundle, seal
 from vlmtrim.graphs.checksums import sha256
-from vlmtrim.graphs.contract import WITHOUT_ENGINES, Contract, GraphSpec
+from vlmtrim.graphs.contract import SHIFT, WITHOUT_ENGINES, Contract, GraphSpec
 from vlmtrim.runtime.engines import fingerprint, user_cache
 from vlmtrim.runtime.engines import profiles as profile_rules
 from vlmtrim.runtime.errors import RuntimeRefusal
@@ -79,7 +79,8 @@ def build_engines(folder: Path, contract: Contract, library: str) -> dict[str, A
     trt = import_library(library)
     entries: dict[str, Any] = {}
     for whole in contract.wholes:
-        profiles = RULES.get(whole, profile_rules.cache_profiles)(contract)
+        rule = profile_rules.shift_profiles if whole.startswith(SHIFT) else profile_rules.cache_profiles
+        profiles = RULES.get(whole, rule)(contract)
         for name in contract.chain(whole):
             try:
                 entry = _build_one(trt, library, folder, name, contract.graphs[name], profiles)

@@ -85,6 +85,11 @@ def cache_profiles(contract: Contract) -> dict[str, Profile]:
     return {"all": {"B": wide["B"], "R": Range(0, rows, rows), **ranges}}
 
 
+def shift_profiles(contract: Contract) -> dict[str, Profile]:
+    """One profile of the graphs that move a window: any rows."""
+    return {"rows": {"B": decoder_profiles(contract)["prefill"]["B"]}}
+
+
 def shapes(tensor: TensorSpec, profile: Profile) -> Shapes:
     """(min, opt, max) shape of an input under a profile."""
     low, best, high = (

@@ -15,6 +15,7 @@ Tokens are greedy and no end token stops them, so every round does the same work
 
 from __future__ import annotations
 
+import itertools
 import resource
 import statistics
 import sys
@@ -147,23 +148,22 @@ class Subject:
         token = prefill.logits.argmax(axis=1)
         first = time.perf_counter()
         self.visual, self.kept = prefill.visual, prefill.kept
-        opening, entries = len(self._spans), []
+        ends, entries = [len(self._spans)], []
         for _ in range(self._work.new_tokens - 1):
             token = session.decode(token).argmax(axis=1)
+            ends.append(len(self._spans))
             entries.append([int(length.max()) for length in session.lengths.entries])
         end = time.perf_counter()
         seconds = [(name, self.backend.elapsed(a, b)) for name, a, b in self._spans]
-        before = dict(seconds[:opening])
-        steps, after = len(entries), [spent for _, spent in seconds[opening:]]
-        per_step = len(after) // steps
+        before = dict(seconds[: ends[0]])
         sizes = [size for size in map(self.contract.step_bytes, entries) if size is not None]
         return Sample(
             vision=before.get("vision", 0.0),
             embed=before["embed"],
             prefill=before["decoder"],
-            decode=[sum(after[i * per_step : (i + 1) * per_step]) for i in range(steps)],
+            decode=[sum(spent for _, spent in seconds[a:b]) for a, b in itertools.pairwise(ends)],
             ttft=first - start,
-            tpot=(end - first) / steps,
+            tpot=(end - first) / len(entries),
             caches=session.times.caches,
             entry_bytes=self.contract.entry_bytes([int(length.max()) for length in session.lengths.entries]),
             step_bytes=sizes or None,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class Recording:
     tokens were ranked by, [X, S], where that side tells.
     nearest [1 + steps]: of steps that attend to chosen cache entries, how near an entry is to the other side, relative
     to its threshold; infinite where all are attended to.
+    windows: layer -> entries that its caches hold at least, where they hold the last ones alone.
     """
 
     kept: np.ndarray | None
@@ -59,6 +60,7 @@ class Recording:
     held: list[np.ndarray] | None = None
     held_ranking: list[np.ndarray] | None = None
     nearest: np.ndarray | None = None
+    windows: Mapping[int, int] = field(default_factory=dict)
 
     def same_choices(self, other: Recording) -> bool:
         """Whether both kept the same tokens, in every layer; true where either does not tell."""
@@ -143,6 +145,7 @@ def record(session: Session, turn: Turn, tokens: int | Sequence[int], row: int =
         scores,
         kept_by_layer=None if by_layer is None else [rows[row] for rows in by_layer],
         held=None if prefill.held is None else [rows[row] for rows in prefill.held],
+        windows={layer: group.window for group in session.contract.groups if group.window for layer in group.layers},
     ), fed
 
 
@@ -328,15 +331,26 @@ def _cache_row_name(layers: Sequence[int]) -> str:
 
 def _compare_caches(turn: str, layers: Sequence[int], found: Recording, expected: Recording, tolerance: float) -> Row:
     what = _cache_row_name(layers)
-    worst, length = 0.0, 0
+    worst, length, note = 0.0, 0, "entries"
     for layer in layers:
         for have, want in zip(found.caches[layer], expected.caches[layer], strict=True):
+            if (window := found.windows.get(layer, expected.windows.get(layer))) is not None:
+                have, want = _last_entries(have, want, window)
+                note = "last entries"
             if have.shape != want.shape:
                 return Row(turn, what, float("inf"), tolerance, False, f"{have.shape} against {want.shape}")
             scale = max(1.0, float(np.abs(want).max(initial=0.0)))
             worst = max(worst, float(np.abs(have.astype(np.float32) - want).max(initial=0.0)) / scale)
             length = have.shape[1]
-    return _row(turn, what, worst, tolerance, f"{length} entries")
+    return _row(turn, what, worst, tolerance, f"{length} {note}")
+
+
+def _last_entries(one: np.ndarray, other: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """What two caches [KV, length, Dh] both hold, if that is the window at least; else they as they are."""
+    common, most = sorted((one.shape[1], other.shape[1]))
+    if common < min(window, most):
+        return one, other
+    return one[:, one.shape[1] - common :], other[:, other.shape[1] - common :]
 
 
 def _compare_choices(turn: str, found: np.ndarray, expected: np.ndarray, slack: float) -> Row:

@@ -74,7 +74,7 @@ CHANGES = [
     (("groups", 0, "source"), "images", "has 18 inputs; its groups need 20"),
     (("groups",), [], "every layer once"),
     (("dims", "W1"), [1, 57], "dims.W1 is not 1 to the capacity of its group, 56"),
-    (("dims", "S"), [1, 1000], "dims.S be 1 to max_seq_len"),
+    (("dims", "S"), [1, 1000], "dims.S end at max_seq_len or before"),
     (("dims", "N"), [0, 1000], "dims.N reaches 1000, a step has at most 64 tokens"),
     (("dims", "N"), [0, 15], "image_tokens is 16, a step takes 15"),
     (("dims", "B"), [2, 1], "dims.'B' is 2 to 1"),

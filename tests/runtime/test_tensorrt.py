@@ -123,6 +123,17 @@ def test_a_chain_with_cross_attention_equals_ort_cpu_to_the_bit(crossing_chain, 
     assert_equal(found, conversation(ort_cpu(), crossing_chain, picture, batch=2))
 
 
+def test_windows_that_move_equal_ort_cpu_to_the_bit(export_tiny, machine, tmp_path, picture):
+    """Two rows that hold more and less than the window; decode steps behind a move are replayed again."""
+    bundle = export_tiny("windows-chat", family="gemma3", max_batch=2, images=3, max_input_len=152, max_seq_len=1024)
+    folder = machine.with_engines(bundle, tmp_path / "bundle")
+    found = conversation(tensorrt.TrtBackend("tensorrt"), folder, picture, batch=2)
+    expected = conversation(ort_cpu(), folder, picture, batch=2)
+    assert_equal(found, expected)
+    near, far = (expected[2][-16 + 2 * layer].shape[1] for layer in (0, 1))  # of row 0, whose last turn was longer
+    assert near < 24 + 152 < far and machine.cuda.count["replays"] > 20
+
+
 @pytest.mark.parametrize(("policy", "method"), [("aircache", "fastv"), ("snapkv", "zipvl"), ("elastic", "none")])
 def test_caches_that_are_cut_equal_ort_cpu_to_the_bit(export_tiny, machine, tmp_path, picture, policy, method):
     """Scores, choice and compaction on the device; decode steps behind it are replayed as CUDA graphs."""

@@ -63,6 +63,13 @@ CacheGroup group_of(const Json& value, const std::string& where) {
   // Which layers read how few entries is the graph's doing; only reports count it.
   if (const Json* found = fields.may("sparse")) listed<int64_t>(*found, fields.at("sparse"), size_of);
   if (const Json* found = fields.may("attends")) integer(*found, fields.at("attends"), 0, kLargestSize);
+  if (const Json* found = fields.may("window")) {
+    if (integer(*found, fields.at("window"), 0, kLargestSize) > 0) {
+      throw BundleError(said(fields.at("window"),
+                             ": caches that hold a window alone are the Python runtime's; run the "
+                             "bundle with run-vlm, or export without --max-input-len"));
+    }
+  }
   fields.finish();
   return group;
 }
