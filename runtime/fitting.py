@@ -23,11 +23,12 @@ def visual_tokens(contract: Contract, pictures: Pictures | None, rows: int = 1) 
 def check_pictures(contract: Contract, brought: Sequence[Sequence[int]]) -> None:
     """Raise RuntimeRefusal where a row's pictures bring more visual tokens than a step takes; ``brought`` by row and
     picture."""
-    most = contract.dims["N"][1]
+    most, longest = contract.dims["N"][1], contract.dims["S"][1]
     if max(map(sum, brought)) > most:
+        what = "step" if longest < contract.max_seq_len else "conversation"
         raise RuntimeRefusal(
             f"{max(map(len, brought))} images of {max(map(sum, brought))} visual tokens for one prompt; a "
-            f"conversation of {contract.max_seq_len} tokens holds at most {most} of them"
+            f"{what} of {longest} tokens holds at most {most} of them"
         )
 
 

@@ -130,9 +130,11 @@ def test_slots_whose_windows_move_answer_as_alone(bundle):
             question = Prompt(*[Image(sized(90, 60, number))] * (number % 2), "abcd"[number:])
             requests.append(engine.prepare([Message("user", question)], max_new_tokens=tokens))
         answers = [engine.submit(request) for request in requests]
-        for answer, request in zip(answers, requests, strict=True):
-            assert_same(list(answer), answer_alone(alone, request))
-        assert engine.state().finished == 4
+        expected = [answer_alone(alone, request) for request in requests]
+        for answer, want in zip(answers, expected, strict=True):
+            assert_same(list(answer), want)
+        said = [len(request.ids) + len(want["ids"]) for request, want in zip(requests, expected, strict=True)]
+        assert sum(length > WINDOW + STEP for length in said) > 1 and engine.state().finished == 4
 
 
 def test_bench_counts_the_moves_with_the_steps_that_need_them(bundle):
@@ -195,6 +197,8 @@ def test_a_prompt_longer_than_a_step_is_refused_by_name(bundle):
         with pytest.raises(runtime.RuntimeRefusal, match=rf"57 tokens {said} takes 56: .*--max-input-len"):
             session.prefill([ids, ids], pictures)
     assert session.lengths.positions.tolist() == [0, 0]
+    with pytest.raises(runtime.RuntimeRefusal, match="of 64 visual tokens for one prompt; a step of 56 tokens holds"):
+        list(runtime.Chat(Session(bundle, session.backend)).generate("a", [sized(90, 60)] * 4))
 
 
 @pytest.mark.parametrize(
