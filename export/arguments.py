@@ -10,7 +10,7 @@ from typing import Any
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export.job import FLOAT, Job, Refusal, check_numbers
 from vlmtrim.graphs.caches import fields_of, load_policy
-from vlmtrim.graphs.contract import IMAGES, PATCHES, TOKENS, CacheGroup
+from vlmtrim.graphs.contract import IMAGES, PATCHES, TOKENS, VISION, CacheGroup
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.formats import check_block, load_format
 from vlmtrim.graphs.methods import load_method, make_method, method_names, parameters
@@ -73,13 +73,7 @@ def check(job: Job) -> None:
     """Raises Refusal where numbers, names or the model's config say that the job cannot be done."""
     check_numbers(job)
     check_packing(job)
-    if job.decoder is not None and not Path(job.decoder).is_file():
-        raise Refusal(f"--decoder {job.decoder} is no file; give the decoder's .onnx")
-    if job.decoder is not None and (job.packs or job.fp32_layers or job.calibrate):
-        raise Refusal(
-            "--weights, --fp32-layers and --calibrate are of a decoder that is traced; with --decoder its file says "
-            "what its weights are: leave them out"
-        )
+    check_given(job)
     if job.fp32_layers and job.dtype != "float16":
         raise Refusal(f"--fp32-layers are layers of --dtype float16; the dtype is {job.dtype}: leave them out")
     checkpoints.check_name(job.model)
@@ -100,6 +94,31 @@ def check(job: Job) -> None:
             job.method.groups((CacheGroup(tuple(range(layers)), job.max_seq_len or LONGEST, 1, 1),), 0)
         except ValueError as error:
             raise Refusal(str(error)) from error
+
+
+def check_given(job: Job) -> None:
+    """Raises Refusal for files of other exporters that are none, and for what only traced graphs can do."""
+    for option, file in (("decoder", job.decoder), ("vision", job.vision), ("embedding", job.embedding)):
+        if file is not None and not Path(file).is_file():
+            raise Refusal(f"--{option} {file} is no file; give the .onnx of the {option}")
+    if job.decoder is not None and (job.packs or job.fp32_layers or job.calibrate):
+        raise Refusal(
+            "--weights, --fp32-layers and --calibrate are of a decoder that is traced; with --decoder its file says "
+            "what its weights are: leave them out"
+        )
+    if job.vision is None:
+        return
+    if job.vision_weights != FLOAT:
+        raise Refusal("--vision-weights packs a tower that is traced; with --vision its file says: leave it out")
+    if job.method is not None and job.method.prunes == PATCHES:
+        raise Refusal(
+            f"method {job.method.name} works inside a tower that is traced; leave --vision out, or give another method"
+        )
+    if job.method is not None and getattr(job.method, "guide", None) == VISION:
+        raise Refusal(
+            f"--score {job.method.score} reads the attention of a tower that is traced; leave --vision out, or give "
+            "another score"
+        )
 
 
 def check_packing(job: Job) -> None:

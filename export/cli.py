@@ -135,7 +135,20 @@ def _add_source(p: argparse.ArgumentParser) -> None:
         default=None,
         metavar="FILE",
         help="a decoder that another exporter wrote (mobius-onnx, onnxruntime-genai, torch.onnx.export), to take with "
-        "its weights instead of tracing one; --like CHECKPOINT then gives vision, embedding and settings",
+        "its weights instead of tracing one; --like CHECKPOINT then gives settings, and the graphs that no file is "
+        "given for",
+    )
+    p.add_argument(
+        "--vision",
+        default=None,
+        metavar="FILE",
+        help="the same of a vision graph, pixel_values -> image_features, where pictures are squares (llava, gemma3)",
+    )
+    p.add_argument(
+        "--embedding",
+        default=None,
+        metavar="FILE",
+        help="the same of a token embedding, input_ids -> inputs_embeds, with image_features as a second input or none",
     )
 
 

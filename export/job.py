@@ -53,6 +53,8 @@ class Job:
         cache_share: of the candidates, that stays unless run-vlm says another.
         calibrate: folder of pictures with questions that bounds are measured, and integers rounded, on; None for none.
         decoder: ONNX file of a decoder that another exporter wrote, to take instead of tracing one; None for none.
+        vision: the same of a vision graph.
+        embedding: the same of a token embedding.
     """
 
     model: str
@@ -82,6 +84,14 @@ class Job:
     cache_share: float = 0.5
     calibrate: str | None = None
     decoder: str | None = None
+    vision: str | None = None
+    embedding: str | None = None
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Graphs of the bundle that come from files of other exporters."""
+        files = {"vision": self.vision, "embed": self.embedding, "decoder": self.decoder}
+        return tuple(name for name, file in files.items() if file is not None)
 
     @property
     def longest_step(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from vlmtrim.export import calibration, given_decoder, memory, packing, prompt_form, weights
+from vlmtrim.export import calibration, given, given_weights, memory, packing, prompt_form, weights
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.job_contract import build_contract, plain_decoder
@@ -27,7 +27,7 @@ from vlmtrim.export.tracing.attention import IMPLEMENTATION
 from vlmtrim.export.weights import layerwise, quantised
 from vlmtrim.graphs.bundle import seal
 from vlmtrim.graphs.caching import cache_graphs
-from vlmtrim.graphs.contract import IMAGES, PATCHES, VISION, Contract, TensorSpec
+from vlmtrim.graphs.contract import IMAGES, PATCHES, VISION, Contract, GraphSpec, TensorSpec
 from vlmtrim.graphs.formats import Packing
 from vlmtrim.graphs.lint import lint, lint_chain, node_counts
 from vlmtrim.graphs.passes.key_scores import key_scores
@@ -120,9 +120,9 @@ def export(
         if prepared.settings is not None:
             report["quantised"] = prepared.settings["quant_method"]
         stored = _stored(prepared, matched, placed, folder, report)
-        if job.decoder is not None:
-            with _stage(report, "weights of the decoder") as show:
-                report["decoder_weights"] = given_decoder.store(traced["decoder"], folder, show, job.link_weights)
+        for name in job.given:
+            with _stage(report, f"weights of the given {name}") as show:
+                report[f"{name}_weights"] = given_weights.store(traced[name], name, folder, show, job.link_weights)
         with _stage(report, "save"):
             for name, graph in traced.items():
                 widen(graph, weights.stored_dtypes(graph, matched, stored))
@@ -196,15 +196,12 @@ def graphs(
     contract, method, job = prepared.contract, prepared.method, prepared.job
     shape = prepared.family.read_shape(prepared.config)
     plain = plain_decoder(contract, prepared.config, prepared.family)
-    given = None
-    if job.decoder is not None:
-        with _stage(report, "read decoder"):
-            given = given_decoder.read(job.decoder, plain)
+    foreign = _foreign(prepared, plain, report)
     model = trace.build_without_memory(prepared.family.MODEL_CLASS, prepared.config, prepared.dtype, IMPLEMENTATION)
     for plan in prepared.family.plans(model, shape, prepared.dtype, plain):
         name = Path(plan.spec.file).stem
-        with _stage(report, f"trace {name}"):
-            graph = given if given is not None and name == "decoder" else _traced(plan, traces)
+        with _stage(report, f"{'take' if name in foreign else 'trace'} {name}"):
+            graph = foreign[name] if name in foreign else _traced(plan, traces)
             if name == "decoder":
                 last_row(graph)
             lint(graph, plan.spec)
@@ -243,6 +240,14 @@ def graphs(
             made = cache_graphs(job.cache, specs)
         yield from made.items()
     yield from shift_graphs(contract.groups, contract.dtype).items()
+
+
+def _foreign(prepared: Prepared, plain: GraphSpec, report: dict[str, Any]) -> dict[str, ir.Model]:
+    """Graphs that the job names files of; ``plain`` is the decoder's boundary before any selection."""
+    if not prepared.job.given:
+        return {}
+    with _stage(report, f"read {', '.join(prepared.job.given)}"):
+        return dict(given.read(prepared.job, plain, prepared.contract))
 
 
 def _stored(

@@ -146,7 +146,7 @@ def _typed(value: ir.Value, width: int = WIDTH) -> ir.Value:
 
 def into_bundle(decoder: Path) -> None:
     """The stages of export-vlm --decoder that work on the decoder, into a folder beside it."""
-    from vlmtrim.export import given_decoder
+    from vlmtrim.export import given, given_weights
     from vlmtrim.graphs import FastV
     from vlmtrim.graphs.boundary import decoder_spec
     from vlmtrim.graphs.contract import CacheGroup
@@ -156,10 +156,10 @@ def into_bundle(decoder: Path) -> None:
     groups = (CacheGroup(tuple(range(LAYERS)), MOST, HEADS, SIZE),)
     spec = decoder_spec(dtype="float16", hidden=WIDTH, vocabulary=VOCABULARY, groups=groups, selects=False)
     with tempfile.TemporaryDirectory(dir=decoder.parent) as scratch:
-        model = last_row(given_decoder.read(str(decoder), spec))
+        model = last_row(given.read_decoder(str(decoder), spec))
         lint(model, spec)
         FastV(k=2, r=0.5)(model, visual_tokens=576)
-        given_decoder.store(model, Path(scratch), lambda *_: None, link=True)
+        given_weights.store(model, "decoder", Path(scratch), lambda *_: None, link=True)
         ir.save(model, Path(scratch) / "decoder.onnx")
 
 

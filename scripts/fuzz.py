@@ -1,4 +1,4 @@
-"""Fuzzes what strangers give: bundles, pictures, prompts, templates, decoders.
+"""Fuzzes what strangers give: bundles, pictures, prompts, templates, decoders, their vision and embedding graphs.
 
 Prints what became of it; exit 1 on any failure.
 
@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / part) for part in ("fuzz", "")]
 
-WITHOUT_BUNDLES = ("templates", "decoders")
+WITHOUT_BUNDLES = ("templates", "decoders", "parts")
 MODELS = [  # model, method and its arguments
     *(("tiny:llava", ["--k", "2"]), ("tiny:llava", ["--method", "none"]), ("tiny:llava_next", ["--k", "1"])),
     *(
@@ -34,7 +34,7 @@ MODELS = [  # model, method and its arguments
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("target", choices=("bundles", "pictures", "prompts", "templates", "decoders"))
+    p.add_argument("target", choices=("bundles", "pictures", "prompts", "templates", "decoders", "parts"))
     p.add_argument("--count", type=int, default=1000, help="inputs to try (default 1000)")
     p.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
     p.add_argument("--jobs", type=int, default=1, help="processes at once (default 1)")
@@ -62,8 +62,8 @@ def _run(work: tuple):
     import targets
 
     target, folders, count, seed = work
-    if target == "decoders":
-        return foreign.decoders(count, seed)
+    if target in ("decoders", "parts"):
+        return getattr(foreign, target)(count, seed)
     if target == "templates":
         return targets.templates(count, seed)
     return getattr(targets, target)(folders, count, seed)

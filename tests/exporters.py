@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 
@@ -154,6 +155,115 @@ def by_mobius(text, head, path: Path, provider: str, family: str = "llava") -> P
             value.const_value = ir.tensor(weights[name.removeprefix("decoder.")].detach().numpy(), name=name)
     ir.save(decoder, path)
     return path
+
+
+def parts_by_mobius(full, folder: Path, family: str) -> tuple[Path, Path]:
+    """Vision and embedding graph of mobius-onnx's three, of "llava" or "gemma3", with the weights of a whole model."""
+    mobius = pytest.importorskip("mobius", reason="mobius-onnx is not installed (extra peers)")
+    from mobius.models import gemma3, llava
+
+    text, tower = full.config.text_config, full.config.vision_config
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
+    vision = mobius.VisionConfig(**{name: getattr(tower, name) for name in sizes}, norm_eps=tower.layer_norm_eps)
+    vision.patch_size = tower.patch_size
+    vision.mm_tokens_per_image = getattr(full.config, "mm_tokens_per_image", None)
+    names = [name for name in COMMON if name not in ("bos_token_id", "initializer_range", "eos_token_id")]
+    given = {name: getattr(text, name) for name in names} | {"rms_norm_eps": text.rms_norm_eps, "pad_token_id": 0}
+    given |= {
+        "head_dim": text.head_dim,
+        "hidden_act": "silu",
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "vision": vision,
+        "dtype": ir.DataType.FLOAT16 if full.dtype == torch.float16 else ir.DataType.FLOAT,
+    }
+    if family == "gemma3":
+        given |= {"rope_local_base_freq": 1e4, "layer_types": text.layer_types, "sliding_window": text.sliding_window}
+    config = mobius.ArchitectureConfig(**given, image_token_id=full.config.image_token_id)
+    module = (gemma3.Gemma3MultiModalModel if family == "gemma3" else llava.LLaVAModel)(config)
+    package = mobius.build_from_module(module, config, task="vision-language", execution_provider="default")
+    theirs = {"vision_encoder.vision_tower.vision_model.": "vision_tower.", "vision_encoder.": ""}
+    theirs |= {"embedding.embed_tokens": "language_model.embed_tokens", "up_proj": "fc1", "down_proj": "fc2"}
+    weights, paths = full.model.state_dict(), []
+    for part in ("vision_encoder", "embedding"):
+        for name, value in package[part].graph.initializers.items():
+            if value.const_value is None:
+                key = functools.reduce(lambda key, pair: key.replace(*pair), theirs.items(), name)
+                value.const_value = ir.tensor(weights[key].detach().numpy(), name=name)
+        paths.append(folder / f"{part}.onnx")
+        ir.save(package[part], paths[-1])
+    return paths[0], paths[1]
+
+
+class Features(torch.nn.Module):
+    """What transformers.js's conversion takes of a LLaVA: the tower and the projector."""
+
+    def __init__(self, full, flat: bool):
+        super().__init__()
+        self.full, self.flat = full, flat
+
+    def forward(self, pixel_values):
+        """[I, P, D], or [I * P, D]."""
+        model, config = self.full.model, self.full.config
+        states = model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[config.vision_feature_layer]
+        states = states[:, 1:] if config.vision_feature_select_strategy == "default" else states
+        features = model.multi_modal_projector(states)
+        return features.flatten(0, 1) if self.flat else features
+
+
+class Looked(torch.nn.Module):
+    """Token embedding, alone or with features put into it."""
+
+    def __init__(self, full):
+        super().__init__()
+        self.table, self.mark = full.get_input_embeddings(), full.config.image_token_id
+
+    def forward(self, input_ids, image_features=None):
+        """See the class."""
+        embeds = self.table(input_ids)
+        if image_features is None:
+            return embeds
+        return embeds.masked_scatter((input_ids == self.mark)[:, :, None].expand_as(embeds), image_features)
+
+
+def parts_by_torch(full, folder: Path, flat: bool, merging: bool, opset: int = 17) -> tuple[Path, Path]:
+    """Vision and embedding graph by ``torch.onnx.export``, traced."""
+    size, paths = full.config.vision_config.image_size, (folder / "vision.onnx", folder / "embedding.onnx")
+    dtype, width = full.dtype, full.config.text_config.hidden_size
+    ids = torch.tensor([[1, full.config.image_token_id, 2]])
+    plain = {"input_ids": {0: "batch", 1: "tokens"}, "inputs_embeds": {0: "batch", 1: "tokens"}}
+    features = torch.randn(1, width, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module, given, taken, returned, axes, path in (
+            (
+                Features(full, flat),
+                (torch.randn(2, 3, size, size, dtype=dtype),),
+                ["pixel_values"],
+                "image_features",
+                {"pixel_values": {0: "pictures"}, "image_features": {0: "features"}},
+                paths[0],
+            ),
+            (
+                Looked(full),
+                (ids, features) if merging else (ids,),
+                ["input_ids", "image_features"][: 1 + merging],
+                "inputs_embeds",
+                {**plain, **({"image_features": {0: "features"}} if merging else {})},
+                paths[1],
+            ),
+        ):
+            torch.onnx.export(
+                module,
+                given,
+                path,
+                input_names=taken,
+                output_names=[returned],
+                dynamic_axes=axes,
+                opset_version=opset,
+                dynamo=False,
+            )
+    return paths
 
 
 def by_genai(model, folder: Path, provider: str = "cpu", precision: str = "fp32") -> Path:

@@ -10,6 +10,7 @@ from vlmtrim.graphs.foreign.nodes import constant, kind, said
 from vlmtrim.graphs.ops import Ops
 
 OLDEST = 13
+OPSET = 24  # of every graph of a bundle, for TensorScatter
 _AXES_AS_INPUT = 18  # of ReduceMean, ReduceMax and their kin, and the opset of Split's num_outputs
 _SHAPE_OF_PART = 15  # of Shape's start and end, and of CastLike
 _REDUCED = frozenset({"ReduceMean", "ReduceMax", "ReduceMin"})

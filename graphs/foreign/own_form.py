@@ -8,20 +8,19 @@ Methods, backends and engines take the result as one of export-vlm's own.
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass, ShapeInferencePass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from vlmtrim.graphs.contract import cache_names
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.foreign.boundary import Boundary, Cache
 from vlmtrim.graphs.foreign.forms import Form, Operands, opened
 from vlmtrim.graphs.foreign.nodes import constant, kind, operand, part_of_shape, said, size
-from vlmtrim.graphs.foreign.opset import raised
+from vlmtrim.graphs.foreign.opset import OPSET, raised
 from vlmtrim.graphs.foreign.standard import standardise
 from vlmtrim.graphs.foreign.trial import sizes_off_tokens, trials
-from vlmtrim.graphs.foreign.whole import check_produced, check_subgraphs, infer_missing
+from vlmtrim.graphs.foreign.whole import check_produced, check_subgraphs, infer_missing, reinfer
 from vlmtrim.graphs.ops import Ops
 
-OPSET = 24  # of TensorScatter
 _BY_TOKEN = frozenset({"Cast", "Identity", "Mul", "Div", "Tanh"})  # between the last product and the logits
 
 
@@ -173,18 +172,7 @@ def _last_row(ops: Ops, boundary: Boundary, last_index: ir.Value) -> None:
 
 def _tidy(model: ir.Model, boundary: Boundary, queries: list[ir.Value]) -> None:
     """Names, and shapes under the new names of dimensions; those of ``queries`` are known."""
-    outer = {*queries, *model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
-    for node in model.graph:
-        for value in node.outputs:
-            if value not in outer:
-                value.shape = None
     if any(value is boundary.mask for node in model.graph for value in node.inputs):
         raise GraphError("expected attention_mask to feed attention alone; found another reader")
-    NameFixPass()(model)
-    ShapeInferencePass()(model)
-    known = {"B", "S", "W0"}
-    for node in model.graph:  # names that inference made up would go along into what a selection clones
-        for value in node.outputs:
-            if value.shape is not None:
-                dims = [dim if isinstance(dim, int) or dim.value in known else None for dim in value.shape]
-                value.shape = ir.Shape(dims)
+    outer = {*queries, *model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
+    reinfer(model, outer, frozenset({"B", "S", "W0"}))

@@ -37,21 +37,32 @@ def _norm(ops: Ops, node: ir.Node) -> dict[ir.Value, ir.Value]:
     return {node.outputs[0]: _normed(ops, node, node.inputs[0], node.inputs[1])}
 
 
+def _skip_rms_norm(ops: Ops, node: ir.Node) -> dict[ir.Value, ir.Value]:
+    """SkipSimplifiedLayerNormalization: the RMS norm of a sum, and the sum."""
+    total, found = _summed(ops, node, 3)
+    return {node.outputs[0]: _normed(ops, node, total, node.inputs[2]), **found}
+
+
 def _skip_norm(ops: Ops, node: ir.Node) -> dict[ir.Value, ir.Value]:
-    """The norm of a sum, and the sum."""
+    """SkipLayerNormalization: the norm of a sum, and the sum."""
+    total, found = _summed(ops, node, 4)
+    settings = {"axis": -1, "epsilon": number(node, "epsilon", 1e-12)}
+    return {node.outputs[0]: ops("LayerNormalization", total, node.inputs[2], operand(node, 3), **settings), **found}
+
+
+def _summed(ops: Ops, node: ir.Node, bias: int) -> tuple[ir.Value, dict[ir.Value, ir.Value]]:
+    """The sum that such a node norms, with the input numbered ``bias``, and as its output where it has that."""
     total = ops("Add", node.inputs[0], node.inputs[1])
     total.type, total.shape = node.outputs[0].type, node.outputs[0].shape
-    if (bias := operand(node, 3)) is not None:
-        total = ops("Add", total, bias)
-    found = {node.outputs[0]: _normed(ops, node, total, node.inputs[2])}
+    if (added := operand(node, bias)) is not None:
+        total = ops("Add", total, added)
     for at in (1, 2):
         if (value := result(node, at)) is not None and list(value.uses()):
             raise GraphError(
                 f"expected nobody to read mean and deviation of {said(node)}; found a reader of {value.name}"
             )
-    if (sum_ := result(node, 3)) is not None:
-        found[sum_] = total
-    return found
+    sum_ = result(node, 3)
+    return total, {} if sum_ is None else {sum_: total}
 
 
 def _normed(ops: Ops, node: ir.Node, value: ir.Value | None, weight: ir.Value | None) -> ir.Value:
@@ -72,6 +83,7 @@ def _rotary(ops: Ops, node: ir.Node) -> dict[ir.Value, ir.Value]:
 
 _FORMS: dict[tuple[str, str], Callable[[Ops, ir.Node], dict[ir.Value, ir.Value]]] = {
     ("", "SimplifiedLayerNormalization"): _norm,
-    (MICROSOFT, "SkipSimplifiedLayerNormalization"): _skip_norm,
+    (MICROSOFT, "SkipLayerNormalization"): _skip_norm,
+    (MICROSOFT, "SkipSimplifiedLayerNormalization"): _skip_rms_norm,
     (MICROSOFT, "RotaryEmbedding"): _rotary,
 }

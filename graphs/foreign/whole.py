@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
+from onnx_ir.passes.common import NameFixPass, ShapeInferencePass
 
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.foreign.boundary import Boundary
@@ -52,6 +52,28 @@ def infer_missing(model: ir.Model) -> list[ir.Value]:
     if any(value.producer().op_type in _TELLING for value in missing):  # type: ignore[union-attr]
         ShapeInferencePass()(model)
     return missing
+
+
+def reinfer(model: ir.Model, outer: Collection[ir.Value], known: frozenset[str]) -> None:
+    """Names, and shapes of what is inside, under those names of dimensions; ``outer`` values keep theirs."""
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in outer:
+                value.shape = None
+    NameFixPass()(model)
+    ShapeInferencePass()(model)
+    for node in model.graph:  # names that inference made up would go along into what a selection clones
+        for value in node.outputs:
+            if value.shape is not None:
+                dims = [dim if isinstance(dim, int) or dim.value in known else None for dim in value.shape]
+                value.shape = ir.Shape(dims)
+
+
+def check_flat(model: ir.Model) -> None:
+    """Raise GraphError where a node has a graph inside."""
+    for node in model.graph:
+        if any(True for _ in _inner(node)):
+            raise GraphError(f"expected no graph inside a node; found {said(node)}: export without control flow")
 
 
 def _inner(node: ir.Node) -> Iterator[ir.Graph]:

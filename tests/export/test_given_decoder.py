@@ -69,9 +69,11 @@ def test_it_is_held_against_pytorch_and_its_engines_build(made):
     assert check_cli.main([str(bundle), "--backend", "ort-cpu"]) == 0
 
 
-@pytest.mark.parametrize("dtype", ["float16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_attention_written_out_is_held_against_pytorch_and_its_engines_build(checkpoint, dtype):
-    """As ``torch.onnx.export`` and optimum trace it: products, mask, softmax, and caches joined by Concat."""
+    """As ``torch.onnx.export`` and optimum trace it: products, mask, softmax, and caches joined by Concat. With vision
+    and embedding of others, test_given_parts.py has the same."""
     folder, full = checkpoint.parent, model(checkpoint, dtype)
     full.model.language_model.config._attn_implementation = "eager"
     decoder = folder / f"traced-{dtype}.onnx"

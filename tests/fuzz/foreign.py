@@ -1,4 +1,4 @@
-"""Fuzzes trim-onnx and --decoder: mutants of decoders in every form of attention are done, or refused by a sentence."""
+"""Fuzzes trim-onnx, --decoder, --vision and --embedding: mutants are done, or refused by a sentence."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import contextlib
 import io
 import random
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import foreign_decoders
+import foreign_parts
 import mutations
 import onnx_ir as ir
 from harness import Report, attempt
 
 from vlmtrim.graphs import GraphError, load
 from vlmtrim.graphs.foreign.cli import main
+from vlmtrim.graphs.foreign.embedding import own_embedding
 from vlmtrim.graphs.foreign.own_form import own_form
+from vlmtrim.graphs.foreign.vision import own_vision
 from vlmtrim.runtime.errors import RuntimeRefusal
 
 _SCORES = ["last-row", "last-row", "no-rope", "dart", "divprune", "stride"]
@@ -42,18 +46,51 @@ def decoders(count: int, seed: int) -> Report:
             name = f"{seed}/{number} {form} {change.__name__} k={k} {score}"
             attempt(name, partial(_trim, mutant, k, score), report)
             if number % 5 == 0:
-                attempt(f"{name} own form", partial(_own_form, mutant), report)
+                attempt(f"{name} own form", partial(_rewritten, mutant, _own_form), report)
     return report
 
 
-def _own_form(mutant: Path) -> None:
-    """Brings a mutant into the contract's form, as export-vlm --decoder does."""
+def parts(count: int, seed: int) -> Report:
+    """The same of vision and embedding graphs."""
+    report, w = Report(), foreign_parts.weights()
+    models = {f"vision {flat}": foreign_parts.vision(w, flat) for flat in (False, True)}
+    models |= {form: foreign_parts.embedding(w, form) for form in foreign_parts.EMBEDDINGS}
+    originals = {name: ir.serde.serialize_model(model).SerializeToString() for name, model in models.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        mutant = Path(scratch) / "mutant.onnx"
+        for number in range(count):
+            draw = random.Random(f"{seed} {number}")
+            name = draw.choice(list(originals))
+            change = mutations.mutated_bytes if draw.random() < 0.1 else mutations.mutated_onnx
+            mutant.write_bytes(change(originals[name], draw))
+            rewrite = _own_vision if name.startswith("vision") else _own_embedding
+            attempt(f"{seed}/{number} {name} {change.__name__}", partial(_rewritten, mutant, rewrite), report)
+    return report
+
+
+def _own_form(model: ir.Model) -> None:
+    """As export-vlm --decoder does."""
+    own_form(model, 64)
+
+
+def _own_vision(model: ir.Model) -> None:
+    """As export-vlm --vision does."""
+    own_vision(model, foreign_parts.VISION_SPEC)
+
+
+def _own_embedding(model: ir.Model) -> None:
+    """As export-vlm --embedding does."""
+    own_embedding(model, foreign_parts.EMBED_SPEC, foreign_parts.VOCABULARY, foreign_parts.IMAGE)
+
+
+def _rewritten(mutant: Path, rewrite: Callable[[ir.Model], None]) -> None:
+    """Brings a mutant into the contract's form."""
     try:
         model = load(mutant)
     except ValueError as error:
         raise RuntimeRefusal("no ONNX") from error
     try:
-        own_form(model, 64)
+        rewrite(model)
     except GraphError as error:
         raise RuntimeRefusal(str(error)) from error
 

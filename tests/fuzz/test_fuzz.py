@@ -57,3 +57,10 @@ def test_mutants_of_decoders_are_trimmed_or_refused():
     report = fuzzed("decoders", 50, 1, module=foreign)
     assert report.clean, report.failures[:3]
     assert report.tally["refused"] > 5 and report.tally["ran"] > 10
+
+
+def test_mutants_of_vision_and_embedding_are_rewritten_or_refused():
+    """500 of them take ``scripts/fuzz.py parts --count 500``."""
+    report = fuzzed("parts", 60, 1, module=foreign)
+    assert report.clean, report.failures[:3]
+    assert report.tally["refused"] > 5 and report.tally["ran"] > 10
