@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import onnx_ir as ir
 
 from vlmtrim.export.given_weights import DTYPES, inline_small
 from vlmtrim.export.job import Job, Refusal
+from vlmtrim.export.tracing.text_decoder import Shape
 from vlmtrim.graphs.contract import Contract, GraphSpec
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.files import load
@@ -18,11 +19,12 @@ from vlmtrim.graphs.foreign.own_form import own_form
 from vlmtrim.graphs.foreign.vision import own_vision
 
 
-def read(job: Job, plain: GraphSpec, contract: Contract) -> Iterator[tuple[str, ir.Model]]:
+def read(job: Job, plain: GraphSpec, contract: Contract, shape: Shape) -> Iterator[tuple[str, ir.Model]]:
     """Those graphs of the bundle that the job names files of, by their names in the contract.
 
     Args:
         plain: boundary of the decoder before any selection.
+        shape: of the checkpoint.
 
     Raises:
         Refusal: a file is no such graph, or of another model or dtype. GraphError: it has no such form.
@@ -36,7 +38,8 @@ def read(job: Job, plain: GraphSpec, contract: Contract) -> Iterator[tuple[str, 
         spec = contract.graphs["embed"]
         yield "embed", _named("--embedding", job.embedding, lambda m: own_embedding(m, spec, vocabulary, token))
     if job.decoder is not None:
-        yield "decoder", read_decoder(job.decoder, plain)
+        windows = [shape.window * (layer in shape.near_layers) for layer in range(shape.layers)]
+        yield "decoder", read_decoder(job.decoder, plain, windows, shape.sees_ahead)
 
 
 def _named(option: str, path: str, rewrite: Callable[[ir.Model], ir.Model]) -> ir.Model:
@@ -57,8 +60,8 @@ def _loaded(option: str, path: str) -> ir.Model:
     return model
 
 
-def read_decoder(path: str, spec: GraphSpec) -> ir.Model:
-    """The decoder of a file with the boundary ``spec``. Raises as :func:`read` does."""
+def read_decoder(path: str, spec: GraphSpec, windows: Sequence[int] = (), sees_ahead: bool = False) -> ir.Model:
+    """The decoder of a file with the boundary ``spec``; see :func:`own_form`. Raises as :func:`read` does."""
     model = _loaded("--decoder", path)
     if not is_foreign(model):
         raise Refusal(f"--decoder {path} is no decoder with caches that grow, past_key_values.L.key/value")
@@ -71,4 +74,4 @@ def read_decoder(path: str, spec: GraphSpec) -> ir.Model:
         raise Refusal(f"--decoder {path} has {len(boundary.caches)} layers, the checkpoint {len(caches) // 2}")
     capacity = caches[0].shape[2]
     assert isinstance(capacity, int)
-    return own_form(model, capacity)
+    return own_form(model, capacity, windows, sees_ahead)

@@ -247,7 +247,8 @@ def _foreign(prepared: Prepared, plain: GraphSpec, report: dict[str, Any]) -> di
     if not prepared.job.given:
         return {}
     with _stage(report, f"read {', '.join(prepared.job.given)}"):
-        return dict(given.read(prepared.job, plain, prepared.contract))
+        shape = prepared.family.read_shape(prepared.config)
+        return dict(given.read(prepared.job, plain, prepared.contract, shape))
 
 
 def _stored(

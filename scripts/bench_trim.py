@@ -4,7 +4,8 @@ It has 32 layers of Llama-2's sizes, and weights of that size on disk. Of --deco
 selection, linking the weights, writing.
 
 The decoder is made by hand in the form that mobius-onnx writes (Attention with past and present, residuals in norms) or
-onnxruntime-genai's (GroupQueryAttention, packed); its external data is a sparse file, of which nothing is ever read.
+onnxruntime-genai's (GroupQueryAttention, packed); its external data is a sparse file, of which nothing is read but for
+--copy, which reads its zeros and writes them.
 Every repetition is a process of its own: seconds, seconds of CPU, and its largest resident memory.
 
 scripts/bench_trim.py --repeat 3
@@ -144,7 +145,7 @@ def _typed(value: ir.Value, width: int = WIDTH) -> ir.Value:
     return value
 
 
-def into_bundle(decoder: Path) -> None:
+def into_bundle(decoder: Path, link: bool) -> None:
     """The stages of export-vlm --decoder that work on the decoder, into a folder beside it."""
     from vlmtrim.export import given, given_weights
     from vlmtrim.graphs import FastV
@@ -159,7 +160,7 @@ def into_bundle(decoder: Path) -> None:
         model = last_row(given.read_decoder(str(decoder), spec))
         lint(model, spec)
         FastV(k=2, r=0.5)(model, visual_tokens=576)
-        given_weights.store(model, "decoder", Path(scratch), lambda *_: None, link=True)
+        given_weights.store(model, "decoder", Path(scratch), lambda *_: None, link=link)
         ir.save(model, Path(scratch) / "decoder.onnx")
 
 
@@ -185,9 +186,10 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeat", type=int, default=3, help="runs, of which the medians are printed (default 3)")
     p.add_argument("--into-bundle", type=Path, metavar="DECODER", help="do what is measured of --decoder, and no more")
+    p.add_argument("--copy", action="store_true", help="also measure weights that are copied, which writes all of them")
     args = p.parse_args()
     if args.into_bundle:
-        into_bundle(args.into_bundle)
+        into_bundle(args.into_bundle, not args.copy)
         return 0
     fine = True
     print(f"{'form':14}{'command':14}{'weights':>10}{'seconds':>10}{'CPU s':>8}{'memory':>9}")
@@ -200,6 +202,8 @@ def main() -> int:
                 "trim-onnx": [*trim, "--k", "2", "--r", "0.5", "--force"],
                 "--decoder": [__file__, "--into-bundle", str(decoder)],
             }
+            if args.copy and form == FORMS[0]:  # the form does not matter to it
+                commands["copied"] = [__file__, "--into-bundle", str(decoder), "--copy"]
             for name, command in commands.items():
                 runs = [measure([sys.executable, *command]) for _ in range(args.repeat)]
                 seconds, cpu, memory = (statistics.median(column) for column in zip(*runs, strict=True))

@@ -157,11 +157,32 @@ def by_mobius(text, head, path: Path, provider: str, family: str = "llava") -> P
     return path
 
 
-def parts_by_mobius(full, folder: Path, family: str) -> tuple[Path, Path]:
-    """Vision and embedding graph of mobius-onnx's three, of "llava" or "gemma3", with the weights of a whole model."""
+def parts_by_mobius(full, folder: Path, family: str) -> dict[str, Path]:
+    """The three graphs of mobius-onnx, of "llava" or "gemma3", with the weights of a whole model."""
     mobius = pytest.importorskip("mobius", reason="mobius-onnx is not installed (extra peers)")
     from mobius.models import gemma3, llava
 
+    config = _mobius_config(mobius, full, family)
+    module = (gemma3.Gemma3MultiModalModel if family == "gemma3" else llava.LLaVAModel)(config)
+    package = mobius.build_from_module(module, config, task="vision-language", execution_provider="default")
+    theirs = {"vision_encoder.vision_tower.vision_model.": "vision_tower.", "vision_encoder.": ""}
+    theirs |= {"embedding.embed_tokens": "language_model.embed_tokens", "decoder.model.": "language_model."}
+    fully = {"up_proj": "fc1", "down_proj": "fc2"}  # of the tower
+    weights = {**full.model.state_dict(), "decoder.lm_head.weight": full.lm_head.weight}
+    paths = {"vision_encoder": folder / "vision.onnx"}
+    paths |= {name: folder / f"{name}.onnx" for name in ("embedding", "decoder")}
+    for part, path in paths.items():
+        names = {**theirs, **fully} if part == "vision_encoder" else theirs
+        for name, value in package[part].graph.initializers.items():
+            if value.const_value is None:
+                key = functools.reduce(lambda key, pair: key.replace(*pair), names.items(), name)
+                value.const_value = ir.tensor(weights[key].detach().numpy(), name=name)
+        ir.save(package[part], path)
+    return {"vision": paths["vision_encoder"], "embedding": paths["embedding"], "decoder": paths["decoder"]}
+
+
+def _mobius_config(mobius, full, family: str):
+    """What it builds the model from."""
     text, tower = full.config.text_config, full.config.vision_config
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
     vision = mobius.VisionConfig(**{name: getattr(tower, name) for name in sizes}, norm_eps=tower.layer_norm_eps)
@@ -169,30 +190,15 @@ def parts_by_mobius(full, folder: Path, family: str) -> tuple[Path, Path]:
     vision.mm_tokens_per_image = getattr(full.config, "mm_tokens_per_image", None)
     names = [name for name in COMMON if name not in ("bos_token_id", "initializer_range", "eos_token_id")]
     given = {name: getattr(text, name) for name in names} | {"rms_norm_eps": text.rms_norm_eps, "pad_token_id": 0}
-    given |= {
-        "head_dim": text.head_dim,
-        "hidden_act": "silu",
-        "rope_type": "default",
-        "rope_theta": 1e4,
-        "vision": vision,
-        "dtype": ir.DataType.FLOAT16 if full.dtype == torch.float16 else ir.DataType.FLOAT,
-    }
+    given |= {"head_dim": text.head_dim, "hidden_act": "silu", "rope_type": "default", "vision": vision}
+    given["dtype"] = ir.DataType.FLOAT16 if full.dtype == torch.float16 else ir.DataType.FLOAT
     if family == "gemma3":
-        given |= {"rope_local_base_freq": 1e4, "layer_types": text.layer_types, "sliding_window": text.sliding_window}
-    config = mobius.ArchitectureConfig(**given, image_token_id=full.config.image_token_id)
-    module = (gemma3.Gemma3MultiModalModel if family == "gemma3" else llava.LLaVAModel)(config)
-    package = mobius.build_from_module(module, config, task="vision-language", execution_provider="default")
-    theirs = {"vision_encoder.vision_tower.vision_model.": "vision_tower.", "vision_encoder.": ""}
-    theirs |= {"embedding.embed_tokens": "language_model.embed_tokens", "up_proj": "fc1", "down_proj": "fc2"}
-    weights, paths = full.model.state_dict(), []
-    for part in ("vision_encoder", "embedding"):
-        for name, value in package[part].graph.initializers.items():
-            if value.const_value is None:
-                key = functools.reduce(lambda key, pair: key.replace(*pair), theirs.items(), name)
-                value.const_value = ir.tensor(weights[key].detach().numpy(), name=name)
-        paths.append(folder / f"{part}.onnx")
-        ir.save(package[part], paths[-1])
-    return paths[0], paths[1]
+        rope = text.rope_parameters
+        given |= {"layer_types": text.layer_types, "sliding_window": text.sliding_window, "attn_qk_norm": True}
+        given |= {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+        given |= {"rope_theta": rope["full_attention"]["rope_theta"], "hidden_act": text.hidden_activation}
+        given |= {"rope_type": "linear", "rope_scaling": rope["full_attention"]}
+    return mobius.ArchitectureConfig(**given, image_token_id=full.config.image_token_id)
 
 
 class Features(torch.nn.Module):
@@ -226,7 +232,7 @@ class Looked(torch.nn.Module):
         return embeds.masked_scatter((input_ids == self.mark)[:, :, None].expand_as(embeds), image_features)
 
 
-def parts_by_torch(full, folder: Path, flat: bool, merging: bool, opset: int = 17) -> tuple[Path, Path]:
+def parts_by_torch(full, folder: Path, flat: bool, merging: bool, opset: int = 17) -> dict[str, Path]:
     """Vision and embedding graph by ``torch.onnx.export``, traced."""
     size, paths = full.config.vision_config.image_size, (folder / "vision.onnx", folder / "embedding.onnx")
     dtype, width = full.dtype, full.config.text_config.hidden_size
@@ -263,7 +269,7 @@ def parts_by_torch(full, folder: Path, flat: bool, merging: bool, opset: int = 1
                 opset_version=opset,
                 dynamo=False,
             )
-    return paths
+    return dict(zip(("vision", "embedding"), paths, strict=True))
 
 
 def by_genai(model, folder: Path, provider: str = "cpu", precision: str = "fp32") -> Path:

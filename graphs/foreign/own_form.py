@@ -2,15 +2,19 @@
 
 What changes: keys and values go into the caches by TensorScatter, the mask follows from where they go, logits are of
 each row's last token, operators of ONNX Runtime become standard ones. Padding is on the right then, as in every bundle.
+A decoder of Gemma 3 is causal in pictures too where others export it; the contract's mask, which lets their tokens see
+each other both ways as the checkpoint does, stands in its stead.
 Methods, backends and engines take the result as one of export-vlm's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from vlmtrim.graphs.contract import cache_names
+from vlmtrim.graphs.contract import LAST_SEEN, cache_names
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.foreign.boundary import Boundary, Cache
 from vlmtrim.graphs.foreign.forms import Form, Operands, opened
@@ -24,12 +28,14 @@ from vlmtrim.graphs.ops import Ops
 _BY_TOKEN = frozenset({"Cast", "Identity", "Mul", "Div", "Tanh"})  # between the last product and the logits
 
 
-def own_form(model: ir.Model, capacity: int) -> ir.Model:
+def own_form(model: ir.Model, capacity: int, windows: Sequence[int] = (), sees_ahead: bool = False) -> ir.Model:
     """Rewrite a decoder with the boundary of :mod:`.boundary` in place, and return it with that of the contract.
 
     Args:
-        model: takes ``inputs_embeds``; causal attention to all tokens, in any of the forms; no selection yet.
+        model: takes ``inputs_embeds``; causal attention, in any of the forms; no selection yet.
         capacity: of the caches, in tokens.
+        windows: tokens that each layer of the checkpoint sees, 0 for all; empty where all layers see all.
+        sees_ahead: whether visual tokens attend to those of their picture that are behind them.
 
     Raises:
         GraphError: it is of another form; the message names the layer, what was expected and what was found.
@@ -43,17 +49,18 @@ def own_form(model: ir.Model, capacity: int) -> ir.Model:
     infer_missing(model)
     dtype = boundary.tokens.dtype
     assert dtype is not None
-    steps = trials(model, boundary, capacity)
-    inputs = _Inputs(boundary)
+    seen = windows or [0] * len(layers)
+    steps = {window: trials(model, boundary, capacity, window) for window in dict.fromkeys(seen)}
+    inputs = _Inputs(boundary, sees_ahead)
     ops = Ops("own")
-    mask = _mask(ops, inputs, dtype)
-    operands = [layer.operands(ops, inputs.positions, steps) for layer in layers]
-    sizes_off_tokens(ops, steps, boundary.tokens, [value for given in operands for value in given.joined])
+    masks = {window: _mask(ops, inputs, dtype, window) for window in steps}
+    operands = [layer.operands(ops, inputs.positions, steps[w]) for layer, w in zip(layers, seen, strict=True)]
+    sizes_off_tokens(ops, steps[seen[0]], boundary.tokens, [value for given in operands for value in given.joined])
     for cache, given in zip(boundary.caches, operands, strict=True):
         inputs.hold(cache, given.width, capacity)
     queries = [
-        _attend(ops, layer, cache, given, inputs, mask)
-        for layer, cache, given in zip(layers, boundary.caches, operands, strict=True)
+        _attend(ops, layer, cache, given, inputs, masks[window])
+        for layer, cache, given, window in zip(layers, boundary.caches, operands, seen, strict=True)
     ]
     _last_row(ops, boundary, inputs.last_index)
     model.graph.extend(ops.nodes)
@@ -72,7 +79,7 @@ def own_form(model: ir.Model, capacity: int) -> ir.Model:
 class _Inputs:
     """The boundary's inputs: those that stay, under the contract's names of dimensions, and those that come."""
 
-    def __init__(self, boundary: Boundary):
+    def __init__(self, boundary: Boundary, sees_ahead: bool):
         self.tokens = boundary.tokens
         self.tokens.shape = ir.Shape(("B", "S", size(boundary.tokens, 2)))
         positions = boundary.positions
@@ -82,6 +89,7 @@ class _Inputs:
         positions.shape = ir.Shape((*axes, "B", "S"))
         self.positions = positions
         self.last_index = ir.val("last_index", dtype=ir.DataType.INT64, shape=("B",))
+        self.last_seen = ir.val(LAST_SEEN, dtype=ir.DataType.INT64, shape=("B", "S")) if sees_ahead else None
         self.write_indices = ir.val("write_indices.0", dtype=ir.DataType.INT64, shape=("B",))
         self.window = ir.val("key_positions.0", dtype=ir.DataType.INT64, shape=("W0",))
 
@@ -92,15 +100,23 @@ class _Inputs:
 
     def ordered(self, caches: tuple[Cache, ...]) -> list[ir.Value]:
         """As the contract orders them."""
-        first = [self.tokens, self.positions, self.last_index, self.write_indices, self.window]
+        first = [self.tokens, self.positions, self.last_index]
+        first += [] if self.last_seen is None else [self.last_seen]
+        first += [self.write_indices, self.window]
         return [*first, *(value for cache in caches for value in (cache.key, cache.value))]
 
 
-def _mask(ops: Ops, inputs: _Inputs, dtype: ir.DataType) -> ir.Value:
-    """What is added to the logits, [B, 1, S, W]: a token sees what was written up to itself."""
+def _mask(ops: Ops, inputs: _Inputs, dtype: ir.DataType, window: int) -> ir.Value:
+    """What is added to the logits, [B, 1, S, W]: a token sees what was written up to itself, or to the end of its
+    picture, and of that the last ``window`` entries where that is not 0."""
     step = ops("Range", ops.const(0), ops("Squeeze", ops.dim(inputs.tokens, 1), ops.const([0])), ops.const(1))
-    at = ops("Add", ops("Unsqueeze", inputs.write_indices, ops.const([1])), step)
-    seen = ops("LessOrEqual", inputs.window, ops("Unsqueeze", at, ops.const([1, 3])))
+    first = ops("Unsqueeze", inputs.write_indices, ops.const([1]))
+    own = ops("Add", first, step)
+    last = own if inputs.last_seen is None else ops("Add", first, inputs.last_seen)
+    seen = ops("LessOrEqual", inputs.window, ops("Unsqueeze", last, ops.const([1, 3])))
+    if window:
+        before = ops("Unsqueeze", ops("Sub", own, ops.const(window)), ops.const([1, 3]))
+        seen = ops("And", seen, ops("Greater", inputs.window, before))
     low = -65504.0 if dtype == ir.DataType.FLOAT16 else -3e38
     mask = ops("Where", seen, ops.const(0.0, dtype.numpy()), ops.const(low, dtype.numpy()))
     mask.type = ir.TensorType(dtype)

@@ -23,13 +23,14 @@ LAID_OUT = frozenset({"Identity", "Cast", "Unsqueeze", "Squeeze", "Expand", "Res
 
 
 class Trial(Evaluator):
-    """One step: ``real`` bool [B, T] says which tokens are no padding; ``past`` is P."""
+    """One step: ``real`` bool [B, T] says which tokens are no padding; ``past`` is P; a token is to see the last
+    ``window`` entries, itself among them, or all where that is 0."""
 
     depends_on = "masks, lengths and constants"
 
-    def __init__(self, model: ir.Model, boundary: Boundary, real: np.ndarray, past: int):
+    def __init__(self, model: ir.Model, boundary: Boundary, real: np.ndarray, past: int, window: int = 0):
         super().__init__(model)
-        self.real, self.past, self.tokens = real, past, real.shape[1] - past
+        self.real, self.past, self.tokens, self.window = real, past, real.shape[1] - past, window
         rows, total = real.shape
         self._named(boundary.tokens, [rows, self.tokens, size(boundary.tokens, 2) or 1])
         for cache in boundary.caches:
@@ -46,7 +47,8 @@ class Trial(Evaluator):
     @property
     def seen(self) -> np.ndarray:
         """Which tokens causal attention sees, bool [B, 1, S, T]."""
-        causal = np.arange(self.real.shape[1]) <= self.past + np.arange(self.tokens)[:, None]
+        entry, own = np.arange(self.real.shape[1]), self.past + np.arange(self.tokens)[:, None]
+        causal = (entry <= own) & (entry > own - (self.window or self.real.shape[1]))
         return (causal & self.real[:, None])[:, None]
 
     def asks(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -54,16 +56,16 @@ class Trial(Evaluator):
         return np.broadcast_to(self.real[:, None, self.past :, None], shape)
 
 
-def trials(model: ir.Model, boundary: Boundary, capacity: int) -> tuple[Trial, ...]:
+def trials(model: ir.Model, boundary: Boundary, capacity: int, window: int = 0) -> tuple[Trial, ...]:
     """Steps that tell causal attention from all others: a row with padding behind a past, a prompt without one, and a
     step at the end of caches of ``capacity`` tokens, where a window shows. Padding is on the right, as in a bundle."""
     short = np.ones((2, 8), bool)
     short[1, 6:] = False
     last = np.ones((3, max(capacity, 2)), bool)
     return (
-        Trial(model, boundary, short, 3),
-        Trial(model, boundary, short, 0),
-        Trial(model, boundary, last, last.shape[1] - 1),
+        Trial(model, boundary, short, 3, window),
+        Trial(model, boundary, short, 0, window),
+        Trial(model, boundary, last, last.shape[1] - 1, window),
     )
 
 
@@ -148,9 +150,11 @@ def check_causal(trial: Trial, where: str, seen: np.ndarray) -> None:
         return
     row, head, token, entry = (int(index) for index in np.argwhere(wrong)[0])
     does = "sees" if found[row, head, token, entry] else "does not see"
+    all_ = f"the last {trial.window} tokens, as in the checkpoint," if trial.window else "all tokens"
     raise GraphError(
-        f"{where}: expected causal attention to all tokens but padding; found that token {token} of a step behind "
-        f"{trial.past} others {does} token {entry}: windows and other masks have no such form"
+        f"{where}: expected causal attention to {all_} but padding; found that token {token} of a step behind "
+        f"{trial.past} others {does} token {entry}: windows that the checkpoint has not, and other masks, have no such "
+        "form"
     )
 
 

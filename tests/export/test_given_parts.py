@@ -22,14 +22,17 @@ from vlmtrim.graphs.lint import lint
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """made(family, dtype, **variant) -> (folder of a checkpoint, its model)."""
+    """made(family, dtype, text={settings of the text model}, **variant) -> (folder of a checkpoint, its model)."""
     cache = {}
 
-    def get(family, dtype="float32", **variant):
-        key = family, dtype, repr(variant)
+    def get(family, dtype="float32", text=(), **variant):
+        key = family, dtype, repr((text, variant))
         if key not in cache:
             folder, module = tmp_path_factory.mktemp(family), checkpoints.load_family(family)
             checkpoint = tiny.write_checkpoint(module, folder / "checkpoint", **variant)
+            raw = json.loads((checkpoint / "config.json").read_text())
+            raw["text_config"] |= dict(text)
+            (checkpoint / "config.json").write_text(json.dumps(raw))
             full = module.MODEL_CLASS.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
             for part in (full.model.language_model, full.model.vision_tower):
                 part.config._attn_implementation = "eager"
@@ -40,25 +43,40 @@ def made(tmp_path_factory):
 
 
 def parts_of(maker, full, folder):
-    """(vision, embedding): as transformers.js has them, with features flat and put in, or mobius-onnx's."""
+    """Files by option: as transformers.js has them, with features flat and put in, or all three of mobius-onnx."""
     if maker == "mobius":
         return exporters.parts_by_mobius(full, folder, full.config.model_type)
     return exporters.parts_by_torch(full, folder, maker == "merging", maker == "merging", 14 if maker == "js" else 17)
 
 
-def export(checkpoint, output, dtype, *arguments):
+def export(checkpoint, output, dtype, files, *arguments):
     fits = ["--max-seq-len", "256", "--dtype", dtype, "--k", "2", "--r", "0.5", "--output", str(output)]
-    assert cli.main(["--like", str(checkpoint), *fits, *arguments]) == 0
+    given = [argument for name, path in files.items() for argument in (f"--{name}", str(path))]
+    assert cli.main(["--like", str(checkpoint), *fits, *given, *arguments]) == 0
     return output
 
 
-# Three heads: of 144 columns, whose root mobius-onnx, which rounds it to float16, has whole.
+def check(bundle):
+    return check_cli.main([str(bundle), "--backend", "ort-cpu", "--tokens", "4"])
+
+
+def with_decoder(full, files, folder):
+    """The same with the decoder as ``torch.onnx.export`` traces it."""
+    path = exporters.by_torch(full.model.language_model, full.lm_head, folder / "traced.onnx", False, 17)
+    return {**files, "decoder": path}
+
+
+# Three heads: of 144 columns, whose root mobius-onnx, which rounds it to float16, has whole. Its scores are over the
+# root of a head's size, whatever the checkpoint says.
+GEMMA = {"heads": 3, "kv_heads": 1, "text": {"query_pre_attn_scalar": 64}}
+
+
 @pytest.mark.parametrize(
     ("family", "maker", "variant"),
     [
         (llava, "js", {}),
         (llava, "merging", {}),
-        (gemma3, "mobius", {"heads": 3, "kv_heads": 1}),
+        (gemma3, "mobius", GEMMA),
     ],
 )
 def test_two_rows_of_two_pictures_are_what_transformers_makes_of_them(made, tmp_path, family, maker, variant):
@@ -67,9 +85,9 @@ def test_two_rows_of_two_pictures_are_what_transformers_makes_of_them(made, tmp_
     _, full = made(name, **variant)
     shape = family.read_shape(full.config)
     specs = family.vision_spec(shape, "float32"), family.embed_spec(shape, "float32")
-    vision, embedding = parts_of(maker, full, tmp_path)
-    vision = own_vision(load(vision), specs[0])
-    embedding = own_embedding(load(embedding), specs[1], shape.vocabulary, shape.image_token_id)
+    files = parts_of(maker, full, tmp_path)
+    vision = own_vision(load(files["vision"]), specs[0])
+    embedding = own_embedding(load(files["embedding"]), specs[1], shape.vocabulary, shape.image_token_id)
     for graph, spec in zip((vision, embedding), specs, strict=True):
         lint(graph, spec)
     size, per = shape.image_size, shape.image_tokens
@@ -95,64 +113,67 @@ def test_two_rows_of_two_pictures_are_what_transformers_makes_of_them(made, tmp_
 def test_a_bundle_of_three_graphs_is_held_against_pytorch_and_its_engines_build(made, tmp_path, maker):
     """Nothing is traced then."""
     checkpoint, full = made("llava", "float16")
-    vision, embedding = parts_of(maker, full, tmp_path)
-    decoder = exporters.by_torch(full.model.language_model, full.lm_head, tmp_path / "decoder.onnx", False, 17)
-    given = ["--vision", str(vision), "--embedding", str(embedding), "--decoder", str(decoder)]
-    bundle = export(checkpoint, tmp_path / "bundle", "float16", *given, "--engine", "tensorrt-rtx")
+    files = with_decoder(full, parts_of(maker, full, tmp_path), tmp_path)
+    bundle = export(checkpoint, tmp_path / "bundle", "float16", files, "--engine", "tensorrt-rtx")
     stages = json.loads((bundle / "job.json").read_text())["stages"]
     assert not any(stage.startswith("trace") for stage in stages)
     for name in ("vision", "embed", "decoder"):
         assert f"{name}.safetensors" in (bundle / "SHA256SUMS").read_text()
         assert (bundle / f"{name}.engine").stat().st_size > 100_000
-    assert check_cli.main([str(bundle), "--backend", "ort-cpu", "--tokens", "4"]) == 0
+    assert check(bundle) == 0
+
+
+def test_windows_and_pictures_that_see_ahead(made, tmp_path):
+    """Gemma 3 of mobius-onnx: its decoder is causal in pictures, and gets the contract's mask; prompts outgrow the
+    window."""
+    checkpoint, full = made("gemma3", **GEMMA)
+    assert check(export(checkpoint, tmp_path / "bundle", "float32", parts_of("mobius", full, tmp_path))) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("decoder", ["mobius", "torch", "traced anew"])
+def test_engines_of_windows(made, tmp_path, decoder, dtype):
+    checkpoint, full = made("gemma3", dtype, **GEMMA)
+    files = parts_of("mobius", full, tmp_path)
+    if decoder == "torch":
+        files = with_decoder(full, files, tmp_path)
+    elif decoder != "mobius":
+        del files["decoder"]
+    bundle = export(checkpoint, tmp_path / "bundle", dtype, files, "--engine", "tensorrt-rtx")
+    assert all((bundle / f"{name}.engine").stat().st_size > 100_000 for name in ("vision", "embed", "decoder"))
+    assert check(bundle) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "dtype", "variant"),
-    [("gemma3", "float32", {"heads": 3, "kv_heads": 1}), ("gemma3", "float16", {"heads": 3, "kv_heads": 1})],
+    ("family", "variant", "wrong"),
+    [("llava", {"vision": "siglip_vision_model"}, "vision"), ("gemma3", {**GEMMA, "text": {}}, "decoder")],
 )
-def test_mobius_beside_a_traced_decoder(made, tmp_path, family, dtype, variant):
-    checkpoint, full = made(family, dtype, **variant)
-    vision, embedding = parts_of("mobius", full, tmp_path)
-    given = ["--vision", str(vision), "--embedding", str(embedding), "--engine", "tensorrt-rtx"]
-    bundle = export(checkpoint, tmp_path / "bundle", dtype, *given)
-    assert all((bundle / f"{name}.engine").stat().st_size > 100_000 for name in ("vision", "embed"))
-    assert check_cli.main([str(bundle), "--backend", "ort-cpu", "--tokens", "4"]) == 0
-
-
-@pytest.mark.slow
-def test_a_tower_that_computes_something_else_is_found_by_check_vlm(made, tmp_path, capsys):
-    """mobius-onnx norms the last states of a LLaVA's tower, which transformers takes as they are."""
-    checkpoint, full = made("llava", vision="siglip_vision_model")
-    vision, embedding = parts_of("mobius", full, tmp_path)
-    decoder = exporters.by_mobius(full.model.language_model, full.lm_head, tmp_path / "decoder.onnx", "default")
-    given = ["--embedding", str(embedding), "--decoder", str(decoder)]
-    status = []
-    for name, more in (("whole", ["--vision", str(vision)]), ("traced", [])):
-        bundle = export(checkpoint, tmp_path / name, "float32", *given, *more)
-        status.append(check_cli.main([str(bundle), "--backend", "ort-cpu", "--tokens", "4"]))
-    assert status == [1, 0]
-    assert "FAILED" in capsys.readouterr().out
+def test_graphs_that_compute_something_else_are_found_by_check_vlm(made, tmp_path, family, variant, wrong):
+    """mobius-onnx norms the last states of a LLaVA's tower, which transformers takes as they are, and knows no
+    query_pre_attn_scalar of Gemma 3."""
+    checkpoint, full = made(family, **variant)
+    files = parts_of("mobius", full, tmp_path)
+    assert check(export(checkpoint, tmp_path / "whole", "float32", files)) == 1
+    del files[wrong]
+    assert check(export(checkpoint, tmp_path / "without", "float32", files)) == 0
 
 
 def test_external_data_is_linked_where_asked(made, tmp_path):
     checkpoint, full = made("llava")
-    graphs = dict(zip(("vision", "embedding"), parts_of("js", full, tmp_path), strict=True))
-    graphs["decoder"] = exporters.by_torch(full.model.language_model, full.lm_head, tmp_path / "d.onnx", False, 17)
-    given = []
-    for name, path in graphs.items():
-        beside = tmp_path / f"{name}-outside.onnx"
-        ir.save(ir.load(path), beside, external_data=f"{name}.bin", size_threshold_bytes=64)
-        given += [f"--{name}", str(beside)]
-    bundle = export(checkpoint, tmp_path / "bundle", "float32", *given, "--link-weights")
+    beside = {}
+    for name, path in with_decoder(full, parts_of("js", full, tmp_path), tmp_path).items():
+        beside[name] = tmp_path / f"{name}-outside.onnx"
+        ir.save(ir.load(path), beside[name], external_data=f"{name}.bin", size_threshold_bytes=64)
+    bundle = export(checkpoint, tmp_path / "bundle", "float32", beside, "--link-weights")
     for name, theirs in (("vision", "vision"), ("embed", "embedding"), ("decoder", "decoder")):
         assert (bundle / f"{name}-0.data").samefile(tmp_path / f"{theirs}.bin")
 
 
 def test_what_does_not_fit_is_refused(made, tmp_path, capsys):
     checkpoint, full = made("llava")
-    vision, embedding = map(str, parts_of("js", full, tmp_path))
+    vision, embedding = map(str, parts_of("js", full, tmp_path).values())
     tiled = tiny.write_checkpoint(checkpoints.load_family("llava_next"), tmp_path / "tiled")
     wide = tiny.write_checkpoint(checkpoints.load_family("llava"), tmp_path / "wide", heads=8)
     fits = ["--dtype", "float32", "--output", str(tmp_path / "bundle"), "--max-seq-len", "256"]

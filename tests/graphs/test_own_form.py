@@ -188,6 +188,31 @@ def test_other_attentions_are_refused(find, make, message):
         own_form(_edited(find, 0, make), CAPACITY)
 
 
+def _windowed(form):
+    """A decoder whose first layer sees 32 tokens."""
+    if form == "written-out":
+        return _edited(_itself, 0, _window)
+    model = decoders.build(form, W)
+    node = next(node for node in model.graph if node.op_type == "GroupQueryAttention")
+    node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", 32)
+    return model
+
+
+@pytest.mark.parametrize("form", ["written-out", "group-query"])
+def test_windows_are_those_of_the_checkpoint(form):
+    """In 25 steps behind 14 tokens they show."""
+    model = own_form(_windowed(form), CAPACITY, (32, 0, 0, 0))
+    lint(model, spec())
+    compare(Loop(session(_windowed(form)), 1), Static(session(last_row(model))), 25, None)
+    for windows, message in (
+        ((24, 0, 0, 0), "layer 0: .*expected causal attention to (the last )?24 tokens, as in the checkpoint"),
+        ((32, 32, 0, 0), "layer 1: .*expected causal attention to (the last )?32 tokens, as in the checkpoint"),
+        ((), "layer 0: .*expected causal attention to all tokens"),
+    ):
+        with pytest.raises(GraphError, match=message):
+            own_form(_windowed(form), CAPACITY, windows)
+
+
 def _by_mobius(provider, family="llava"):
     def make(path):
         pytest.importorskip("mobius", reason="mobius-onnx is not installed (extra peers)")

@@ -29,7 +29,7 @@ _UNCHANGED = frozenset({"Identity", "Cast"})
 
 @dataclass(frozen=True)
 class Operands:
-    """What causal attention to all tokens takes: queries [B, H, S, Dh], keys and values [B, KV, S, Dh] of this step.
+    """What causal attention takes: queries [B, H, S, Dh], keys and values [B, KV, S, Dh] of this step.
 
     Attributes:
         scale: the factor on products of queries and keys.
@@ -72,7 +72,7 @@ class Form(Protocol):
 
     def operands(self, ops: Ops, positions: ir.Value, steps: tuple[Trial, ...]) -> Operands:
         """What it attends with. ``steps`` are those that it is tried in. Raises GraphError where it is no causal
-        attention to all tokens."""
+        attention to all tokens, or to those of the steps' window."""
         ...
 
     def put(self, ops: Ops, attended: ir.Value) -> None:

@@ -122,8 +122,10 @@ class GroupQuery:
         """See :class:`vlmtrim.graphs.foreign.forms.Form`."""
         unknown = {"attention_bias": _BIAS, "head_sink": _SINK, "k_scale": _K_SCALE, "q_norm_weight": _Q_NORM}
         self.refuse(unknown, ("softcap", "smooth_softmax", "kv_cache_bit_width"), "here")
-        if number(self.node, "local_window_size", -1) > 0 or not number(self.node, "causal", 1):
-            raise GraphError(f"{self.where}: expected causal attention to all tokens; found a window, or none")
+        window, wanted = max(0, int(number(self.node, "local_window_size", -1))), steps[0].window
+        if window != wanted or not number(self.node, "causal", 1):
+            to = f"{wanted} tokens, as in the checkpoint" if wanted else "all tokens"
+            raise GraphError(f"{self.where}: expected causal attention to {to}; found another window, or none")
         for step in steps:
             found = step.of(self.where, operand(self.node, _SEQLENS)).reshape(-1)
             if found.tolist() != (step.real.sum(1) - 1).tolist():
