@@ -291,6 +291,30 @@ def by_genai(model, folder: Path, provider: str = "cpu", precision: str = "fp32"
     return target / "model.onnx"
 
 
+def unpack(path: Path, text, head) -> None:
+    """Give a Llama the weights that a decoder of 4 bits computes with: 0 to 15, less 8, times their scale. In float32:
+    ONNX Runtime would round states to 8 bits."""
+    weights, model = {}, ir.load(path)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+            packed, scales = (value.const_value.numpy() for value in node.inputs[1:3])
+            rows, columns = (node.attributes[name].as_int() for name in ("N", "K"))
+            whole = np.stack([packed & 15, packed >> 4], axis=-1).reshape(rows, scales.size // rows, -1) - 8.0
+            matrix = (whole * scales.reshape(rows, -1, 1)).reshape(rows, -1)[:, :columns]
+            weights[node.inputs[1].name.partition(".MatMul")[0]] = torch.from_numpy(matrix.astype(np.float32))
+    ir.save(model, path)
+    head.weight.data = weights["lm_head"]
+    for number, layer in enumerate(text.layers):
+        own, mlp = layer.self_attn, layer.mlp
+        parts = weights[f"model.layers.{number}.attn.qkv_proj"].split([HEADS * DH, KV * DH, KV * DH])
+        for linear, matrix in zip((own.q_proj, own.k_proj, own.v_proj), parts, strict=True):
+            linear.weight.data = matrix.contiguous()
+        own.o_proj.weight.data = weights[f"model.layers.{number}.attn.o_proj"]
+        for name, linear in (("gate_proj", mlp.gate_proj), ("up_proj", mlp.up_proj), ("down_proj", mlp.down_proj)):
+            linear.weight.data = weights[f"model.layers.{number}.mlp.{name}"]
+
+
 def embeddings(seed: int, lengths: tuple[int, ...]) -> list[np.ndarray]:
     """Rows of random embeddings."""
     random = np.random.default_rng(seed)

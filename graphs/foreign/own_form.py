@@ -20,7 +20,7 @@ from vlmtrim.graphs.foreign.boundary import Boundary, Cache
 from vlmtrim.graphs.foreign.forms import Form, Operands, opened
 from vlmtrim.graphs.foreign.nodes import constant, kind, operand, part_of_shape, said, size
 from vlmtrim.graphs.foreign.opset import OPSET, raised
-from vlmtrim.graphs.foreign.standard import standardise
+from vlmtrim.graphs.foreign.standard import check_unpacked, standardise
 from vlmtrim.graphs.foreign.trial import sizes_off_tokens, trials
 from vlmtrim.graphs.foreign.whole import check_produced, check_subgraphs, infer_missing, reinfer
 from vlmtrim.graphs.ops import Ops
@@ -41,6 +41,7 @@ def own_form(model: ir.Model, capacity: int, windows: Sequence[int] = (), sees_a
         GraphError: it is of another form; the message names the layer, what was expected and what was found.
     """
     check_produced(model)
+    check_unpacked(model)
     raised(model, OPSET)
     boundary, layers = opened(model)
     check_subgraphs(model, boundary)

@@ -11,8 +11,20 @@ from vlmtrim.graphs.foreign.nodes import MICROSOFT, kind, number, operand, resul
 from vlmtrim.graphs.ops import Ops
 
 
+def check_unpacked(model: ir.Model) -> None:
+    """Raise GraphError where products read weights of fewer bits that only ONNX Runtime unpacks."""
+    for node in model.graph:
+        if kind(node) in _PACKED:
+            raise GraphError(
+                f"expected weights in float; found {said(node)}, which reads them in fewer bits, as none of the "
+                "contract's formats has them: give the graph in float, or leave it out and pack the checkpoint's "
+                "weights (export-vlm --weights int4)"
+            )
+
+
 def standardise(model: ir.Model) -> None:
     """Rewrite them in place. Raises GraphError naming an operator that has no such form here."""
+    check_unpacked(model)
     for node in list(model.graph):
         rewrite = _FORMS.get(kind(node))
         if rewrite is None:
@@ -81,6 +93,7 @@ def _rotary(ops: Ops, node: ir.Node) -> dict[ir.Value, ir.Value]:
     return {node.outputs[0]: ops("RotaryEmbedding", value, cos, sin, **settings)}
 
 
+_PACKED = {(MICROSOFT, name) for name in ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "QMoE")}
 _FORMS: dict[tuple[str, str], Callable[[Ops, ir.Node], dict[ir.Value, ir.Value]]] = {
     ("", "SimplifiedLayerNormalization"): _norm,
     (MICROSOFT, "SkipLayerNormalization"): _skip_norm,

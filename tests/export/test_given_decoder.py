@@ -12,6 +12,8 @@ from vlmtrim import runtime
 from vlmtrim.export import check_cli, cli
 from vlmtrim.export import checkpoint as checkpoints
 from vlmtrim.export.weights import tiny
+from vlmtrim.graphs import GraphError, load
+from vlmtrim.graphs.foreign.own_form import own_form
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,14 @@ def test_decoders_of_genai_are_held_against_pytorch(checkpoint, provider, dtype)
     name = str(path.relative_to(checkpoint.parent))
     bundle = export((checkpoint.parent, checkpoint), f"of-{provider}", *more, decoder=name, dtype=dtype)
     assert check_cli.main([str(bundle), "--backend", "ort-cpu"]) == 0
+
+
+def test_decoders_of_four_bits_are_refused_by_name(tmp_path):
+    """trim-onnx takes them: it looks at no weight."""
+    *_, whole = exporters.text_model("Llama")
+    decoder = load(exporters.by_genai(whole, tmp_path, precision="int4"))
+    with pytest.raises(GraphError, match=r"weights in float; found com\.microsoft\.MatMulNBits .*--weights int4"):
+        own_form(decoder, 64)
 
 
 def outside(made):

@@ -28,6 +28,7 @@ MAKERS = {
     "mobius-mrope": ("qwen2_vl", True),
     "mobius-cpu": ("Llama", False),
     "genai": ("Llama", False),
+    "genai-int4": ("Llama", False),
 }
 
 
@@ -45,7 +46,9 @@ def made(tmp_path_factory):
             elif maker.startswith("exported"):
                 path = exporters.by_torch(text, head, path, True, 23 if maker == "exported-23" else 18)
             elif maker.startswith("genai"):
-                path = exporters.by_genai(whole, folder)
+                path = exporters.by_genai(whole, folder, precision="int4" if maker == "genai-int4" else "fp32")
+                if maker == "genai-int4":
+                    exporters.unpack(path, text, head)
             else:
                 provider = {"mobius-standard": "onnx-standard", "mobius-cpu": "cpu"}.get(maker, "default")
                 family = "qwen-vl" if maker == "mobius-mrope" else "llava"
