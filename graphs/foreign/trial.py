@@ -18,7 +18,7 @@ from vlmtrim.graphs.foreign.nodes import followed, kind, said, size
 from vlmtrim.graphs.ops import Ops
 
 HIDDEN = -1e4  # what is added to logits of tokens that are not seen, or less
-_SAME = 1e-3  # a factor of one, rounded
+SAME = 1e-3  # a factor of one, rounded
 LAID_OUT = frozenset({"Identity", "Cast", "Unsqueeze", "Squeeze", "Expand", "Reshape", "Transpose", "Tile"})
 
 
@@ -41,7 +41,7 @@ class Trial(Evaluator):
                 continue
             given = [*[3] * (len(value.shape or ()) - 2), *shape]
             # Positions by chance: whatever sees the right tokens does not go by them.
-            at = np.random.default_rng(0).integers(0, 99, given)
+            at = np.random.default_rng(0).integers(0, 48, given)
             self.give(value, (real if value is boundary.mask else at).astype(value.dtype.numpy()))
 
     @property
@@ -188,7 +188,7 @@ def check_passed_on(trial: Trial, where: str, value: ir.Value | None, weights: i
     shape = (trial.real.shape[0], heads, trial.tokens, trial.real.shape[1])
     dtype = np.dtype(np.float32) if weights.dtype is None else weights.dtype.numpy()
     given = np.random.default_rng(3).uniform(size=shape).astype(dtype)
-    if abs(factor(trial, where, value, weights, given, given) - 1) > _SAME:
+    if abs(factor(trial, where, value, weights, given, given) - 1) > SAME:
         raise GraphError(f"{where}: expected its probabilities to weight values as they are; found a factor")
 
 

@@ -94,6 +94,8 @@ class Fused:
             key, value = operand(self.joined, 1), operand(values, 1)
             joined = self.joined.outputs[0], values.outputs[0]
         assert query is not None and key is not None and value is not None
+        if rank(query) == rank(key) == 4:
+            query, key = (rotary.fused(ops, steps[1], self.where, states, head_size) for states in (query, key))
         query, key = rotary.by_head(ops, query, heads, head_size), rotary.by_head(ops, key, kv_heads, head_size)
         return Operands(query, key, by_head(ops, value, kv_heads, head_size), scale, heads, head_size, joined)
 

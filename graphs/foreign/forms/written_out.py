@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from vlmtrim.graphs.errors import GraphError
+from vlmtrim.graphs.foreign import rotary
 from vlmtrim.graphs.foreign.boundary import Boundary, Cache, rank
 from vlmtrim.graphs.foreign.forms import Operands
 from vlmtrim.graphs.foreign.nodes import constant, followed, kind, number, operand, said, size
@@ -77,6 +78,7 @@ class WrittenOut:
         scalar, width = constant(by_query), size(keys, 3) or size(self.cache.key, 3)
         scale = by_key * scales[0] * (1.0 if scalar is None else scalar.item())
         assert width is not None
+        query, key = (rotary.fused(ops, steps[1], where, states, width) for states in (query, key))
         return Operands(query, key, value, scale, heads, width, (keys, values.outputs[0]))
 
     def put(self, ops: Ops, attended: ir.Value) -> None:
