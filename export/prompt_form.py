@@ -8,6 +8,7 @@ random conversations both ways. A template that is no such form gets no ``prompt
     openings            what stands before the first question's text or first picture, by whether the conversation has
                         ``pictures`` and a ``system`` text: ``before``, and behind the system text ``between``
     image, joint        what stands for a picture, and between a question's texts
+    mark                of ``image``, the token that a processor's words about a picture stand in place of
     text                what stands between the last picture and the text
     asked               behind a question, up to the answer
     spaced              white space that the template writes before an answer
@@ -99,6 +100,7 @@ class _Finder:
             "start": self._prompter.special("bos_token"),
             "openings": list(self._openings(image, text)),
             "image": self._segments(image),
+            "mark": self._prompter.tokenizer.token_to_id(self._prompter.mark),
             "joint": self._segments(joint),
             "text": self._segments(text),
             "asked": self._segments(asked),

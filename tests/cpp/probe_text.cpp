@@ -99,14 +99,14 @@ PROBE void* probe_talk(const char* folder, int64_t image_token, int64_t max_seq_
 
 PROBE void probe_talk_close(void* talk) { delete static_cast<Talk*>(talk); }
 
-// `parts`: JSON, a list of texts, null for a picture.
-PROBE int probe_ask(void* talk, const char* parts) {
+// `parts`: JSON, a list of texts, null for a picture; `words`: a list of what stands in place of their marks.
+PROBE int probe_ask(void* talk, const char* parts, const char* words) {
   return guarded([&] {
     std::vector<Part> given;
     for (const auto& part : Json::parse(parts)) {
       given.push_back(part.is_null() ? Part{"", true} : Part{part.get<std::string>(), false});
     }
-    keep("ids", static_cast<Talk*>(talk)->conversation->ask(given));
+    keep("ids", static_cast<Talk*>(talk)->conversation->ask(given, Json::parse(words).get<std::vector<std::string>>()));
   });
 }
 

@@ -201,7 +201,20 @@ def python_answer(chat: Chat, question, images, stop=(), **settings):
     return "".join(step.text for step in steps), tokens, last.ended[0], last.prefill.visual, last.prefill.kept
 
 
-CASES = ("fastv", "zipvl", "next", "qwen2", "qwen2_5", "qwen3", "onevision", "video", "smol", "intern", "trimmed")
+CASES = [
+    "fastv",
+    "zipvl",
+    "next",
+    "qwen2",
+    "qwen2_5",
+    "qwen3",
+    "onevision",
+    "video",
+    "smol",
+    "intern",
+    "gemma",
+    "trimmed",
+]
 SAMPLED = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "seed": 7}
 
 
@@ -210,7 +223,7 @@ def seeded(settings):
 
 
 # The others are the same code over other processors.
-OFTEN = ("fastv", "zipvl", "trimmed", "onevision", "smol", "intern")
+OFTEN = ("fastv", "zipvl", "trimmed", "onevision", "smol", "intern", "gemma")
 
 
 @pytest.mark.parametrize(

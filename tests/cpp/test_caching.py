@@ -29,10 +29,11 @@ FIELDS = {
 }
 
 
-def exported(export_tiny, name):
+def exported(export_tiny, name, family="llava", method=None):
     share = 0.97 if name == "zipvl-drop" else 0.4  # of the attention there
     policy = load_policy(name)(**FIELDS.get(name, {}))
-    return export_tiny("cpp-cut", method=METHODS.get(name, "none"), cache=policy, cache_share=share)
+    method = method or METHODS.get(name, "none")
+    return export_tiny("cpp-cut", family=family, method=method, cache=policy, cache_share=share)
 
 
 def two_turns(bundle, native, buckets=False, every=0):
@@ -60,6 +61,17 @@ def two_turns(bundle, native, buckets=False, every=0):
 @pytest.mark.parametrize("policy", policy_names())
 def test_every_policy_to_the_bit(policy, export_tiny):
     bundle = open_bundle(exported(export_tiny, policy))
+    native = Native(bundle.folder)
+    two_turns(bundle, native, every=2 if bundle.contract.cache.every else 0)
+    native.close()
+
+
+@pytest.mark.parametrize(
+    "policy", [name if name == "elastic" else pytest.param(name, marks=pytest.mark.slow) for name in policy_names()]
+)
+def test_policies_of_layers_with_windows_to_the_bit(policy, export_tiny):
+    method = "fastv" if policy == "aircache" else "none"
+    bundle = open_bundle(exported(export_tiny, policy, "gemma3", method))
     native = Native(bundle.folder)
     two_turns(bundle, native, every=2 if bundle.contract.cache.every else 0)
     native.close()

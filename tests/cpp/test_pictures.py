@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from probing import ROOT, Native, ProbeError, decoded, resized
 
-from vlmtrim.graphs.bundle import open_bundle, seal
+from vlmtrim.graphs.bundle import BundleError, open_bundle, seal
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.image import generated_picture, load_image
 from vlmtrim.runtime.processors.base import load_processor
@@ -241,6 +241,7 @@ FAMILIES = {
     "llava_onevision": {},
     "qwen3_vl": {},
     "video_llava": {},
+    "gemma3": {"images": 4},
 }
 
 
@@ -251,6 +252,27 @@ def test_processors_are_pythons(family, export_tiny):
     for sizes in [[size] for size in SIZES] + [[(84, 84), (50, 40)]]:
         compare(ours, native, [generated_picture(seed).resize(size) for seed, size in enumerate(sizes)])
     native.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("preprocessor_config.json", {"do_pan_and_scan": True}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"boi_token": 7}}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"eoi_token": {"content": None}}}),
+    ],
+    ids=["crops", "no token", "nothing"],
+)
+def test_settings_that_are_not_gemmas_are_refused_as_in_python(name, change, export_tiny, tmp_path):
+    folder = shutil.copytree(export_tiny("cpp-pictures", family="gemma3", images=4), tmp_path / "bundle")
+    (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **change}))
+    seal(folder)
+    bundle = open_bundle(folder)
+    with pytest.raises(BundleError) as expected:
+        load_processor(bundle.files, bundle.contract)
+    with pytest.raises(ProbeError) as found:
+        Native(folder)
+    assert str(found.value) == str(expected.value).replace("None", "null")
 
 
 def compare(ours, native, images):
@@ -294,5 +316,5 @@ def test_a_family_that_there_is_not_is_refused(fastv_bundle, tmp_path):
     contract = json.loads((folder / "contract.json").read_text())
     (folder / "contract.json").write_text(json.dumps({**contract, "family": "abacus"}))
     seal(folder)
-    with pytest.raises(ProbeError, match=r'is of family "abacus"; this vlmtrim runs idefics3, .*, video_llava'):
+    with pytest.raises(ProbeError, match=r'is of family "abacus"; this vlmtrim runs gemma3, .*, video_llava'):
         Native(folder)

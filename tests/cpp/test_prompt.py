@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import templates
+import test_tokenizer
 from probing import ProbeError, array, call, library, pointer, record, result
 
 from vlmtrim.export import prompt_form
+from vlmtrim.export.families import gemma3
 from vlmtrim.export.weights.tiny import SPECIAL_IDS, write_tokenizer
 from vlmtrim.graphs.reading import Folder
 from vlmtrim.runtime.errors import RuntimeRefusal
@@ -25,17 +27,17 @@ WORDS = ["What", " is ", "this?", "\n", "  ", "Äpfel", "ASSISTANT:", "<image>",
 
 
 class Native:
-    def __init__(self, folder, system=""):
+    def __init__(self, folder, system="", contract=CONTRACT):
         made = library().probe_talk
         made.restype = ctypes.c_void_p
-        image, most = ctypes.c_int64(CONTRACT.image_token_id), ctypes.c_int64(CONTRACT.max_seq_len)
+        image, most = ctypes.c_int64(contract.image_token_id), ctypes.c_int64(contract.max_seq_len)
         place = made(str(folder).encode(), image, most, system.encode())
         if not place:
             raise ProbeError(result("error").decode(errors="replace"))
         self._talk = ctypes.c_void_p(place)
 
-    def ask(self, parts):
-        call("probe_ask", self._talk, json.dumps(parts).encode())
+    def ask(self, parts, words=()):
+        call("probe_ask", self._talk, json.dumps(parts).encode(), json.dumps(words).encode())
         return array("ids", np.int64).tolist()
 
     def answer(self, text):
@@ -94,6 +96,45 @@ def test_conversations_have_the_ids_of_python(folder):
                 ours.answer(said)
                 native.answer(said)
     assert turns > 150
+
+
+FIRST = (  # Gemma's, as if it wrote pictures before words
+    "{{ '<start_of_image>' }}{% endif %}{% endfor %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'text' %}{{ content['text'] | trim }}"
+)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_words_about_pictures_are_cut_among_those_around_them(first, tmp_path):
+    """Of Gemma 3, where newlines around a picture become one token with those that the template writes."""
+    template, middle = gemma3.CHAT_TEMPLATE, "{{ '<start_of_image>' }}{% else %}{{ content['text'] | trim }}"
+    assert middle in template
+    tokenizer = test_tokenizer.gemma()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    (tmp_path / "chat_template.jinja").write_text(template.replace(middle, FIRST) if first else template)
+    contract: Any = SimpleNamespace(
+        image_token_id=tokenizer.token_to_id("<image_soft_token>"), video_token_id=None, max_seq_len=512
+    )
+    assert prompt_form.write_form(tmp_path, contract) is None
+    assert json.loads((tmp_path / "prompt.json").read_text())["keeps_order"] == (not first)
+    prompter, dice, runs = Prompter(Folder(tmp_path), contract), random.Random(2), 0
+    told = "\n\n<start_of_image>" + "<image_soft_token>" * 3 + "<end_of_image>\n\n"
+    for _ in range(100):
+        ours, native = Conversation(prompter), Native(tmp_path, contract=contract)
+        for _ in range(3):
+            parts = [*[None] * dice.choice((0, 1, 2)), *[words(dice) for _ in range(dice.choice((1, 2)))]]
+            if dice.random() < 0.5:
+                dice.shuffle(parts)
+            given = [told + dice.choice(("", " and ", "</s>")) for part in parts if part is None]
+            found = native.ask(parts, given)
+            assert found == ours.ask(content(parts), words=given), parts
+            assert found.count(contract.image_token_id) == 3 * len(given)
+            runs += tokenizer.token_to_id("\n\n\n") in found
+            said = dice.choice(["Yes.", " \n", words(dice)])
+            ours.answer(said)
+            native.answer(said)
+    assert runs > 20
 
 
 def test_what_does_not_fit_is_refused(folder):

@@ -31,9 +31,21 @@ CASES = {
     "smol": ("smolvlm", {"k": 2, "r": 0.5}),
     "idefics": ("idefics3", {"k": 2, "r": 0.5}),
     "intern": ("internvl", {"k": 2, "r": 0.5}),
+    "gemma": ("gemma3", {"k": 2, "r": 0.5}),
+    "gemma-dense": ("gemma3", {"method": "none"}),
+    "gemma-half": ("gemma3", {"k": 2, "r": 0.5, "dtype": "float16"}),
+    "gemma-guided": ("gemma3", {"method": "guided"}),
+    "gemma-pyramid": ("gemma3", {"method": "pyramid"}),
     "cross": ("mllama", {"method": "none", "images": 3}),
     "trimmed": ("mllama", {"method": "trimmed-llama", "ratio": 0.25, "images": 3}),
 }
+
+SELDOM = ("gemma-dense", "gemma-half", "gemma-pyramid")  # slow: what the methods are is not a family's
+
+
+def seldom(names):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in names]
+
 
 # More of them, which only engines run in pieces. A packed weight is multiplied as the CPU's kernels do, by their own
 # rounding: no engine would. Idefics3 and InternVL differ from SmolVLM in what is before the engines.
@@ -112,7 +124,7 @@ def three_turns(folder, native, buckets=False):
             native.received()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", seldom(CASES))
 def test_three_turns_to_the_bit(name, export_tiny):
     family, fields = CASES[name]
     folder = export_tiny(f"cpp-{name}", family=family, **fields)
@@ -121,7 +133,7 @@ def test_three_turns_to_the_bit(name, export_tiny):
     native.close()
 
 
-@pytest.mark.parametrize("name", ON_ENGINES)
+@pytest.mark.parametrize("name", seldom(ON_ENGINES))
 def test_three_turns_on_engines_to_the_bit(name, export_tiny, place, tmp_path):
     """TensorRT's backend on stand-ins of CUDA and TensorRT: steps that repeat are replayed as CUDA graphs."""
     family, fields = ON_ENGINES[name]

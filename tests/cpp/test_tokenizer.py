@@ -32,6 +32,7 @@ LLAMA3 = (
 QWEN2 = LLAMA3.replace("{1,3}", "")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPECIALS = ["<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<unk>"]
+GEMMA_MARKS = ["<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -104,6 +105,27 @@ def gpt2():
     return tokenizer
 
 
+def gemma():
+    """As of Gemma 3: SentencePiece's BPE without a space in front; runs of newlines are tokens of their own."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=["<unk>", *BYTES], show_progress=False)
+    tokenizer.train_from_iterator(corpus(), trainer)
+    raw = json.loads(tokenizer.to_str())
+    raw["added_tokens"] = [entry for entry in raw["added_tokens"] if entry["content"] not in BYTES]
+    tokenizer = Tokenizer.from_str(json.dumps(raw))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    runs = ["\n" * count for count in range(1, 32)] + ["▁" * count for count in range(2, 32)]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in runs])
+    names = [*SPECIALS, *GEMMA_MARKS]
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in names])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return tokenizer
+
+
 def digits(each):
     """As of SmolLM2: digits apart, or numbers, then GPT-2's pattern."""
     tokenizer = gpt2()
@@ -120,6 +142,7 @@ KINDS = {
     "llama-legacy": lambda: llama(legacy=True),
     "gpt2": gpt2,
     "smollm2": lambda: digits(each=True),
+    "gemma": gemma,
     "numbers": lambda: digits(each=False),
 }
 
@@ -204,6 +227,7 @@ PIECES = [
     ),
     *("<s>", "</s>", "<image>", "<|im_end|>", "<im", "age>", "<unk>", "<pad>", "<mask>", "<end>", "<tool>", "<0x0A>"),
     *("visual", "tokens", "_", "self.", "return", "\x00", "\x7f", "\ufffd", "\ufeff"),
+    *("\n\n\n", "\n" * 33, "▁▁", " " * 17, "<start_of_image>", "\n\n<image_soft_token>", "<end_of_turn>\n"),
 ]
 
 

@@ -37,9 +37,9 @@ Answer Chat::generate(const std::vector<Part>& parts, const std::vector<Shown>& 
   if (has_video(shown)) prompter.check_videos();
   if (!conversation_) conversation_ = std::make_unique<Conversation>(prompter, system_);
   Prefill prefill;
-  const std::vector<int64_t> fresh = conversation_->ask(parts);
+  const std::vector<int64_t> fresh = conversation_->ask(parts, prepared ? prepared->words : std::vector<std::string>{});
   try {
-    prefill = fed(expanded(fresh, prepared), prepared, options);
+    prefill = fed(expanded(fresh, prepared, true), prepared, options);
   } catch (...) {
     conversation_->take_back();
     throw;
@@ -59,7 +59,7 @@ Answer Chat::generate_ids(const std::vector<int64_t>& ids, const std::vector<Sho
                           const GenerateOptions& options, const Listener& listener) {
   cancelled_ = false;
   const auto prepared = this->prepared(shown);
-  const auto expanded = this->expanded(ids, prepared);
+  const auto expanded = this->expanded(ids, prepared, false);
   std::shared_ptr<const Tokenizer> tokenizer;
   try {
     tokenizer = session_.model().tokenizer();
@@ -70,12 +70,16 @@ Answer Chat::generate_ids(const std::vector<int64_t>& ids, const std::vector<Sho
   return answer;
 }
 
-std::vector<int64_t> Chat::expanded(std::vector<int64_t> ids, const std::optional<Pictures>& pictures) {
+std::vector<int64_t> Chat::expanded(std::vector<int64_t> ids, const std::optional<Pictures>& pictures, bool told) {
   const int64_t image = session_.contract().image_token_id;
   // Features take their places all the same.
   if (const auto video = session_.contract().video_token_id) std::replace(ids.begin(), ids.end(), *video, image);
   if (!pictures) return expand_images(ids, image, {});
   if (pictures->words.empty()) return expand_images(ids, image, pictures->tokens);
+  if (told) {
+    const auto tokens = std::accumulate(pictures->tokens.begin(), pictures->tokens.end(), int64_t{0});
+    return expand_images(ids, image, std::vector<int64_t>(static_cast<size_t>(tokens), 1));
+  }
   return tell_images(ids, image, pictures->words, pictures->tokens, *session_.model().tokenizer());
 }
 

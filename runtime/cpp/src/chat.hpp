@@ -63,8 +63,8 @@ class Chat {
   void cancel() { cancelled_ = true; }
 
  private:
-  // Ids with the tokens of all pictures in place of their marks.
-  std::vector<int64_t> expanded(std::vector<int64_t> ids, const std::optional<Pictures>& pictures);
+  // Ids with the tokens of all pictures in place of their marks; `told`: what the prompt says of them is there.
+  std::vector<int64_t> expanded(std::vector<int64_t> ids, const std::optional<Pictures>& pictures, bool told);
   std::optional<Pictures> prepared(const std::vector<Shown>& shown) const;
   Prefill fed(const std::vector<int64_t>& ids, const std::optional<Pictures>& pictures, const GenerateOptions& options);
   // Fills `answer` as far as it gets.

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "core/error.hpp"
+#include "looking_ahead.hpp"
 
 namespace vlmtrim {
 namespace {
@@ -51,6 +52,7 @@ Session::Session(std::shared_ptr<Model> model) : model_(std::move(model)) {
   features_ = contract().feature_width();
   vocabulary_ = decoder.output("logits")->shape.back().size;
   selects_ = decoder.input("visual_positions") != nullptr;
+  sees_ahead_ = decoder.input(kLastSeen) != nullptr;
   attention_ = std::make_unique<Attention>(contract());
   for (const auto& group : contract().groups) chooses_ |= group.chooses;
   caches_ = model_->backend().make_caches(contract());
@@ -253,6 +255,7 @@ Session::Step Session::step(const std::vector<int64_t>& ids, const std::vector<i
   feeds["last_index"] = Tensor::of(std::vector<int64_t>{tokens - 1}, {1});
   feeds.merge(attention_->feeds(tokens, visual_positions));
   if (selects_) feeds["visual_positions"] = where;
+  if (sees_ahead_) feeds[kLastSeen] = Tensor::of(last_seen(tokens, visual_positions), {1, tokens});
   const std::vector<int64_t> windows = feed_places(feeds, tokens, visual, decodes);
   if (crossing_) {
     feeds["image_features"] = features;

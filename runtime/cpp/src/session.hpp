@@ -1,5 +1,5 @@
 // Drives a bundle: vision -> embed -> decoder, with the caches of every group and their lengths. One conversation.
-// Mirrors runtime/session.py, choosing.py and attention.py for one row.
+// Mirrors runtime/session.py and choosing.py for one row.
 #pragma once
 
 #include <memory>
@@ -87,7 +87,7 @@ class Session {
   std::map<std::string, std::unique_ptr<Graph>> graphs_;
   Tensors caches_;
   int64_t features_ = 0, vocabulary_ = 0, position_ = 0;
-  bool selects_ = false, chooses_ = false;
+  bool selects_ = false, chooses_ = false, sees_ahead_ = false;
   std::vector<int64_t> entries_;
   std::unique_ptr<Crossing> crossing_;
   std::unique_ptr<Caching> caching_;

@@ -144,10 +144,6 @@ int64_t query_heads(const Contract& c) {
 // The decoder's boundary follows from the groups and four numbers; those are read off it, the rest must match.
 void check_decoder(const Contract& c) {
   const GraphSpec& spec = c.graph("decoder");
-  if (spec.input("last_seen") != nullptr) {
-    throw Refusal(said("the decoder of the family ", shown(c.family),
-                       " takes last_seen, which only the Python runtime provides; run it with run-vlm"));
-  }
   const int64_t hidden = width(spec.input("inputs_embeds")), vocabulary = width(spec.output("logits"));
   const TensorSpec* positions = spec.input("position_ids");
   const bool several = positions != nullptr && positions->shape.size() == 3;
@@ -156,10 +152,11 @@ void check_decoder(const Contract& c) {
   }
   const bool selects = spec.output("kept_indices") != nullptr || spec.output("kept_features") != nullptr;
   const int64_t axes = several ? positions->shape[0].size : 1;
-  const GraphSpec expected = decoder_spec(
-      {c.dtype, hidden, vocabulary, selects, axes, c.guide != Guide::kNone, spec.output("key_scores") != nullptr,
-       query_heads(c), c.cache && c.cache->ring > 0, width(spec.input(kDeepstack)) / hidden},
-      c.groups);
+  const GraphSpec expected =
+      decoder_spec({c.dtype, hidden, vocabulary, selects, axes, c.guide != Guide::kNone,
+                    spec.output("key_scores") != nullptr, query_heads(c), c.cache && c.cache->ring > 0,
+                    width(spec.input(kDeepstack)) / hidden, spec.input(kLastSeen) != nullptr},
+                   c.groups);
   const auto compare = [](const char* kind, const auto& found, const auto& wanted) {
     if (found.size() != wanted.size()) {
       contradict("the decoder has ", found.size(), " ", kind, "; its groups need ", wanted.size());

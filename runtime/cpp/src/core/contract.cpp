@@ -335,6 +335,7 @@ GraphSpec decoder_spec(const DecoderShape& shape, const std::vector<CacheGroup>&
   if (shape.deepstack > 0) {
     spec.inputs.push_back({kDeepstack, shape.dtype, {"B", "S", shape.deepstack * shape.hidden}});
   }
+  if (shape.sees_ahead) spec.inputs.push_back({kLastSeen, DType::kInt64, plain});
   for (size_t i = 0; i < groups.size(); ++i) {
     spec.inputs.push_back({said("write_indices.", i), DType::kInt64, {"B"}});
     if (groups[i].of_images) {

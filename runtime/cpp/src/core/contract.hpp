@@ -150,6 +150,8 @@ struct Contract {
 
 // What is added behind the first layers to the states of visual tokens, an input of some decoders.
 constexpr const char* kDeepstack = "deepstack_features";
+// The last token that each one attends to, where visual tokens see those behind them: an input of some decoders.
+constexpr const char* kLastSeen = "last_seen";
 
 // Input and output name of a cache of a layer; `kind` is "key" or "value".
 std::string past_name(int64_t layer, const char* kind);
@@ -164,6 +166,7 @@ struct DecoderShape {
   int64_t query_heads;  // of the queries that it returns; 0 where it returns none
   bool rings;           // whether what tokens see is told apart from where they are written
   int64_t deepstack;    // first layers behind which features are added to visual tokens
+  bool sees_ahead;      // whether visual tokens that lie together attend to each other both ways
 };
 // The decoder's boundary as the table in graphs/contract.py states it.
 GraphSpec decoder_spec(const DecoderShape& shape, const std::vector<CacheGroup>& groups);

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kMostTiles = 12;    // max_patches of settings that name none
 constexpr int64_t kLargestGrid = 64;  // tiles of any checkpoint
-constexpr size_t kLongestMark = 64;   // characters of a special token
 
 struct Grid {
   int across, down;
@@ -47,21 +46,6 @@ Grid best_grid(const Picture& picture, double tile, int64_t least, int64_t most)
   return equal.front();
 }
 
-// The special token of a role, as the tokenizer's settings name it.
-std::string mark_of(const Json& raw, const char* role, const char* usual, const std::string& where) {
-  const auto named = [&](const Json& place) {
-    const auto found = place.is_object() ? place.find(role) : place.end();
-    const bool none = !place.is_object() || found == place.end() || found->is_null() || *found == "";
-    return none ? Json() : Json(*found);
-  };
-  const auto extra = raw.find("extra_special_tokens");
-  Json value = extra == raw.end() ? Json() : named(*extra);
-  if (value.is_null()) value = named(raw);
-  if (value.is_null()) value = usual;
-  if (value.is_object()) value = value.value("content", Json());
-  return text_value(value, said(where, ": ", role), kLongestMark);
-}
-
 class InternVl final : public Processor {
  public:
   InternVl(const Folder& files, const Contract& contract)
@@ -82,11 +66,10 @@ class InternVl final : public Processor {
                            " tiles a picture; the bundle takes pictures of ", contract.image_tokens, " tokens, ", each_,
                            " of them a tile: export the model again"));
     }
-    const std::string name = "tokenizer_config.json", where = (files.path() / name).string();
-    const Json raw = files.contains(name) ? files.json(name) : Json::object();
-    start_ = mark_of(raw, "start_image_token", "<img>", where);
-    mark_ = mark_of(raw, "context_image_token", "<IMG_CONTEXT>", where);
-    end_ = mark_of(raw, "end_image_token", "</img>", where);
+    const auto marks = special_tokens(
+        files,
+        {{"start_image_token", "<img>"}, {"context_image_token", "<IMG_CONTEXT>"}, {"end_image_token", "</img>"}});
+    start_ = marks[0], mark_ = marks[1], end_ = marks[2];
   }
 
   Pictures prepare(const std::vector<Shown>& shown) const override {

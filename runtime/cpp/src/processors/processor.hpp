@@ -16,8 +16,8 @@ struct Pictures {
   Tensors inputs;               // of the vision graph: float32 (cast to the contract's dtype later) or int64
   std::vector<int64_t> tokens;  // visual tokens that each picture brings
   std::vector<std::vector<int64_t>> grids;  // what a family's positions depend on, per picture
-  // What the prompt says of each picture in place of its mark, from a control token to a control token; empty where
-  // that is the mark alone, once for every token.
+  // What the prompt says of each picture in place of its mark, its image tokens among it; empty where that is the mark
+  // alone, once for every token.
   std::vector<std::string> words;
 };
 
@@ -56,6 +56,11 @@ class Processor {
 
   const Contract& contract_;
 };
+
+// The special tokens of some roles, as the tokenizer's settings name them; `usual` by role where they do not. Throws
+// BundleError.
+std::vector<std::string> special_tokens(const Folder& files,
+                                        const std::vector<std::pair<const char*, const char*>>& usual);
 
 // Throws Refusal where there is none of the bundle's family, BundleError where its settings do not fit its graphs.
 // The bundle must outlive it.

@@ -29,12 +29,6 @@ std::string secret_name(int64_t id) {
   return said("\xEE\x80\x80", nonce, id, "\xEE\x80\x81");
 }
 
-std::string trimmed(std::string_view text, Trim trim) {
-  if (trim == Trim::kLeft || trim == Trim::kBoth) text = strip_left(text);
-  if (trim == Trim::kRight || trim == Trim::kBoth) text = strip_right(text);
-  return std::string(text);
-}
-
 const Json& need(const Json& form, const char* name, const std::string& where) {
   const auto found = form.find(name);
   if (found == form.end()) throw BundleError(said(where, " has no ", name));
@@ -49,11 +43,6 @@ Json form_of(const Folder& files) {
                        kGiveIds, ", or export again"));
   }
   return files.json("prompt.json");
-}
-
-size_t characters_of(std::string_view text) {
-  return static_cast<size_t>(
-      std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }));
 }
 
 }  // namespace
@@ -99,6 +88,8 @@ Prompter::Prompter(const Json& form, std::string where, const Contract& contract
   system_trim_ = trim(trims, "system");
   question_trim_ = trim(trims, "question");
   answer_trim_ = trim(trims, "answer");
+  mark_ = integer(form.value("mark", Json(image_token_id_)), where_ + ": mark", 0, kLargestSize);  // older ones lack it
+  if (names_.count(mark_) == 0) throw BundleError(said(where_, ": mark is ", mark_, ", which is no control token"));
   keeps_order_ = boolean(need(form, "keeps_order", where_), where_ + ": keeps_order");
   late_pictures_ = boolean(need(form, "late_pictures", where_), where_ + ": late_pictures");
   videos_ = boolean(form.value("videos", Json(false)), where_ + ": videos");  // older ones do not say
@@ -168,7 +159,6 @@ std::vector<int64_t> tell_images(const std::vector<int64_t>& ids, int64_t image_
       told.push_back(id);
       continue;
     }
-    // Between control tokens: cut alone as among the words around it.
     const std::vector<int64_t> own = tokenizer.encode(words[picture], false);
     const int64_t found = std::count_if(own.begin(), own.end(), is_mark);
     if (found != tokens[picture]) {
@@ -179,209 +169,6 @@ std::vector<int64_t> tell_images(const std::vector<int64_t>& ids, int64_t image_
     ++picture;
   }
   return told;
-}
-
-Conversation::Conversation(const Prompter& prompter, std::string system)
-    : prompter_(prompter), system_(std::move(system)) {
-  if (first_bad_utf8(system_)) throw Refusal("the system text is no valid Unicode text; give UTF-8");
-  const std::time_t now = std::time(nullptr);
-  localtime_r(&now, &began_);  // another date in a later turn would rewrite the first one
-  now_.characters = characters_of(system_);
-}
-
-std::vector<int64_t> Conversation::ask(const std::vector<Part>& parts) {
-  size_t pictures = 0, characters = now_.characters;
-  for (const Part& part : parts) {
-    if (first_bad_utf8(part.text)) throw Refusal("the prompt is no valid Unicode text; give UTF-8");
-    if (part.picture) ++pictures;
-    characters += characters_of(part.text);
-  }
-  if (characters > prompter_.most_characters_) {
-    throw Refusal(said("the conversation has ", characters, " characters, this bundle takes ",
-                       prompter_.most_characters_,
-                       "; shorten the prompt, reset the conversation, or export with a larger --max-seq-len"));
-  }
-  if (now_.open) answer("");  // nobody waited for it
-  Written written;
-  if (now_.begun) write_later(written, pictures);
-  else write_opening(written, pictures);
-  write_question(written, parts);
-  write(written, prompter_.asked_);
-  // A start token that people spell is none.
-  const std::string& start = prompter_.start_;
-  const bool starts =
-      !start.empty() && written.typed >= start.size() && written.plain.compare(0, start.size(), start) == 0;
-  const std::vector<int64_t> ids = prompter_.secret_->encode(written.secret, !now_.begun && !starts);
-  before_ = now_;
-  now_.begun = now_.open = true;
-  now_.pictured = now_.pictured || pictures > 0;
-  now_.characters = characters;
-  return ids;
-}
-
-void Conversation::answer(const std::string& text) {
-  now_.said = text;
-  now_.open = false;
-  now_.characters += characters_of(text);
-}
-
-void Conversation::Written::type(const std::string& text) {
-  if (!text.empty()) typed = std::min(typed, plain.size());
-  plain += text;
-  secret += text;
-}
-
-void Conversation::write(Written& target, const Segments& segments) const {
-  for (const Segment& segment : segments) {
-    const std::string text = segment.kind == Segment::Kind::kDate ? date(segment.text) : segment.text;
-    target.plain += text;
-    target.secret += segment.kind == Segment::Kind::kToken ? prompter_.names_.at(segment.id) : text;
-  }
-}
-
-void Conversation::write_opening(Written& target, size_t pictures) const {
-  for (const Opening& opening : prompter_.openings_) {
-    if (opening.pictures != (pictures > 0) || opening.system == system_.empty()) continue;
-    write(target, opening.before);
-    if (system_.empty()) return;
-    target.type(trimmed(system_, prompter_.system_trim_));
-    write(target, opening.between);
-    return;
-  }
-  throw Refusal(said("the chat template refuses a conversation with a system text",
-                     pictures > 0 ? " and pictures; leave one of them out" : "; leave it out"));
-}
-
-// What stands behind the answer: the caches hold what was said, not what the template writes around it.
-void Conversation::write_later(Written& target, size_t pictures) const {
-  const Refusal rewrites(
-      "the chat template rewrites earlier turns, so the caches cannot be continued; start a new conversation");
-  if (pictures > 0 && !now_.pictured && !prompter_.late_pictures_) throw rewrites;
-  Written behind;
-  write(behind, prompter_.again_);
-  const std::string head = prompter_.spaced_ + trimmed(now_.said, prompter_.answer_trim_);
-  const std::string whole = head + behind.plain;
-  std::string said = now_.said;
-  if (whole.find(said) == std::string::npos) said = trimmed(said, Trim::kBoth);
-  const size_t at = whole.find(said);
-  if (at == std::string::npos || !strip_left(std::string_view(whole).substr(0, at)).empty()) throw rewrites;
-  const size_t end = at + said.size();
-  if (end > head.size()) throw rewrites;
-  target.plain = whole.substr(end);
-  target.secret = head.substr(end) + behind.secret;
-}
-
-void Conversation::write_question(Written& target, const std::vector<Part>& parts) const {
-  const bool first =
-      std::is_sorted(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.picture && !b.picture; });
-  if (first || prompter_.keeps_order_) {
-    bool texts = false, marks = false;
-    for (const Part& part : parts) {
-      if (part.picture) {
-        write(target, prompter_.image_);
-        marks = true;
-        texts = false;
-        continue;
-      }
-      if (texts) write(target, prompter_.joint_);
-      else if (!marks || first) write(target, prompter_.text_);
-      texts = true;
-      target.type(trimmed(part.text, prompter_.question_trim_));
-    }
-    return;
-  }
-  // The template writes pictures first, so the question is one text with the marks in it.
-  Written whole;
-  for (const Part& part : parts) {
-    const Segment mark{Segment::Kind::kToken, *prompter_.tokenizer_->token_of(prompter_.image_token_id_),
-                       prompter_.image_token_id_};
-    if (part.picture) {
-      write(whole, {mark});
-    } else {
-      whole.plain += part.text;
-      whole.secret += part.text;
-    }
-  }
-  write(target, prompter_.text_);
-  target.typed = std::min(target.typed, target.plain.size());
-  target.plain += trimmed(whole.plain, prompter_.question_trim_);
-  target.secret += trimmed(whole.secret, prompter_.question_trim_);
-}
-
-// The directives that prompt.json may hold, in English whatever the locale is.
-std::string Conversation::date(const std::string& format) const {
-  static const char* const kDays[] = {"Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"};
-  static const char* const kMonths[] = {"January", "February", "March",     "April",   "May",      "June",
-                                        "July",    "August",   "September", "October", "November", "December"};
-  const auto number = [](int value, int width) {
-    char text[16];
-    std::snprintf(text, sizeof text, "%0*d", width, value);
-    return std::string(text);
-  };
-  const std::string day = kDays[began_.tm_wday], month = kMonths[began_.tm_mon];
-  std::string made;
-  for (size_t i = 0; i < format.size(); ++i) {
-    if (format[i] != '%' || i + 1 == format.size()) {
-      made += format[i];
-      continue;
-    }
-    switch (format[++i]) {
-      case 'a':
-        made += day.substr(0, 3);
-        break;
-      case 'A':
-        made += day;
-        break;
-      case 'b':
-        made += month.substr(0, 3);
-        break;
-      case 'B':
-        made += month;
-        break;
-      case 'd':
-        made += number(began_.tm_mday, 2);
-        break;
-      case 'e':
-        made += (began_.tm_mday < 10 ? " " : "") + number(began_.tm_mday, 1);
-        break;
-      case 'D':
-        made += number(began_.tm_mon + 1, 2) + "/" + number(began_.tm_mday, 2) + "/" + number(began_.tm_year % 100, 2);
-        break;
-      case 'H':
-        made += number(began_.tm_hour, 2);
-        break;
-      case 'I':
-        made += number((began_.tm_hour + 11) % 12 + 1, 2);
-        break;
-      case 'j':
-        made += number(began_.tm_yday + 1, 3);
-        break;
-      case 'M':
-        made += number(began_.tm_min, 2);
-        break;
-      case 'm':
-        made += number(began_.tm_mon + 1, 2);
-        break;
-      case 'p':
-        made += began_.tm_hour < 12 ? "AM" : "PM";
-        break;
-      case 'S':
-        made += number(began_.tm_sec, 2);
-        break;
-      case 'y':
-        made += number(began_.tm_year % 100, 2);
-        break;
-      case 'Y':
-        made += number(began_.tm_year + 1900, 1);
-        break;
-      case '%':
-        made += '%';
-        break;
-      default:
-        throw BundleError(said(prompter_.where_, " writes a date as ", shown(format)));
-    }
-  }
-  return made;
 }
 
 }  // namespace vlmtrim

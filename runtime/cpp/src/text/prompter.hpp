@@ -59,7 +59,7 @@ class Prompter {
   Segments image_, joint_, text_, asked_, again_;
   Trim system_trim_ = Trim::kNone, question_trim_ = Trim::kNone, answer_trim_ = Trim::kNone;
   bool keeps_order_ = false, late_pictures_ = false, videos_ = false;
-  int64_t image_token_id_;
+  int64_t image_token_id_, mark_;  // what words stand in place of, among the segments of a picture
   size_t most_characters_;
 };
 
@@ -67,7 +67,8 @@ class Prompter {
 std::vector<int64_t> expand_images(const std::vector<int64_t>& ids, int64_t image_token,
                                    const std::vector<int64_t>& tokens);
 
-// Puts what the prompt says of every picture, which has all its image tokens, in place of its mark. Throws Refusal.
+// Puts what the prompt says of every picture, which has all its image tokens, in place of its mark among ids from
+// outside: cut into tokens on its own, whatever stands around it. Throws Refusal.
 std::vector<int64_t> tell_images(const std::vector<int64_t>& ids, int64_t image_token,
                                  const std::vector<std::string>& words, const std::vector<int64_t>& tokens,
                                  const Tokenizer& tokenizer);
@@ -77,8 +78,9 @@ class Conversation {
  public:
   Conversation(const Prompter& prompter, std::string system);
 
-  // Ids that continue the caches with a question; image tokens are not repeated yet. Throws Refusal.
-  std::vector<int64_t> ask(const std::vector<Part>& parts);
+  // Ids that continue the caches with a question; image tokens are not repeated yet. `words` stand in place of the
+  // pictures' marks; empty for the marks. Throws Refusal.
+  std::vector<int64_t> ask(const std::vector<Part>& parts, const std::vector<std::string>& words = {});
   // Forgets the question that was just asked: the caches did not take it.
   void take_back() { now_ = before_; }
   // Records what the assistant said.
@@ -102,7 +104,9 @@ class Conversation {
   void write(Written& target, const Segments& segments) const;
   void write_opening(Written& target, size_t pictures) const;
   void write_later(Written& target, size_t pictures) const;
-  void write_question(Written& target, const std::vector<Part>& parts) const;
+  void write_question(Written& target, const std::vector<Part>& parts, const std::vector<std::string>& words) const;
+  void write_one_text(Written& target, std::vector<Part> parts, const std::vector<std::string>& words) const;
+  void write_picture(Written& target, const Segments& segments, const std::string* words) const;
   std::string date(const std::string& format) const;
 
   const Prompter& prompter_;

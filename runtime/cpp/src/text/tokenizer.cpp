@@ -108,6 +108,17 @@ std::shared_ptr<const Tokenizer> Tokenizer::renamed(const std::map<int64_t, std:
   return made;
 }
 
+std::string Tokenizer::with_names(std::string_view text, const std::map<int64_t, std::string>& names) const {
+  Pieces pieces;
+  split_added({std::string(text), -1, true}, false, pieces);
+  std::string made;
+  for (const Piece& piece : pieces) {
+    const auto name = names.find(piece.id);
+    made += name == names.end() ? piece.text : name->second;
+  }
+  return made;
+}
+
 const std::string* Tokenizer::token_of(int64_t id) const {
   const auto found = added_by_id_.find(id);
   return found != added_by_id_.end() ? &added_[found->second].said : model_->token_of(id);

@@ -58,6 +58,8 @@ class Tokenizer {
   const std::string* token_of(int64_t id) const;
   // Text of every token that is more than its text, by id.
   std::map<int64_t, std::string> control_tokens() const;
+  // A text with these tokens, where it spells them, under other names.
+  std::string with_names(std::string_view text, const std::map<int64_t, std::string>& names) const;
   // The same tokenizer with other names for these tokens, which text does not have.
   std::shared_ptr<const Tokenizer> renamed(const std::map<int64_t, std::string>& names) const;
 

@@ -118,6 +118,11 @@ bool is_letter(uint32_t code) { return among(kLetters, code); }
 bool is_number(uint32_t code) { return among(kNumbers, code); }
 bool is_space(uint32_t code) { return among(kSpaces, code); }
 
+size_t characters_of(std::string_view text) {
+  return static_cast<size_t>(
+      std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }));
+}
+
 size_t length_of(char lead) {
   const auto byte = static_cast<unsigned char>(lead);
   return byte < 0x80 ? 1 : byte < 0xE0 ? 2 : byte < 0xF0 ? 3 : 4;

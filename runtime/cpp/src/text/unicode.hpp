@@ -15,6 +15,8 @@ bool is_space(uint32_t code);   // \s, the property White_Space
 // The next code point of valid UTF-8, moving `at` behind it.
 uint32_t next_code(std::string_view text, size_t& at);
 void append_code(std::string& text, uint32_t code);
+// Code points of UTF-8.
+size_t characters_of(std::string_view text);
 // Bytes of the character that begins with this one.
 size_t length_of(char lead);
 
