@@ -7,14 +7,16 @@ random conversations both ways. A template that is no such form gets no ``prompt
     start               text of the start token where the settings name one, else ""
     openings            what stands before the first question's text or first picture, by whether the conversation has
                         ``pictures`` and a ``system`` text: ``before``, and behind the system text ``between``
-    image, joint        what stands for a picture, and between a question's texts
+    image               what stands for a picture
     mark                of ``image``, the token that a processor's words about a picture stand in place of
+    joint               what stands behind a question's text that another part follows
     text                what stands between the last picture and the text
     asked               behind a question, up to the answer
+    ended               the same behind one whose last part is a picture; null where that is written in another way
     spaced              white space that the template writes before an answer
     again               between an answer and the next question
     trims               which ends of ``system``, ``question`` and ``answer`` it strips: "", "left", "right" or "both"
-    keeps_order         whether pictures between texts stand there
+    keeps_order         whether pictures between texts stand there, or are marks in one text; null where neither is so
     late_pictures       whether a conversation that began without pictures may go on with some
     videos              whether a video is written as a picture is, but for its mark
 
@@ -45,6 +47,7 @@ _TRIMS = {"": str, "both": str.strip, "left": str.lstrip, "right": str.rstrip}
 _DIRECTIVES = re.compile("(?:[^%]|%[aAbBdHIjmMpSyYeD%])*")  # of dates that every runtime writes alike
 
 Segments = list[Any]
+Piece = tuple[Any, bool]  # of a conversation, and whether people wrote it
 
 
 class NoForm(Exception):
@@ -65,7 +68,11 @@ def write_form(folder: Path, contract: Contract) -> str | None:
     try:
         prompter = Prompter(Folder(folder), contract)
         form = find_form(prompter)
-        prove(prompter, form)
+        try:
+            prove(prompter, form)
+        except NoForm:
+            form["keeps_order"] = None
+            prove(prompter, form)
         form["videos"] = contract.video_token_id is not None and takes_videos(prompter, form)
     except (NoForm, RuntimeRefusal, BundleError) as error:
         (folder / FILE).unlink(missing_ok=True)
@@ -94,7 +101,9 @@ class _Finder:
             raise NoForm("it writes something between the answer's mark and the answer")
         again = answered[2].removesuffix(text) if text else answered[2]
         joint = self._pieces(_user(texts, texts))[1]
-        between = self._between(texts, pictures)
+        ended = self._ended(image, text)
+        order = self._pieces(_user(texts, pictures, texts, pictures))
+        ordered = [joint + image, joint + image + ended] if ended is not None else []
         return {
             "schema": SCHEMA,
             "start": self._prompter.special("bos_token"),
@@ -104,10 +113,11 @@ class _Finder:
             "joint": self._segments(joint),
             "text": self._segments(text),
             "asked": self._segments(asked),
+            "ended": None if ended is None else self._segments(ended),
             "spaced": answered[1][len(asked) :],
             "again": self._segments(again),
             "trims": self._trims(),
-            "keeps_order": between == image and joint == "" and text == "",
+            "keeps_order": order[1:] == ordered and text == "",
             "late_pictures": self._late(),
         }
 
@@ -154,9 +164,11 @@ class _Finder:
             found = {"pictures": pictures, "system": system, "before": self._segments(pieces[0] if system else head)}
             yield {**found, "between": self._segments(head)} if system else found
 
-    def _between(self, texts: dict[str, Any], pictures: dict[str, Any]) -> str:
-        """What stands between two texts with a picture between them."""
-        return self._pieces(_user(texts, pictures, texts))[1]
+    def _ended(self, image: str, text: str) -> str | None:
+        """What stands behind a question that is a picture alone; None where that is written in another way."""
+        head = self._head(1).removesuffix(image + text) + image
+        whole = self._pieces(_user({"type": "image"}))[0]
+        return whole[len(head) :] if whole.startswith(head) else None
 
     def _late(self) -> bool:
         """Whether a conversation that began without pictures may go on with some."""
@@ -216,6 +228,10 @@ def _system() -> dict[str, Any]:
     return {"role": "system", "content": [{"type": "text", "text": "words"}]}
 
 
+def _plain(segments: Segments) -> list[Piece]:
+    return [(segment, False) for segment in segments]
+
+
 class Speaker:
     """A conversation by a form: the second way to the ids of a :class:`vlmtrim.runtime.prompt.Conversation`."""
 
@@ -225,27 +241,60 @@ class Speaker:
         self._pictured = False
         self._began = datetime.now()
 
-    def ask(self, prompt: str, images: int = 0) -> list[int]:
+    def ask(self, parts: Sequence[dict[str, Any]]) -> list[int]:
         """Ids that continue the caches; see Conversation.ask."""
-        form, opening = self._form, self._said is None
-        head: list[tuple[Any, bool]] = self._opening(images) if opening else self._later(images)
+        opening, images = self._said is None, sum(part["type"] != "text" for part in parts)
+        head = self._opening(images) if opening else self._later(images)
         self._pictured = self._pictured or images > 0
-        body = [*form["image"] * images, *form["text"]]
-        tail = [(self._trimmed("question", prompt), True), *((piece, False) for piece in form["asked"])]
-        pieces = [*head, *((piece, False) for piece in body), *tail]
         text, spans = "", []
-        for piece, typed in pieces:
+        for piece, typed in [*head, *self._question(parts)]:
             if typed:
                 spans.append((len(text), len(text) + len(piece)))
             text += piece if typed else self._written(piece)
         self._said = ""
         return self._prompter.encode(Rendered(text, tuple(spans)), opening)
 
+    def _question(self, parts: Sequence[dict[str, Any]]) -> list[Piece]:
+        """The parts as the template writes them, up to the answer."""
+        form, kinds = self._form, [part["type"] == "text" for part in parts]
+        if kinds != sorted(kinds):
+            if form["keeps_order"] is None:
+                raise RuntimeRefusal("the chat template writes pictures between words in another way")
+            if not form["keeps_order"]:
+                return self._one_text(parts)
+        pieces, before = [], ""
+        for part in parts:
+            if part["type"] == "text":
+                pieces += _plain(form["joint" if before == "text" else "text"])
+                pieces.append((self._trimmed("question", part["text"]), True))
+            else:
+                pieces += _plain((form["joint"] if before == "text" else []) + form["image"])
+            before = part["type"]
+        tail = form["asked" if before == "text" else "ended"]
+        if tail is None:
+            raise RuntimeRefusal("the chat template writes a question that ends with a picture in another way")
+        return [*pieces, *_plain(tail)]
+
+    def _one_text(self, parts: Sequence[dict[str, Any]]) -> list[Piece]:
+        """The parts as one text with marks in it, of whose ends the template strips white space."""
+        pieces: list[Piece] = [
+            (part["text"], True) if part["type"] == "text" else (self._form["mark"], False) for part in parts
+        ]
+        how = self._form["trims"]["question"]
+        for way, strip in (("left", str.lstrip), ("right", str.rstrip)):
+            turn = 1 if way == "left" else -1
+            for index in range(len(pieces))[::turn] if how in (way, "both") else ():
+                piece, typed = pieces[index]
+                pieces[index] = (strip(piece), True) if typed else (piece, False)
+                if pieces[index][0] != "":
+                    break
+        return [*_plain(self._form["text"]), *pieces, *_plain(self._form["asked"])]
+
     def answer(self, text: str) -> None:
         """What the assistant said."""
         self._said = text
 
-    def _opening(self, images: int) -> list[tuple[Any, bool]]:
+    def _opening(self, images: int) -> list[Piece]:
         wanted = (images > 0, bool(self._system))
         found = [one for one in self._form["openings"] if (one["pictures"], one["system"]) == wanted]
         if not found:
@@ -256,7 +305,7 @@ class Speaker:
             head += [(piece, False) for piece in found[0]["between"]]
         return head
 
-    def _later(self, images: int) -> list[tuple[Any, bool]]:
+    def _later(self, images: int) -> list[Piece]:
         """What stands behind the answer, of which the caches hold what was said."""
         if images and not self._pictured and not self._form["late_pictures"]:
             raise RuntimeRefusal("the chat template rewrites earlier turns")
@@ -293,15 +342,31 @@ def prove(prompter: Prompter, form: dict[str, Any], videos: bool = False) -> Non
         system = _words(prompter, dice) if number % 3 == 2 else ""
         ours, theirs = Conversation(prompter, system), Speaker(prompter, form, system)
         for _ in range(dice.randint(1, 4)):
-            prompt, images, said = _words(prompter, dice), dice.choice((0, 0, 1, 2)), _words(prompter, dice)
-            films = [image for image in range(images) if videos and dice.random() < 0.7]
-            expected, found = _asked(ours, prompt, images, films), _asked(theirs, prompt, images)
-            if expected is None and not (films and found):  # refused, which ends a conversation
+            parts, said = _parts(prompter, dice, form), _words(prompter, dice)
+            films = [_as_film(part) if videos and dice.random() < 0.7 else part for part in parts]
+            expected, found = _asked(ours, films), _asked(theirs, parts)
+            if expected is None and not (films != parts and found):  # refused, which ends a conversation
                 break
             if expected != found:
                 raise NoForm("conversations that are put together of its segments differ from it")
             ours.answer(said)
             theirs.answer(said)
+
+
+def _parts(prompter: Prompter, dice: random.Random, form: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a question: pictures and texts, in any order where the form says how that is written."""
+    parts = [{"type": "image"}] * dice.choice((0, 0, 1, 2))
+    texts = dice.choice((1, 1, 1, 2)) if not parts or form["ended"] is None else dice.choice((0, 1, 1, 2))
+    parts += [{"type": "text", "text": _words(prompter, dice)} for _ in range(texts)]
+    if form["keeps_order"] is not None and dice.random() < 0.4:
+        dice.shuffle(parts)
+        if form["ended"] is None and parts[-1]["type"] == "image":
+            parts.append({"type": "text", "text": "words"})
+    return parts
+
+
+def _as_film(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "video"} if part["type"] == "image" else part
 
 
 def takes_videos(prompter: Prompter, form: dict[str, Any]) -> bool:
@@ -313,9 +378,9 @@ def takes_videos(prompter: Prompter, form: dict[str, Any]) -> bool:
     return True
 
 
-def _asked(talk: Conversation | Speaker, prompt: str, *shown: Any) -> list[int] | None:
+def _asked(talk: Conversation | Speaker, parts: Sequence[dict[str, Any]]) -> list[int] | None:
     try:
-        return talk.ask(prompt, *shown)
+        return talk.ask(parts)
     except RuntimeRefusal:
         return None
 

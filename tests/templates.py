@@ -1,6 +1,6 @@
 """Chat templates in the manner of models', for tests: written of the tiny tokenizer's tokens."""
 
-from vlmtrim.export.weights.tiny import CHAT_TEMPLATE
+from vlmtrim.export.weights.tiny import CHAT_TEMPLATE, VIDEO_TEMPLATE
 
 LLAVA = CHAT_TEMPLATE
 QWEN = (
@@ -27,7 +27,13 @@ MLLAMA = (
     "trim }}{%- endif %}{%- endfor %}{{- '</s>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<pad>assistant\\n\\n' "  # noqa: E501
     "}}{%- endif %}"
 )
-FORMS = {"llava": LLAVA, "qwen": QWEN, "mistral": MISTRAL, "mllama": MLLAMA}
+FORMS = {"llava": LLAVA, "qwen": QWEN, "mistral": MISTRAL, "mllama": MLLAMA, "behind texts": VIDEO_TEMPLATE}
+HALF_FORMS = {  # forms of pictures before words; between them, or alone, they are written in another way
+    "a sign behind words": QWEN.replace(
+        "<pad><image><pad>", "{{ '@' if message['content'][0]['type'] == 'text' }}<pad><image><pad>"
+    ),
+    "a sign alone": QWEN.replace("<pad><image><pad>", "{{ '@' if message['content'] | length < 2 }}<pad><image><pad>"),
+}
 FILMS = "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}<video>\n{% endfor %}"
 VIDEO_FORMS = {  # with videos, behind the pictures or where they are
     "llava": LLAVA.replace("{% endfor %}", "{% endfor %}" + FILMS, 1),

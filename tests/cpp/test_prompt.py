@@ -79,8 +79,9 @@ def test_conversations_have_the_ids_of_python(folder):
         system = words(dice) if number % 3 == 2 else ""
         ours, native = Conversation(prompter, system), Native(folder, system)
         for _ in range(4):
-            texts = [words(dice) for _ in range(dice.choice((1, 1, 1, 2, 3)))]
-            parts = [None] * dice.choice((0, 0, 1, 2)) + texts
+            pictures = [None] * dice.choice((0, 0, 1, 2))
+            texts = [words(dice) for _ in range(dice.choice((0, 1, 1, 1, 2, 3) if pictures else (1, 1, 2)))]
+            parts = pictures + texts
             if dice.random() < 0.3:
                 dice.shuffle(parts)
             expected, found = asked(ours, content(parts)), asked(native, parts)
@@ -96,6 +97,20 @@ def test_conversations_have_the_ids_of_python(folder):
                 ours.answer(said)
                 native.answer(said)
     assert turns > 150
+
+
+@pytest.mark.parametrize("name", templates.HALF_FORMS)
+def test_questions_that_are_no_part_of_the_form_are_refused(name, tmp_path):
+    write_tokenizer(tmp_path, SPECIAL_IDS)
+    (tmp_path / "chat_template.jinja").write_text(templates.HALF_FORMS[name])
+    assert prompt_form.write_form(tmp_path, CONTRACT) is None
+    native, ours = Native(tmp_path), Conversation(Prompter(Folder(tmp_path), CONTRACT))
+    with pytest.raises(ProbeError, match="the chat template writes pictures between words in another way"):
+        native.ask(["x", None, "y"])
+    if name == "a sign alone":
+        with pytest.raises(ProbeError, match="a question that ends with a picture in another way; put words behind"):
+            native.ask([None])
+    assert native.ask([None, "x"]) == ours.ask("x", 1)
 
 
 FIRST = (  # Gemma's, as if it wrote pictures before words

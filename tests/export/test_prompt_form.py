@@ -32,11 +32,20 @@ def write(tmp_path):
 def test_templates_of_models_are_forms(name, write):
     problem, form = write(templates.FORMS[name])
     assert problem is None and form["schema"] == 1
-    assert form["keeps_order"] == (name in ("qwen", "mllama")) and SPECIAL_IDS["<image>"] in form["image"]
+    assert (
+        form["keeps_order"] == (name in ("qwen", "mllama", "behind texts")) and SPECIAL_IDS["<image>"] in form["image"]
+    )
     kinds = [(opening["pictures"], opening["system"]) for opening in form["openings"]]
     expected = {"mistral": 2, "mllama": 3}.get(name, 4)
     assert len(set(kinds)) == len(kinds) == expected
     assert form["late_pictures"] == (name != "mllama")
+
+
+@pytest.mark.parametrize("name", templates.HALF_FORMS)
+def test_what_is_written_in_another_way_is_no_part_of_the_form(name, write):
+    problem, form = write(templates.HALF_FORMS[name])
+    assert problem is None and form["keeps_order"] is None
+    assert (form["ended"] is None) == (name == "a sign alone")
 
 
 def test_control_tokens_are_ids_and_dates_are_slots(write):

@@ -41,7 +41,6 @@ std::vector<int64_t> Conversation::ask(const std::vector<Part>& parts, const std
   if (now_.begun) write_later(written, pictures);
   else write_opening(written, pictures);
   write_question(written, parts, words);
-  write(written, prompter_.asked_);
   // A start token that people spell is none.
   const std::string& start = prompter_.start_;
   const bool starts =
@@ -106,26 +105,38 @@ void Conversation::write_later(Written& target, size_t pictures) const {
   target.secret = head.substr(end) + behind.secret;
 }
 
-// `words`: what stands in place of the pictures' marks, in order; empty for the marks.
+// Up to the answer. `words`: what stands in place of the pictures' marks, in order; empty for the marks.
 void Conversation::write_question(Written& target, const std::vector<Part>& parts,
                                   const std::vector<std::string>& words) const {
   const bool first =
       std::is_sorted(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.picture && !b.picture; });
-  if (!first && !prompter_.keeps_order_) return write_one_text(target, parts, words);
-  bool texts = false, marks = false;
+  if (!first && !prompter_.keeps_order_) {
+    throw Refusal(
+        said("the chat template writes pictures between words in another way than before them; put them before the "
+             "words, or ",
+             kGiveIds));
+  }
+  if (!first && !*prompter_.keeps_order_) return write_one_text(target, parts, words);
   auto word = words.begin();
+  const Part* before = nullptr;
   for (const Part& part : parts) {
+    const bool joins = before != nullptr && !before->picture;
+    if (joins) write(target, prompter_.joint_);
     if (part.picture) {
       write_picture(target, prompter_.image_, word == words.end() ? nullptr : &*word++);
-      marks = true;
-      texts = false;
-      continue;
+    } else {
+      if (!joins) write(target, prompter_.text_);
+      target.type(trimmed(part.text, prompter_.question_trim_));
     }
-    if (texts) write(target, prompter_.joint_);
-    else if (!marks || first) write(target, prompter_.text_);
-    texts = true;
-    target.type(trimmed(part.text, prompter_.question_trim_));
+    before = &part;
   }
+  if (before == nullptr || !before->picture) return write(target, prompter_.asked_);
+  if (!prompter_.ended_) {
+    throw Refusal(
+        said("the chat template writes a question that ends with a picture in another way; put words behind it, or ",
+             kGiveIds));
+  }
+  write(target, *prompter_.ended_);
 }
 
 // A question of a template that writes pictures first: one text with the marks in it.
@@ -147,6 +158,7 @@ void Conversation::write_one_text(Written& target, std::vector<Part> parts,
     if (part.picture) write_picture(target, {mark}, word == words.end() ? nullptr : &*word++);
     else target.type(part.text);
   }
+  write(target, prompter_.asked_);
 }
 
 // A picture as the template writes it, with words in place of its mark where it has any.

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kFormSchema = 1;
 constexpr size_t kCharactersAToken = 32;  // of a conversation
-constexpr const char* kGiveIds = "give token ids";
 
 // Names that nobody can guess, made of a private character and a number of 128 bits.
 std::string secret_name(int64_t id) {
@@ -82,6 +81,11 @@ Prompter::Prompter(const Json& form, std::string where, const Contract& contract
   joint_ = segments(form, "joint");
   text_ = segments(form, "text");
   asked_ = segments(form, "asked");
+  ended_ = asked_;  // of older ones
+  if (const auto found = form.find("ended"); found != form.end()) {
+    if (found->is_null()) ended_.reset();
+    else ended_ = segments(form, "ended");
+  }
   again_ = segments(form, "again");
   const Json& trims = need(form, "trims", where_);
   if (!trims.is_object()) throw BundleError(said(where_, ": trims is ", shown(trims)));
@@ -90,7 +94,8 @@ Prompter::Prompter(const Json& form, std::string where, const Contract& contract
   answer_trim_ = trim(trims, "answer");
   mark_ = integer(form.value("mark", Json(image_token_id_)), where_ + ": mark", 0, kLargestSize);  // older ones lack it
   if (names_.count(mark_) == 0) throw BundleError(said(where_, ": mark is ", mark_, ", which is no control token"));
-  keeps_order_ = boolean(need(form, "keeps_order", where_), where_ + ": keeps_order");
+  const Json& order = need(form, "keeps_order", where_);
+  if (!order.is_null()) keeps_order_ = boolean(order, where_ + ": keeps_order");
   late_pictures_ = boolean(need(form, "late_pictures", where_), where_ + ": late_pictures");
   videos_ = boolean(form.value("videos", Json(false)), where_ + ": videos");  // older ones do not say
 }

@@ -4,6 +4,7 @@
 
 #include <ctime>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <variant>
@@ -13,6 +14,8 @@
 #include "text/tokenizer.hpp"
 
 namespace vlmtrim {
+
+constexpr const char* kGiveIds = "give token ids";  // what else to do where a template or tokenizer is not known
 
 // A piece of a question: text, or a picture or a video in its place.
 struct Part {
@@ -58,7 +61,9 @@ class Prompter {
   std::vector<Opening> openings_;
   Segments image_, joint_, text_, asked_, again_;
   Trim system_trim_ = Trim::kNone, question_trim_ = Trim::kNone, answer_trim_ = Trim::kNone;
-  bool keeps_order_ = false, late_pictures_ = false, videos_ = false;
+  std::optional<Segments> ended_;  // behind a question that ends with a picture; unknown where that is no list
+  std::optional<bool> keeps_order_;
+  bool late_pictures_ = false, videos_ = false;
   int64_t image_token_id_, mark_;  // what words stand in place of, among the segments of a picture
   size_t most_characters_;
 };
