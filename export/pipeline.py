@@ -38,10 +38,13 @@ from vlmtrim.graphs.passes.split_groups import split_groups
 from vlmtrim.graphs.passes.vision_scores import vision_scores
 from vlmtrim.graphs.passes.wide_layers import wide_layers
 from vlmtrim.graphs.passes.widen import widen
+from vlmtrim.graphs.reading import BundleError, Folder
 from vlmtrim.graphs.shifting import shift_graphs
 from vlmtrim.graphs.staging import check_target, staging
 from vlmtrim.graphs.surgery import shard
 from vlmtrim.runtime.engines import build_engines, import_library
+from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.processors.base import load_processor
 from vlmtrim.runtime.progress import Progress, running
 
 # Files of a checkpoint that a bundle keeps: the runtime reads them, and the bundle stays a loadable checkpoint.
@@ -139,7 +142,7 @@ def export(
                 prepared.family.adapt_settings(folder, contract)
             for name, text in {"contract.json": contract.to_json(), **(files or {})}.items():
                 (folder / name).write_text(text)
-            if (problem := prompt_form.write_form(folder, contract)) is not None:
+            if (problem := prompt_form.write_form(folder, contract, _video_mark(folder, contract))) is not None:
                 print(f"no prompt.json ({problem}): C++ applications give token ids", file=sys.stderr)
         if job.engine != "none":
             with _stage(report, f"engines ({job.engine})"):
@@ -148,6 +151,14 @@ def export(
         with _stage(report, "checksums") as show:
             seal(folder, show)
     return target
+
+
+def _video_mark(folder: Path, contract: Contract) -> str | None:
+    """What templates write for a video, where the bundle's processor has words for it."""
+    try:
+        return load_processor(Folder(folder), contract).video_mark
+    except (RuntimeRefusal, BundleError):  # the bundle's user is told
+        return None
 
 
 def prepare(job: Job, source: Path, tensors: dict[str, weights.StoredTensor] | None) -> Prepared:

@@ -19,6 +19,8 @@ random conversations both ways. A template that is no such form gets no ``prompt
     keeps_order         whether pictures between texts stand there, or are marks in one text; null where neither is so
     late_pictures       whether a conversation that began without pictures may go on with some
     videos              whether a video is written as a picture is, but for its mark
+    video               of processors with words for videos: what stands ``before`` and ``behind`` these, where pictures
+                        and videos stand in any order; null where the template does not write them so
 
 Every piece of text is a list: of strings, of token ids (control tokens of the tokenizer), and of ``{"date": format}``.
 """
@@ -26,32 +28,21 @@ Every piece of text is a list: of strings, of token ids (control tokens of the t
 from __future__ import annotations
 
 import json
-import random
 import re
-from collections.abc import Sequence
-from datetime import datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from vlmtrim.export.prompt_proof import TRIMS, Films, NoForm, Segments, is_proven, prove
 from vlmtrim.graphs.contract import Contract
 from vlmtrim.graphs.reading import BundleError, Folder
 from vlmtrim.runtime.errors import RuntimeRefusal
-from vlmtrim.runtime.prompt import Conversation, Prompter, Rendered
+from vlmtrim.runtime.prompt import Prompter
 
 SCHEMA = 1
-CONVERSATIONS = 50
 FILE = "prompt.json"
 _SLOT = re.compile("\ue010([^\ue011]*)\ue011")  # of a date
-_TRIMS = {"": str, "both": str.strip, "left": str.lstrip, "right": str.rstrip}
 _DIRECTIVES = re.compile("(?:[^%]|%[aAbBdHIjmMpSyYeD%])*")  # of dates that every runtime writes alike
-
-Segments = list[Any]
-Piece = tuple[Any, bool]  # of a conversation, and whether people wrote it
-
-
-class NoForm(Exception):
-    """The template is no such form; the message says why."""
 
 
 class _Slot:
@@ -63,17 +54,21 @@ class _Slot:
         return f"\ue010{form}\ue011"
 
 
-def write_form(folder: Path, contract: Contract) -> str | None:
-    """Write ``prompt.json`` into a bundle's folder; returns why there is none, or None where there is."""
+def write_form(folder: Path, contract: Contract, video_mark: str | None = None) -> str | None:
+    """Write ``prompt.json`` into a bundle's folder; returns why there is none, or None where there is.
+
+    ``video_mark``: what templates write for a video where the bundle's processor has words for it.
+    """
     try:
-        prompter = Prompter(Folder(folder), contract)
+        prompter = Prompter(Folder(folder), contract, video_mark)
         form = find_form(prompter)
         try:
             prove(prompter, form)
         except NoForm:
             form["keeps_order"] = None
             prove(prompter, form)
-        form["videos"] = contract.video_token_id is not None and takes_videos(prompter, form)
+        form["videos"] = contract.video_token_id is not None and is_proven(prompter, form, Films.AS_PICTURES)
+        form["video"] = None if video_mark is None else _video(prompter, form, video_mark)
     except (NoForm, RuntimeRefusal, BundleError) as error:
         (folder / FILE).unlink(missing_ok=True)
         return str(error)
@@ -164,6 +159,16 @@ class _Finder:
             found = {"pictures": pictures, "system": system, "before": self._segments(pieces[0] if system else head)}
             yield {**found, "between": self._segments(head)} if system else found
 
+    def around(self, mark: str) -> dict[str, Segments] | None:
+        """What stands around the mark of a video; None where the template does not write it once."""
+        image, text = self._picture()
+        start = self._head(1).removesuffix(image + text)
+        whole = self._pieces(_user({"type": "video"}, {"type": "text", "text": "words"}))[0]
+        before, *behind = whole.removeprefix(start).removesuffix(text).split(mark)
+        if len(behind) != 1 or not whole.startswith(start) or not whole.endswith(text):
+            return None
+        return {"before": self._segments(before), "behind": self._segments(behind[0])}
+
     def _ended(self, image: str, text: str) -> str | None:
         """What stands behind a question that is a picture alone; None where that is written in another way."""
         head = self._head(1).removesuffix(image + text) + image
@@ -199,7 +204,7 @@ class _Finder:
             return ""
         others = ["words"] * (len(pieces) - 2)
         place = next(i for i, part in enumerate(p for m in messages for p in m["content"]) if part["text"] == padded)
-        for name, strip in _TRIMS.items():
+        for name, strip in TRIMS.items():
             texts = [*others[:place], strip(padded), *others[place:]]
             if text == "".join(piece + word for piece, word in zip(pieces, [*texts, ""], strict=True)):
                 return name
@@ -228,166 +233,11 @@ def _system() -> dict[str, Any]:
     return {"role": "system", "content": [{"type": "text", "text": "words"}]}
 
 
-def _plain(segments: Segments) -> list[Piece]:
-    return [(segment, False) for segment in segments]
-
-
-class Speaker:
-    """A conversation by a form: the second way to the ids of a :class:`vlmtrim.runtime.prompt.Conversation`."""
-
-    def __init__(self, prompter: Prompter, form: dict[str, Any], system: str = ""):
-        self._prompter, self._form, self._system = prompter, form, system
-        self._said: str | None = None
-        self._pictured = False
-        self._began = datetime.now()
-
-    def ask(self, parts: Sequence[dict[str, Any]]) -> list[int]:
-        """Ids that continue the caches; see Conversation.ask."""
-        opening, images = self._said is None, sum(part["type"] != "text" for part in parts)
-        head = self._opening(images) if opening else self._later(images)
-        self._pictured = self._pictured or images > 0
-        text, spans = "", []
-        for piece, typed in [*head, *self._question(parts)]:
-            if typed:
-                spans.append((len(text), len(text) + len(piece)))
-            text += piece if typed else self._written(piece)
-        self._said = ""
-        return self._prompter.encode(Rendered(text, tuple(spans)), opening)
-
-    def _question(self, parts: Sequence[dict[str, Any]]) -> list[Piece]:
-        """The parts as the template writes them, up to the answer."""
-        form, kinds = self._form, [part["type"] == "text" for part in parts]
-        if kinds != sorted(kinds):
-            if form["keeps_order"] is None:
-                raise RuntimeRefusal("the chat template writes pictures between words in another way")
-            if not form["keeps_order"]:
-                return self._one_text(parts)
-        pieces, before = [], ""
-        for part in parts:
-            if part["type"] == "text":
-                pieces += _plain(form["joint" if before == "text" else "text"])
-                pieces.append((self._trimmed("question", part["text"]), True))
-            else:
-                pieces += _plain((form["joint"] if before == "text" else []) + form["image"])
-            before = part["type"]
-        tail = form["asked" if before == "text" else "ended"]
-        if tail is None:
-            raise RuntimeRefusal("the chat template writes a question that ends with a picture in another way")
-        return [*pieces, *_plain(tail)]
-
-    def _one_text(self, parts: Sequence[dict[str, Any]]) -> list[Piece]:
-        """The parts as one text with marks in it, of whose ends the template strips white space."""
-        pieces: list[Piece] = [
-            (part["text"], True) if part["type"] == "text" else (self._form["mark"], False) for part in parts
-        ]
-        how = self._form["trims"]["question"]
-        for way, strip in (("left", str.lstrip), ("right", str.rstrip)):
-            turn = 1 if way == "left" else -1
-            for index in range(len(pieces))[::turn] if how in (way, "both") else ():
-                piece, typed = pieces[index]
-                pieces[index] = (strip(piece), True) if typed else (piece, False)
-                if pieces[index][0] != "":
-                    break
-        return [*_plain(self._form["text"]), *pieces, *_plain(self._form["asked"])]
-
-    def answer(self, text: str) -> None:
-        """What the assistant said."""
-        self._said = text
-
-    def _opening(self, images: int) -> list[Piece]:
-        wanted = (images > 0, bool(self._system))
-        found = [one for one in self._form["openings"] if (one["pictures"], one["system"]) == wanted]
-        if not found:
-            raise RuntimeRefusal("the chat template takes no system text here")
-        head = [(piece, False) for piece in found[0]["before"]]
-        if self._system:
-            head.append((self._trimmed("system", self._system), True))
-            head += [(piece, False) for piece in found[0]["between"]]
-        return head
-
-    def _later(self, images: int) -> list[Piece]:
-        """What stands behind the answer, of which the caches hold what was said."""
-        if images and not self._pictured and not self._form["late_pictures"]:
-            raise RuntimeRefusal("the chat template rewrites earlier turns")
-        said = str(self._said)
-        fresh, spaced = self._trimmed("answer", said), self._form["spaced"]
-        again = [(piece, False) for piece in self._form["again"]]
-        first = again[0][0] if again and isinstance(again[0][0], str) else ""
-        whole = spaced + fresh + first
-        said = said if said in whole else said.strip()
-        at = whole.find(said)
-        if whole[:at].strip():
-            raise RuntimeRefusal("the chat template rewrites earlier turns")
-        left = whole[at + len(said) :]
-        typed = max(0, len(left) - len(first))
-        rest = again[1:] if first else again
-        return [(left[:typed], True), (left[typed:], False), *rest]
-
-    def _trimmed(self, what: str, text: str) -> str:
-        return _TRIMS[self._form["trims"][what]](text)
-
-    def _written(self, piece: Any) -> str:
-        if isinstance(piece, int):
-            return str(self._prompter.tokenizer.id_to_token(piece))
-        return self._began.strftime(piece["date"]) if isinstance(piece, dict) else piece
-
-
-def prove(prompter: Prompter, form: dict[str, Any], videos: bool = False) -> None:
-    """Random conversations both ways. Raises NoForm where one differs.
-
-    ``videos``: whether the template is given some of the pictures as videos, which the form does not tell apart.
-    """
-    dice = random.Random(0)
-    for number in range(CONVERSATIONS):
-        system = _words(prompter, dice) if number % 3 == 2 else ""
-        ours, theirs = Conversation(prompter, system), Speaker(prompter, form, system)
-        for _ in range(dice.randint(1, 4)):
-            parts, said = _parts(prompter, dice, form), _words(prompter, dice)
-            films = [_as_film(part) if videos and dice.random() < 0.7 else part for part in parts]
-            expected, found = _asked(ours, films), _asked(theirs, parts)
-            if expected is None and not (films != parts and found):  # refused, which ends a conversation
-                break
-            if expected != found:
-                raise NoForm("conversations that are put together of its segments differ from it")
-            ours.answer(said)
-            theirs.answer(said)
-
-
-def _parts(prompter: Prompter, dice: random.Random, form: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of a question: pictures and texts, in any order where the form says how that is written."""
-    parts = [{"type": "image"}] * dice.choice((0, 0, 1, 2))
-    texts = dice.choice((1, 1, 1, 2)) if not parts or form["ended"] is None else dice.choice((0, 1, 1, 2))
-    parts += [{"type": "text", "text": _words(prompter, dice)} for _ in range(texts)]
-    if form["keeps_order"] is not None and dice.random() < 0.4:
-        dice.shuffle(parts)
-        if form["ended"] is None and parts[-1]["type"] == "image":
-            parts.append({"type": "text", "text": "words"})
-    return parts
-
-
-def _as_film(part: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "video"} if part["type"] == "image" else part
-
-
-def takes_videos(prompter: Prompter, form: dict[str, Any]) -> bool:
-    """Whether random conversations with videos are those with pictures in their places."""
+def _video(prompter: Prompter, form: dict[str, Any], mark: str) -> dict[str, Segments] | None:
+    """What stands around the words of a video; None where random conversations with some differ."""
+    finder = _Finder(prompter)
     try:
-        prove(prompter, form, videos=True)
-    except NoForm:
-        return False
-    return True
-
-
-def _asked(talk: Conversation | Speaker, parts: Sequence[dict[str, Any]]) -> list[int] | None:
-    try:
-        return talk.ask(parts)
-    except RuntimeRefusal:
+        found = finder.around(mark)
+    except (NoForm, RuntimeRefusal):
         return None
-
-
-def _words(prompter: Prompter, dice: random.Random) -> str:
-    """A text with odd ends, and now and then a control token that is none."""
-    tokens: Sequence[str] = prompter.control_texts
-    pieces = ["What", " is ", "this?", "\n", "  ", "Äpfel", "ASSISTANT:", "user", "1", dice.choice(tokens)]
-    text = "".join(dice.choice(pieces) for _ in range(dice.randint(1, 6)))
-    return text if text.strip() else "x" + text
+    return found if found and is_proven(prompter, {**form, "video": found}, Films.TOLD) else None

@@ -290,7 +290,9 @@ def film(size, count, fps, seed=0):
     return Video([generated_picture(seed + number).resize(size) for number in range(count)], fps)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llava_onevision", "video_llava"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "video_llava", "smolvlm", "internvl"]
+)
 def test_videos_are_pythons(family, export_tiny):
     bundle = open_bundle(export_tiny("cpp-pictures", family=family, **FAMILIES[family]))
     ours, native = load_processor(bundle.files, bundle.contract), Native(bundle.folder)
@@ -308,6 +310,67 @@ def test_videos_are_pythons(family, export_tiny):
     with pytest.raises(ProbeError) as found:
         native.process([longer])
     assert str(found.value) == str(expected.value)
+    native.close()
+
+
+SETTINGS = {  # of videos
+    "qwen3_vl": [
+        {"cap_pixels_per_frame": True, "size": {"shortest_edge": 4096, "longest_edge": 300_000}},
+        {"size": {"shortest_edge": 100_000, "longest_edge": 200_000}, "resample": 1, "do_normalize": False},
+        {"max_frames": 0},
+    ],
+    "smolvlm": [
+        {"size": {"height": 40, "width": 91}, "resample": 2},
+        {"video_sampling": {"video_size": {"longest_edge": 77}}, "do_normalize": False},
+        {"size": {"shortest_edge": 40}},
+        {"video_sampling": 3},
+    ],
+    "internvl": [{"resample": 1, "image_mean": [0.1, 0.2, 0.3]}, {"num_frames": 9999}],
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("family", SETTINGS)
+def test_frames_follow_the_settings_of_videos(family, nested, export_tiny, tmp_path):
+    """In a file of their own, or in the processor's; settings that are none are refused as in Python."""
+    source = export_tiny("cpp-pictures", family=family, **FAMILIES[family])
+    path = source / "video_preprocessor_config.json"
+    usual = json.loads((path if path.exists() else source / "preprocessor_config.json").read_text())
+    for number, change in enumerate(SETTINGS[family]):
+        folder = shutil.copytree(source, tmp_path / str(number))
+        (folder / path.name).unlink(missing_ok=True)
+        name = "processor_config.json" if nested else path.name
+        whole = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        plain = {key: value for key, value in usual.items() if key != "size" or family != "smolvlm"}
+        settings = {**plain, **change}
+        (folder / name).write_text(json.dumps({**whole, "video_processor": settings} if nested else settings))
+        seal(folder)
+        bundle = open_bundle(folder)
+        try:
+            ours = load_processor(bundle.files, bundle.contract)
+        except BundleError as refusal:
+            with pytest.raises(ProbeError) as found:
+                Native(folder)
+            assert str(found.value) == str(refusal)
+            continue
+        native = Native(folder)
+        for size, count in (((90, 60), 3), ((31, 200), 5), ((20, 9), 1)):
+            compare(ours, native, [film(size, count, 1.3)])
+        native.close()
+
+
+def test_long_videos_are_told_as_in_python(export_tiny, tmp_path):
+    """Numbers, times and lengths in words."""
+    folder = shutil.copytree(export_tiny("cpp-pictures", family="smolvlm", **FAMILIES["smolvlm"]), tmp_path / "bundle")
+    contract = json.loads((folder / "contract.json").read_text())
+    contract["dims"]["T"][1] = 4096
+    (folder / "contract.json").write_text(json.dumps(contract))
+    seal(folder)
+    bundle = open_bundle(folder)
+    ours, native = load_processor(bundle.files, bundle.contract), Native(bundle.folder)
+    picture = generated_picture(0).resize((8, 8))
+    for count, fps in ((1, 2.0), (25, 0.001), (121, 1.0), (700, 0.3), (1105, 24.0), (3000, 0.02)):
+        compare(ours, native, [Video([picture] * count, fps)])
     native.close()
 
 

@@ -9,7 +9,9 @@ from vlmtrim.runtime.backends.ort import OrtBackend
 from vlmtrim.runtime.engines import profiles
 from vlmtrim.runtime.guided import drawn_scores
 from vlmtrim.runtime.image import generated_picture
+from vlmtrim.runtime.prompt import Conversation
 from vlmtrim.runtime.session import Session
+from vlmtrim.runtime.video import Video
 
 # name -> family and what it is exported with
 CASES = {
@@ -143,6 +145,26 @@ def test_three_turns_on_engines_to_the_bit(name, export_tiny, place, tmp_path):
     three_turns(bundle, native, buckets=True)
     native.close()
     assert here.count("replays") > 20 and here.count("graphs") < 20
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smol", "intern"])
+def test_videos_in_words_to_the_bit(name, export_tiny):
+    """Their frames are apart from each other in the prompt, and have positions so."""
+    family, fields = CASES[name]
+    bundle = open_bundle(export_tiny(f"cpp-{name}", family=family, **fields))
+    with Session(bundle, OrtBackend("ort-cpu")) as ours:
+        native = Native(bundle.folder)
+        frames = [generated_picture(seed).resize((70, 44)) for seed in range(5)]
+        for shown in ([Video(frames, 1.5)], [frames[0], Video(frames[1:3], 8.0), Video(frames[3:4], 2.0)]):
+            images = [one.load() if isinstance(one, Video) else one for one in shown]
+            pictures = ours.processor(images)
+            films = [number for number, one in enumerate(shown) if isinstance(one, Video)]
+            asked = Conversation(ours.prompter).ask("And now?", len(shown), films, pictures.words)
+            ids = np.array(ours.prompter.expand_images(asked, pictures.tokens, pictures.words))
+            decode(ours, native, compare(ours, native, ids, pictures), 4)
+            ours.reset()
+            native.reset()
+        native.close()
 
 
 def test_demo_to_the_bit(demo_bundle):

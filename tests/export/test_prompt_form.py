@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import templates
 
-from vlmtrim.export import prompt_form
+from vlmtrim.export import prompt_form, prompt_proof
 from vlmtrim.export.weights.tiny import SPECIAL_IDS, write_tokenizer
 from vlmtrim.graphs.reading import Folder
 from vlmtrim.runtime.prompt import Conversation, Prompter
@@ -18,10 +18,10 @@ FILMS: Any = SimpleNamespace(image_token_id=SPECIAL_IDS["<image>"], video_token_
 
 @pytest.fixture
 def write(tmp_path):
-    def of(template, contract=CONTRACT):
+    def of(template, contract=CONTRACT, video_mark=None):
         write_tokenizer(tmp_path, {**SPECIAL_IDS, "<video>": 300})
         (tmp_path / "chat_template.jinja").write_text(template)
-        problem = prompt_form.write_form(tmp_path, contract)
+        problem = prompt_form.write_form(tmp_path, contract, video_mark)
         path = tmp_path / "prompt.json"
         return problem, json.loads(path.read_text()) if path.exists() else None
 
@@ -67,12 +67,12 @@ def test_other_templates_are_none(name, write, tmp_path):
 def test_a_form_that_says_something_else_is_found_out(write, tmp_path):
     _, form = write(templates.QWEN)
     prompter = Prompter(Folder(tmp_path), CONTRACT)
-    prompt_form.prove(prompter, form)
+    prompt_proof.prove(prompter, form)
     for name in ("asked", "again", "image", "text"):
-        with pytest.raises(prompt_form.NoForm):
-            prompt_form.prove(prompter, {**form, name: [*form[name], " "]})
-    with pytest.raises(prompt_form.NoForm):
-        prompt_form.prove(prompter, {**form, "trims": dict.fromkeys(form["trims"], "both")})
+        with pytest.raises(prompt_proof.NoForm):
+            prompt_proof.prove(prompter, {**form, name: [*form[name], " "]})
+    with pytest.raises(prompt_proof.NoForm):
+        prompt_proof.prove(prompter, {**form, "trims": dict.fromkeys(form["trims"], "both")})
 
 
 @pytest.mark.parametrize("name", templates.VIDEO_FORMS)
@@ -96,3 +96,19 @@ def test_videos_are_written_as_pictures(name, write, tmp_path):
 def test_where_videos_are_no_pictures_the_form_says_so(template, contract, write):
     problem, form = write(template, contract)
     assert problem is None and not form["videos"]
+
+
+@pytest.mark.parametrize("name", templates.VIDEO_FORMS)
+def test_what_stands_around_the_words_of_a_video(name, write):
+    problem, form = write(templates.VIDEO_FORMS[name], video_mark="<video>")
+    pad = SPECIAL_IDS["<pad>"]
+    around = {"qwen": ([pad], [pad]), "llava": ([], ["\n"])}[name]
+    found = form["video"] and (form["video"]["before"], form["video"]["behind"])
+    assert problem is None and found == around
+    for template in (
+        templates.FORMS[name],
+        templates.VIDEO_FORMS[name].replace("<video>", "<video>: <video>"),
+        templates.VIDEO_FORMS["llava"].replace("<video>", "<video>!"),  # behind pictures, whatever the order is
+    ):
+        problem, form = write(template, video_mark="<video>")
+        assert problem is None and form["video"] is None

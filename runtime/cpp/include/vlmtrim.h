@@ -161,7 +161,8 @@ VLMTRIM_API vlmtrim_status vlmtrim_generate(vlmtrim_session* session, const vlmt
                                             const vlmtrim_generate_options* options, vlmtrim_callback callback,
                                             void* user, vlmtrim_answer* answer);
 /* The same with token ids, which hold the image (or video) token once for each of the pictures: for bundles without
- * prompt.json. The text of the answer is empty where the library does not know the bundle's tokenizer. */
+ * prompt.json; or all of their tokens. The text of the answer is empty where the library does not know the bundle's
+ * tokenizer. */
 VLMTRIM_API vlmtrim_status vlmtrim_generate_ids(vlmtrim_session* session, const int64_t* ids, size_t id_count,
                                                 const vlmtrim_part* pictures, size_t picture_count,
                                                 const vlmtrim_generate_options* options, vlmtrim_callback callback,

@@ -244,7 +244,7 @@ class Session {
     });
   }
 
-  // Token ids, with the image token once for each picture (or video).
+  // Token ids, with the image token once for each picture (or video), or all of their tokens.
   Result<Answer> generate_ids(const std::vector<int64_t>& ids, const std::vector<Part>& pictures = {},
                               const GenerateOptions& options = {}, const Listener& listener = nullptr) {
     const std::vector<vlmtrim_part> given = taken(pictures);

@@ -34,7 +34,7 @@ Answer Chat::generate(const std::vector<Part>& parts, const std::vector<Shown>& 
       std::any_of(parts.begin(), parts.end(), [](const Part& part) { return !strip_left(part.text).empty(); });
   if (!words && shown.empty()) throw Refusal("the prompt is empty; ask something, or give a picture");
   const auto prepared = this->prepared(shown);
-  if (has_video(shown)) prompter.check_videos();
+  if (has_video(shown)) prompter.check_videos(!prepared->words.empty());
   if (!conversation_) conversation_ = std::make_unique<Conversation>(prompter, system_);
   Prefill prefill;
   const std::vector<int64_t> fresh = conversation_->ask(parts, prepared ? prepared->words : std::vector<std::string>{});
@@ -76,10 +76,9 @@ std::vector<int64_t> Chat::expanded(std::vector<int64_t> ids, const std::optiona
   if (const auto video = session_.contract().video_token_id) std::replace(ids.begin(), ids.end(), *video, image);
   if (!pictures) return expand_images(ids, image, {});
   if (pictures->words.empty()) return expand_images(ids, image, pictures->tokens);
-  if (told) {
-    const auto tokens = std::accumulate(pictures->tokens.begin(), pictures->tokens.end(), int64_t{0});
-    return expand_images(ids, image, std::vector<int64_t>(static_cast<size_t>(tokens), 1));
-  }
+  const auto tokens = std::accumulate(pictures->tokens.begin(), pictures->tokens.end(), int64_t{0});
+  if (told) return expand_images(ids, image, std::vector<int64_t>(static_cast<size_t>(tokens), 1));
+  if (std::count(ids.begin(), ids.end(), image) == tokens) return ids;
   return tell_images(ids, image, pictures->words, pictures->tokens, *session_.model().tokenizer());
 }
 

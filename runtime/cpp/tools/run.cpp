@@ -29,7 +29,7 @@ Ask a bundle about a picture; the answer is streamed to stdout.
   --video FOLDER         a video: the pictures of a folder by name, all of which are seen; or --video FRAME repeated
   --fps N                frames a second that they are (default 2)
   --system TEXT          what stands before the first question
-  --ids "I J ..."        token ids in place of --prompt, the image token once for each picture and video
+  --ids "I J ..."        token ids in place of --prompt, with the image token once a picture or video, or all of theirs
   --backend NAME         auto (default), ort-cpu, ort-cuda; tensorrt, tensorrt-rtx where they are built in
   --cuda-graphs HOW      how TensorRT's decode steps are replayed: auto (default), capture or off
   --threads N            CPU threads of ONNX Runtime (default: one per core)

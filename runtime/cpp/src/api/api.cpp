@@ -266,7 +266,7 @@ vlmtrim_status vlmtrim_generate(vlmtrim_session* session, const vlmtrim_part* pa
     for (size_t i = 0; i < count; ++i) {
       const vlmtrim_part& part = (&there(parts, "parts"))[i];
       const bool words = part.kind == VLMTRIM_TEXT;
-      given.push_back({words ? text_of(part.text) : "", !words});
+      given.push_back({words ? text_of(part.text) : "", !words, part.kind == VLMTRIM_VIDEO});
       if (!words) shown.push_back(shown_of(part));
     }
     const GenerateOptions settings = options_of(options);

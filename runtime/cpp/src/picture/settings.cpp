@@ -65,6 +65,25 @@ ImageSettings ImageSettings::read(const Folder& files) {
                          " has no image-processor settings (preprocessor_config.json); export the model again"));
 }
 
+ImageSettings ImageSettings::of_videos(const Folder& files) {
+  const char *const whole = "processor_config.json", *const own = "video_preprocessor_config.json";
+  const std::string where = (files.path() / whole).string() + ": video_processor";
+  const Json nested = files.contains(whole) ? files.json(whole).value("video_processor", Json()) : Json();
+  if (!nested.is_null()) {
+    if (!nested.is_object()) throw BundleError(said(where, " is ", shown(nested), "; expected an object"));
+    return {nested, where};
+  }
+  if (!files.contains(own)) return read(files);
+  return {files.json(own), (files.path() / own).string()};
+}
+
+ImageSettings ImageSettings::part(const char* key) const {
+  const Json* found = find(key);
+  if (found == nullptr) return {Json::object(), said(where_, ": ", key)};
+  if (!found->is_object()) refuse(said(key, " is ", shown(*found), "; expected an object"));
+  return {*found, said(where_, ": ", key)};
+}
+
 void ImageSettings::refuse(const std::string& problem) const { throw BundleError(where_ + ": " + problem); }
 
 const Json* ImageSettings::find(const char* key) const {
@@ -76,6 +95,11 @@ int64_t ImageSettings::integer(const char* key, int64_t low, int64_t high, std::
   const Json* found = find(key);
   const Json value = found != nullptr ? *found : fallback ? Json(*fallback) : Json();
   return vlmtrim::integer(value, said(where_, ": ", key), low, high);
+}
+
+double ImageSettings::number(const char* key, double low, double high, double fallback) const {
+  const Json* found = find(key);
+  return vlmtrim::number(found != nullptr ? *found : Json(fallback), said(where_, ": ", key), low, high);
 }
 
 bool ImageSettings::boolean(const char* key, bool fallback) const {
@@ -124,9 +148,7 @@ int ImageSettings::resample(int fallback) const {
 Normalisation ImageSettings::normalisation() const {
   Normalisation found;
   if (boolean("do_rescale", true)) {
-    const Json* factor = find("rescale_factor");
-    found.scale =
-        factor == nullptr ? 1.0 / 255 : number(*factor, said(where_, ": rescale_factor"), kSmallest, kLargest);
+    found.scale = number("rescale_factor", kSmallest, kLargest, 1.0 / 255);
   }
   if (boolean("do_normalize", true)) {
     found.mean_std.emplace(channels("image_mean", -kLargest), channels("image_std", kSmallest));
@@ -140,7 +162,8 @@ Channels ImageSettings::channels(const char* key, double low) const {
     refuse(said(key, " is ", value == nullptr ? "null" : shown(*value), "; expected a list of three numbers"));
   }
   Channels found{};
-  for (size_t i = 0; i < 3; ++i) found[i] = number((*value)[i], said(where_, ": ", key, "[", i, "]"), low, kLargest);
+  for (size_t i = 0; i < 3; ++i)
+    found[i] = vlmtrim::number((*value)[i], said(where_, ": ", key, "[", i, "]"), low, kLargest);
   return found;
 }
 

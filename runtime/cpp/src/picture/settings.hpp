@@ -25,13 +25,26 @@ struct Normalisation {
   void apply(const Picture& picture, float* target) const;
 };
 
+// How frames of a video are scaled, and what becomes of their values.
+struct FrameSettings {
+  int filter = kBicubic;
+  Normalisation values;
+};
+
 class ImageSettings {
  public:
   // preprocessor_config.json, or the image_processor part of processor_config.json. Throws BundleError, as all do.
   static ImageSettings read(const Folder& files);
 
+  // As transformers finds them: the video_processor part of processor_config.json, else video_preprocessor_config.json,
+  // else those of pictures.
+  static ImageSettings of_videos(const Folder& files);
+  // Settings inside these; none where there are none.
+  ImageSettings part(const char* key) const;
+
   [[noreturn]] void refuse(const std::string& problem) const;
   int64_t integer(const char* key, int64_t low, int64_t high, std::optional<int64_t> fallback = std::nullopt) const;
+  double number(const char* key, double low, double high, double fallback) const;
   bool boolean(const char* key, bool fallback) const;
   // Sides in pixels by name; a plain number is each of `plain`.
   std::map<std::string, int64_t> sides(const char* key, const std::vector<std::string>& plain,

@@ -6,6 +6,7 @@
 namespace vlmtrim {
 
 std::unique_ptr<Processor> make_gemma3(const Folder& files, const Contract& contract);
+std::unique_ptr<Processor> make_idefics3(const Folder& files, const Contract& contract);
 std::unique_ptr<Processor> make_internvl(const Folder& files, const Contract& contract);
 std::unique_ptr<Processor> make_llava(const Folder& files, const Contract& contract);
 std::unique_ptr<Processor> make_llava_next(const Folder& files, const Contract& contract);

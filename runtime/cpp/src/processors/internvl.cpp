@@ -1,5 +1,5 @@
-// InternVL3: a picture is stretched to a grid of tiles; the whole of it comes last, where there is more than one.
-// Mirrors runtime/processors/internvl.py.
+// InternVL3: a picture is stretched to a grid of tiles; the whole of it comes last, where there is more than one. Every
+// frame of a video is one tile, behind its number in words. Mirrors runtime/processors/internvl.py.
 #include <algorithm>
 #include <cmath>
 
@@ -11,6 +11,7 @@ namespace vlmtrim {
 namespace {
 
 constexpr int64_t kMostTiles = 12;    // max_patches of settings that name none
+constexpr int64_t kFrames = 8;        // num_frames, likewise
 constexpr int64_t kLargestGrid = 64;  // tiles of any checkpoint
 
 struct Grid {
@@ -66,25 +67,42 @@ class InternVl final : public Processor {
                            " tiles a picture; the bundle takes pictures of ", contract.image_tokens, " tokens, ", each_,
                            " of them a tile: export the model again"));
     }
-    const auto marks = special_tokens(
-        files,
-        {{"start_image_token", "<img>"}, {"context_image_token", "<IMG_CONTEXT>"}, {"end_image_token", "</img>"}});
+    const auto marks = special_tokens(files, {{"start_image_token", "<img>"},
+                                              {"context_image_token", "<IMG_CONTEXT>"},
+                                              {"end_image_token", "</img>"},
+                                              {"video_token", "<video>"}});
     start_ = marks[0], mark_ = marks[1], end_ = marks[2];
+    const ImageSettings films = ImageSettings::of_videos(files);
+    frame_ = {films.resample(), films.normalisation()};
+    films.integer("num_frames", 1, kMostFrames, kFrames);
   }
 
+  bool takes_videos() const override { return true; }
+
   Pictures prepare(const std::vector<Shown>& shown) const override {
+    check_frames(shown);
     std::vector<Picture> tiles;
+    std::vector<const Normalisation*> values;
     Pictures made;
     for (const Shown& one : shown) {
       const size_t before = tiles.size();
-      add_tiles(one.picture(), tiles);
-      made.tokens.push_back(static_cast<int64_t>(tiles.size() - before) * each_);
-      std::string words = start_;
-      for (int64_t i = 0; i < made.tokens.back(); ++i) words += mark_;
-      made.words.push_back(words + end_);
+      if (one.is_video()) {
+        for (const Picture& frame : one.frames) tiles.push_back(squeezed(frame, frame_.filter));
+      } else {
+        add_tiles(one.picture(), tiles);
+      }
+      values.resize(tiles.size(), one.is_video() ? &frame_.values : &tile_.values);
+      const auto count = static_cast<int64_t>(tiles.size() - before);
+      made.tokens.push_back(count * each_);
+      made.words.push_back(one.is_video() ? told(count) : between(count * each_));
     }
     check_tiles(shown.size(), static_cast<int64_t>(tiles.size()));
-    made.inputs["pixel_values"] = tile_.stacked(tiles);
+    Tensor pixels = Tensor::empty(DType::kFloat32, {static_cast<int64_t>(tiles.size()), 3, tile_.height, tile_.width});
+    float* target = pixels.as<float>();
+    for (size_t i = 0; i < tiles.size(); ++i, target += int64_t{3} * tile_.height * tile_.width) {
+      values[i]->apply(tiles[i], target);
+    }
+    made.inputs["pixel_values"] = pixels;
     return made;
   }
 
@@ -100,10 +118,31 @@ class InternVl final : public Processor {
         }
       }
     }
-    tiles.push_back(resized(picture, tile_.width, tile_.height, tile_.filter));
+    tiles.push_back(squeezed(picture, tile_.filter));
+  }
+
+  Picture squeezed(const Picture& picture, int filter) const {
+    return resized(picture, tile_.width, tile_.height, filter);
+  }
+
+  // So many tokens between their marks.
+  std::string between(int64_t tokens) const {
+    std::string words = start_;
+    for (int64_t i = 0; i < tokens; ++i) words += mark_;
+    return words + end_;
+  }
+
+  // What the prompt says of a video of so many frames.
+  std::string told(int64_t frames) const {
+    std::string words;
+    for (int64_t number = 1; number <= frames; ++number) {
+      words += said(number > 1 ? "\n" : "", "Frame", number, ": ", between(each_));
+    }
+    return words;
   }
 
   ImageProcessor tile_;
+  FrameSettings frame_;
   int64_t most_, least_, each_;  // tiles of a picture; tokens of a tile
   std::string start_, mark_, end_;
 };

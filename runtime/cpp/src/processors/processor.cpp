@@ -9,7 +9,7 @@ namespace {
 
 using Maker = std::unique_ptr<Processor> (*)(const Folder&, const Contract&);
 constexpr std::pair<const char*, Maker> kFamilies[] = {
-    {"gemma3", make_gemma3},     {"idefics3", make_smolvlm},      {"internvl", make_internvl},
+    {"gemma3", make_gemma3},     {"idefics3", make_idefics3},     {"internvl", make_internvl},
     {"llava", make_llava},       {"llava_next", make_llava_next}, {"llava_onevision", make_llava_onevision},
     {"mllama", make_mllama},     {"qwen2_5_vl", make_qwen2_5_vl}, {"qwen2_vl", make_qwen2_vl},
     {"qwen3_vl", make_qwen3_vl}, {"smolvlm", make_smolvlm},       {"video_llava", make_video_llava}};
@@ -47,6 +47,12 @@ void Processor::check_tiles(size_t pictures, int64_t tiles) const {
     throw Refusal(said(pictures, " pictures become ", tiles, " tiles, the bundle takes ", most,
                        " in one step; give fewer pictures at once, or export with a larger --max-seq-len"));
   }
+}
+
+void Processor::check_frames(const std::vector<Shown>& shown) const {
+  int64_t frames = 0;
+  for (const Shown& one : shown) frames += one.is_video() ? static_cast<int64_t>(one.frames.size()) : 0;
+  check_tiles(shown.size(), frames);
 }
 
 std::vector<std::string> special_tokens(const Folder& files,

@@ -53,6 +53,8 @@ class Processor {
  protected:
   // Throws Refusal where so many pictures become more tiles than the vision graph takes in a step (T).
   void check_tiles(size_t pictures, int64_t tiles) const;
+  // The same of the frames of videos alone, where each is a tile: before any is made.
+  void check_frames(const std::vector<Shown>& shown) const;
 
   const Contract& contract_;
 };

@@ -12,36 +12,6 @@ namespace {
 constexpr int64_t kMostPixelsSeen = INT32_MAX, kLargestPatch = 256, kMostTogether = 16;
 constexpr int64_t kMostElongated = 200;  // long side / short side
 
-// Python's round: halves to even.
-int64_t rounded(double value) { return static_cast<int64_t>(std::nearbyint(value)); }
-
-// Multiples of `side` with about the same proportions and between `least` and `most` pixels: (height, width).
-std::pair<int64_t, int64_t> fitting_size(const Picture& picture, int64_t side, int64_t least, int64_t most) {
-  const int64_t high = picture.height, wide = picture.width;
-  if (std::max(high, wide) > kMostElongated * std::min(high, wide)) {
-    throw Refusal(said("the picture is ", wide, " x ", high, " pixels; the model takes pictures up to ", kMostElongated,
-                       " times as long as wide: crop it"));
-  }
-  const auto step = static_cast<double>(side);
-  std::pair<int64_t, int64_t> fitting{rounded(static_cast<double>(high) / step) * side,
-                                      rounded(static_cast<double>(wide) / step) * side};
-  const int64_t pixels = fitting.first * fitting.second;
-  if (pixels > most) {
-    const double shrink = std::sqrt(static_cast<double>(high * wide) / static_cast<double>(most));
-    const auto shrunk = [&](int64_t length) {
-      return std::max(side, static_cast<int64_t>(std::floor(static_cast<double>(length) / shrink / step)) * side);
-    };
-    fitting = {shrunk(high), shrunk(wide)};
-  } else if (pixels < least) {
-    const double grow = std::sqrt(static_cast<double>(least) / static_cast<double>(high * wide));
-    const auto grown = [&](int64_t length) {
-      return static_cast<int64_t>(std::ceil(static_cast<double>(length) * grow / step)) * side;
-    };
-    fitting = {grown(high), grown(wide)};
-  }
-  return fitting;
-}
-
 // Tokens along a side of an attention window; 0 where the vision graph takes none.
 int64_t window_side(const Contract& contract) {
   const TensorSpec* windows = contract.graph("vision").input("window_tokens");
@@ -69,6 +39,32 @@ class Qwen2Vl final : public QwenVl {
 
 }  // namespace
 
+Size fitting_size(Size size, const Limits& limits) {
+  const auto [high, wide] = size;
+  const auto [side, least, most, frames, counted] = limits;
+  if (std::max(high, wide) > kMostElongated * std::min(high, wide)) {
+    throw Refusal(said("the picture is ", wide, " x ", high, " pixels; the model takes pictures up to ", kMostElongated,
+                       " times as long as wide: crop it"));
+  }
+  const auto step = static_cast<double>(side), all = static_cast<double>(frames * high * wide);
+  const auto multiple = [side = side](double tokens) { return static_cast<int64_t>(tokens) * side; };
+  Size fitting{multiple(std::nearbyint(static_cast<double>(high) / step)),
+               multiple(std::nearbyint(static_cast<double>(wide) / step))};
+  const int64_t pixels = counted * fitting.first * fitting.second;
+  if (pixels > most) {
+    const double shrink = std::sqrt(all / static_cast<double>(most));
+    const auto shrunk = [&](int64_t length) {
+      return std::max(limits.side, multiple(std::floor(static_cast<double>(length) / shrink / step)));
+    };
+    fitting = {shrunk(high), shrunk(wide)};
+  } else if (pixels < least) {
+    const double grow = std::sqrt(static_cast<double>(least) / all);
+    const auto grown = [&](int64_t length) { return multiple(std::ceil(static_cast<double>(length) * grow / step)); };
+    fitting = {grown(high), grown(wide)};
+  }
+  return fitting;
+}
+
 QwenVl::QwenVl(const Folder& files, const Contract& contract) : Processor(contract), window_(window_side(contract)) {
   const ImageSettings settings = ImageSettings::read(files);
   patch_ = settings.integer("patch_size", 1, kLargestPatch, 14);
@@ -83,6 +79,7 @@ QwenVl::QwenVl(const Folder& files, const Contract& contract) : Processor(contra
   most_ = settings.integer("max_pixels", 1, kMostPixelsSeen, either("longest_edge", 28 * 28 * 1280));
   filter_ = settings.resample();
   values_ = settings.normalisation();
+  frame_ = {filter_, values_};
   const std::string where = (files.path() / "config.json").string() + ": vision_config.tokens_per_second";
   tokens_per_second_ = number(vision_config(files).value("tokens_per_second", Json(4)), where, 1e-3, 1e3);
 }
@@ -119,7 +116,12 @@ Pictures QwenVl::prepare(const std::vector<Shown>& shown) const {
   for (const Shown& one : shown) {
     const int64_t count = (static_cast<int64_t>(one.frames.size()) + together_ - 1) / together_;
     fitted.emplace_back();
-    for (const Picture& frame : one.frames) fitted.back().push_back(fit(frame, count));
+    const auto [height, width] =
+        one.is_video() ? frame_size(one.picture(), static_cast<int64_t>(one.frames.size())) : size(one.picture(), 1);
+    for (const Picture& frame : one.frames) {
+      fitted.back().push_back(
+          resized(frame, static_cast<int>(width), static_cast<int>(height), one.is_video() ? frame_.filter : filter_));
+    }
     const Picture& first = fitted.back().front();
     const Grid grid{first.height / side, first.width / side};
     made.grids.push_back({grid.rows, grid.columns});
@@ -137,10 +139,12 @@ Pictures QwenVl::prepare(const std::vector<Shown>& shown) const {
   int64_t* place = places.as<int64_t>();
   std::vector<int64_t> numbers;
   size_t number = 0;
-  for (const auto& frames : fitted) {
+  for (size_t i = 0; i < shown.size(); ++i) {
+    const auto& frames = fitted[i];
+    const Normalisation& of_values = shown[i].is_video() ? frame_.values : values_;
     for (size_t first = 0; first < frames.size(); first += static_cast<size_t>(together_), ++number) {
       const Grid grid = grids[number];
-      add_patches(frames, first, grid, pixel);
+      add_patches(frames, first, grid, of_values, pixel);
       add_places(grid, place);
       numbers.insert(numbers.end(), static_cast<size_t>(grid.rows * grid.columns), static_cast<int64_t>(number));
     }
@@ -181,27 +185,36 @@ Positions QwenVl::positions(const std::vector<int64_t>& ids, int64_t start, cons
   return found;
 }
 
-// The picture at a size that tokens fill; `frames` of them share what the bundle takes of one picture.
-Picture QwenVl::fit(const Picture& picture, int64_t frames) const {
+// (height, width) that tokens fill; `frames` of them share what the bundle takes of one picture.
+Size QwenVl::size(const Picture& picture, int64_t frames) const {
   const int64_t side = patch_ * merge_, share = contract_.image_tokens / frames;
   const int64_t most = std::min(most_, std::max<int64_t>(share, 1) * side * side);
-  const auto [height, width] = fitting_size(picture, side, std::min(least_, most), most);
-  if (const int64_t tokens = height / side * (width / side); tokens > share) {
-    const std::string of = frames > 1 ? said("one of ", frames, " frames") : "a picture";
-    throw Refusal(said("a picture of ", picture.width, " x ", picture.height, " pixels makes ", tokens,
-                       " visual tokens at least, the bundle takes ", share, " of ", of,
-                       "; crop it, give fewer frames, or export with more --image-tokens"));
-  }
-  return resized(picture, static_cast<int>(width), static_cast<int>(height), filter_);
+  const Size found = fitting_size({picture.height, picture.width}, {side, std::min(least_, most), most});
+  check_tokens(picture, found.first / side * (found.second / side), frames);
+  return found;
+}
+
+Size QwenVl::frame_size(const Picture& frame, int64_t count) const {
+  return size(frame, (count + together_ - 1) / together_);
+}
+
+void QwenVl::check_tokens(const Picture& picture, int64_t tokens, int64_t frames) const {
+  const int64_t share = contract_.image_tokens / frames;
+  if (tokens <= share) return;
+  const std::string of = frames > 1 ? said("one of ", frames, " frames") : "a picture";
+  throw Refusal(said("a picture of ", picture.width, " x ", picture.height, " pixels makes ", tokens,
+                     " visual tokens at least, the bundle takes ", share, " of ", of,
+                     "; crop it, give fewer frames, or export with more --image-tokens"));
 }
 
 // [tokens, patches of a token, channel, frame, row, column] of the frames from `first` on that share tokens; where they
 // end, the last one is repeated: a picture is all of them.
-void QwenVl::add_patches(const std::vector<Picture>& frames, size_t first, Grid grid, float*& target) const {
+void QwenVl::add_patches(const std::vector<Picture>& frames, size_t first, Grid grid, const Normalisation& values,
+                         float*& target) const {
   const int64_t wide = frames[first].width, area = wide * frames[first].height;
   std::vector<std::vector<float>> wholes;
   for (size_t i = first; i < std::min(first + static_cast<size_t>(together_), frames.size()); ++i) {
-    values_.apply(frames[i], wholes.emplace_back(static_cast<size_t>(3 * area)).data());
+    values.apply(frames[i], wholes.emplace_back(static_cast<size_t>(3 * area)).data());
   }
   const int64_t side = patch_ * merge_;
   for (int64_t token = 0; token < grid.rows * grid.columns; ++token) {

@@ -6,6 +6,12 @@
 
 namespace vlmtrim {
 
+std::vector<double> Shown::seconds() const {
+  std::vector<double> found;
+  for (size_t number = 0; number < frames.size(); ++number) found.push_back(static_cast<double>(number) / *fps);
+  return found;
+}
+
 Shown Shown::video(size_t count, double fps, const std::function<Picture(size_t)>& open) {
   if (count == 0) throw Refusal("a video without frames; give at least one");
   if (count > kMostFrames) throw Refusal(said("a video of ", count, " frames; give at most ", kMostFrames));

@@ -20,6 +20,8 @@ struct Shown {
 
   bool is_video() const { return fps.has_value(); }
   const Picture& picture() const { return frames.front(); }
+  // When each frame of a video is shown.
+  std::vector<double> seconds() const;
 
   static Shown of(Picture picture) { return {{std::move(picture)}, std::nullopt}; }
   // Opens frames 0 to `count` - 1. Throws Refusal where they cannot be one video.

@@ -123,7 +123,7 @@ void Conversation::write_question(Written& target, const std::vector<Part>& part
     const bool joins = before != nullptr && !before->picture;
     if (joins) write(target, prompter_.joint_);
     if (part.picture) {
-      write_picture(target, prompter_.image_, word == words.end() ? nullptr : &*word++);
+      write_picture(target, part.video, word == words.end() ? nullptr : &*word++);
     } else {
       if (!joins) write(target, prompter_.text_);
       target.type(trimmed(part.text, prompter_.question_trim_));
@@ -151,25 +151,37 @@ void Conversation::write_one_text(Written& target, std::vector<Part> parts,
   };
   if (trim == Trim::kLeft || trim == Trim::kBoth) strip(parts.begin(), parts.end(), Trim::kLeft);
   if (trim == Trim::kRight || trim == Trim::kBoth) strip(parts.rbegin(), parts.rend(), Trim::kRight);
-  const Segment mark{Segment::Kind::kToken, *prompter_.tokenizer_->token_of(prompter_.mark_), prompter_.mark_};
   write(target, prompter_.text_);
   auto word = words.begin();
   for (const Part& part : parts) {
-    if (part.picture) write_picture(target, {mark}, word == words.end() ? nullptr : &*word++);
-    else target.type(part.text);
+    if (!part.picture) target.type(part.text);
+    else if (word == words.end()) write(target, {mark()});
+    else write_words(target, *word++);
   }
   write(target, prompter_.asked_);
 }
 
-// A picture as the template writes it, with words in place of its mark where it has any.
-void Conversation::write_picture(Written& target, const Segments& segments, const std::string* words) const {
-  for (const Segment& segment : segments) {
-    if (words == nullptr || segment.kind != Segment::Kind::kToken || segment.id != prompter_.mark_) {
-      write(target, {segment});
-      continue;
-    }
-    target.plain += *words;
-    target.secret += prompter_.tokenizer_->with_names(*words, prompter_.names_);
+Segment Conversation::mark() const {
+  return {Segment::Kind::kToken, *prompter_.tokenizer_->token_of(prompter_.mark_), prompter_.mark_};
+}
+
+void Conversation::write_words(Written& target, const std::string& words) const {
+  target.plain += words;
+  target.secret += prompter_.tokenizer_->with_names(words, prompter_.names_);
+}
+
+// A picture or a video as the template writes it, with words in place of its mark where there are any.
+void Conversation::write_picture(Written& target, bool video, const std::string* words) const {
+  if (words != nullptr && video) {
+    prompter_.check_videos(true);
+    write(target, prompter_.video_->first);
+    write_words(target, *words);
+    return write(target, prompter_.video_->second);
+  }
+  for (const Segment& segment : prompter_.image_) {
+    const bool told = segment.kind == Segment::Kind::kToken && segment.id == prompter_.mark_;
+    if (words != nullptr && told) write_words(target, *words);
+    else write(target, {segment});
   }
 }
 

@@ -87,6 +87,10 @@ Prompter::Prompter(const Json& form, std::string where, const Contract& contract
     else ended_ = segments(form, "ended");
   }
   again_ = segments(form, "again");
+  if (const auto video = form.find("video"); video != form.end() && !video->is_null()) {
+    if (!video->is_object()) throw BundleError(said(where_, ": video is ", shown(*video), "; expected an object"));
+    video_.emplace(segments(*video, "before"), segments(*video, "behind"));
+  }
   const Json& trims = need(form, "trims", where_);
   if (!trims.is_object()) throw BundleError(said(where_, ": trims is ", shown(trims)));
   system_trim_ = trim(trims, "system");
@@ -100,9 +104,10 @@ Prompter::Prompter(const Json& form, std::string where, const Contract& contract
   videos_ = boolean(form.value("videos", Json(false)), where_ + ": videos");  // older ones do not say
 }
 
-void Prompter::check_videos() const {
-  if (videos_) return;
-  throw Refusal(said(where_, " does not say that videos are written as pictures are; ", kGiveIds, ", or export again"));
+void Prompter::check_videos(bool told) const {
+  if (told ? video_.has_value() : videos_) return;
+  const char* const what = told ? "how videos are written" : "that videos are written as pictures are";
+  throw Refusal(said(where_, " does not say ", what, "; ", kGiveIds, ", or export again"));
 }
 
 Segments Prompter::segments(const Json& form, const char* name) const {

@@ -21,6 +21,7 @@ constexpr const char* kGiveIds = "give token ids";  // what else to do where a t
 struct Part {
   std::string text;
   bool picture = false;
+  bool video = false;  // a picture that is a video
 };
 
 // Of the template: text, a control token, or a date by its strftime format.
@@ -46,8 +47,8 @@ class Prompter {
   // The same of what prompt.json holds; `where` is for messages.
   Prompter(const Json& form, std::string where, const Contract& contract, std::shared_ptr<const Tokenizer> tokenizer);
 
-  // Throws Refusal where videos are not written as pictures are.
-  void check_videos() const;
+  // Throws Refusal where the form does not say how videos are written; `told`: whether words stand in their places.
+  void check_videos(bool told) const;
 
  private:
   friend class Conversation;
@@ -61,6 +62,7 @@ class Prompter {
   std::vector<Opening> openings_;
   Segments image_, joint_, text_, asked_, again_;
   Trim system_trim_ = Trim::kNone, question_trim_ = Trim::kNone, answer_trim_ = Trim::kNone;
+  std::optional<std::pair<Segments, Segments>> video_;  // what stands around a video's words
   std::optional<Segments> ended_;  // behind a question that ends with a picture; unknown where that is no list
   std::optional<bool> keeps_order_;
   bool late_pictures_ = false, videos_ = false;
@@ -111,7 +113,9 @@ class Conversation {
   void write_later(Written& target, size_t pictures) const;
   void write_question(Written& target, const std::vector<Part>& parts, const std::vector<std::string>& words) const;
   void write_one_text(Written& target, std::vector<Part> parts, const std::vector<std::string>& words) const;
-  void write_picture(Written& target, const Segments& segments, const std::string* words) const;
+  void write_picture(Written& target, bool video, const std::string* words) const;
+  void write_words(Written& target, const std::string& words) const;
+  Segment mark() const;
   std::string date(const std::string& format) const;
 
   const Prompter& prompter_;
