@@ -1,5 +1,6 @@
 """libFuzzer over the C++ code that reads what strangers wrote, from seeds that the other tests use."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -51,7 +52,15 @@ def prompts(export_tiny):
         write_tokenizer(folder, SPECIAL_IDS)
         (folder / "chat_template.jinja").write_text(template)
         assert prompt_form.write_form(folder, test_prompt.CONTRACT) is None
-        for said in (b"\2Hi </s>", b"Be brief.\2What <image>?\3 Yes \4And<s>\1 now\5\4\1\2Which?\2Why?\4End"):
+        form = json.loads((folder / "prompt.json").read_text())
+        form["video"] = {"before": form["image"], "behind": ["\n"]}
+        (folder / "prompt.json").write_text(json.dumps(form))
+        for said in (
+            b"Odd.\2Hi </s>\6\1",
+            b"Odd\6\1\2What?\3 Yes \4\2And\6now?",
+            b"\2Hi </s>",
+            b"Be brief.\2What <image>?\3 Yes \4And<s>\1 now\5\4\1\2Which?\2Why?\4End",
+        ):
             yield (folder / "prompt.json").read_bytes() + b"\0" + said
 
 

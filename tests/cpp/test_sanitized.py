@@ -27,6 +27,7 @@ CASES = {
     "smol": ("smolvlm", {"k": 2, "r": 0.5}),
     "idefics": ("idefics3", {"k": 2, "r": 0.5}),
     "intern": ("internvl", {"k": 2, "r": 0.5}),
+    "gemma": ("gemma3", {"k": 2, "r": 0.5}),
     "trimmed": ("mllama", {"method": "trimmed-llama", "ratio": 0.25, "images": 3}),
     "snapkv": ("llava", {"method": "zipvl", "cache": load_policy("snapkv")(pool=3), "cache_share": 0.4}),
     "elastic": ("llava", {"method": "none", "cache": load_policy("elastic")(merge=True, evict=5), "cache_share": 0.4}),

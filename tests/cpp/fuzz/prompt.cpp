@@ -1,6 +1,7 @@
 // libFuzzer: a prompt.json of any bytes and a conversation by it, or sentences. Behind the first zero byte is the
 // conversation: the system text, then turns. A byte of 1 to 4 begins a picture, a text, the answer, the next question;
-// a byte of 5 takes the question back.
+// a byte of 5 takes the question back, one of 6 begins a video. Behind a system text of an odd length, words stand in
+// place of pictures and videos.
 //
 // What people and models wrote never becomes a control token: the same conversation about letters has the same ones.
 #include <algorithm>
@@ -69,8 +70,8 @@ std::vector<Move> moves_of(std::string_view text) {
   std::vector<Move> moves{{'a', {}}};
   for (const char c : text) {
     auto& parts = moves.back().parts;
-    if (c == 1 || c == 2)
-      parts.push_back({"", c == 1});
+    if (c == 1 || c == 2 || c == 6)
+      parts.push_back({"", c != 2, c == 6});
     else if (c >= 3 && c <= 5)
       moves.push_back({"sat" [c - 3], {}});
     else if (parts.empty() || parts.back().picture)
@@ -86,7 +87,7 @@ std::string lettered(const std::string& text) { return strip_left(text).empty() 
 
 // Control tokens of every question, without one where it was refused.
 std::vector<std::vector<int64_t>> controls(const Prompter& prompter, const std::string& system, std::vector<Move> moves,
-                                           bool letters) {
+                                           bool told, bool letters) {
   std::vector<std::vector<int64_t>> found;
   try {
     Conversation talk(prompter, letters ? lettered(system) : system);
@@ -99,7 +100,9 @@ std::vector<std::vector<int64_t>> controls(const Prompter& prompter, const std::
       else if (move.what == 't')
         talk.take_back();
       if (move.what != 'a') continue;
-      found.push_back(talk.ask(move.parts));
+      const auto pictures =
+          std::count_if(move.parts.begin(), move.parts.end(), [](const Part& part) { return part.picture; });
+      found.push_back(talk.ask(move.parts, std::vector<std::string>(told ? pictures : 0, "\n Frame: <image></s>x")));
       auto& ids = found.back();
       ids.erase(std::remove_if(ids.begin(), ids.end(), [](int64_t id) { return id < 256 || id > kImage; }), ids.end());
     }
@@ -118,7 +121,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::string_view rest = all.substr(std::min(end + 1, all.size()));
   // Control tokens have secret names that begin so; libFuzzer finds them in memory, where nobody else looks.
   if (rest.find("\xEE\x80\x80") != std::string_view::npos) return 0;
-  const size_t asked = std::min(rest.find_first_of("\1\2\3\4\5"), rest.size());
+  const size_t asked = std::min(rest.find_first_of("\1\2\3\4\5\6"), rest.size());
   const std::string system(rest.substr(0, asked));
   Contract contract;
   contract.image_token_id = kImage;
@@ -126,7 +129,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     const Prompter prompter(json_object(all.substr(0, end), "prompt.json"), "prompt.json", contract, kTokenizer);
     const auto moves = moves_of(rest.substr(asked));
-    const auto found = controls(prompter, system, moves, false), expected = controls(prompter, system, moves, true);
+    const bool told = system.size() % 2 == 1;
+    const auto found = controls(prompter, system, moves, told, false),
+               expected = controls(prompter, system, moves, told, true);
     for (size_t i = 0; i < std::min(found.size(), expected.size()); ++i) {
       if (found[i] != expected[i]) std::abort();
     }

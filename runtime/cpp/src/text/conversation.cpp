@@ -143,7 +143,7 @@ void Conversation::write_question(Written& target, const std::vector<Part>& part
 void Conversation::write_one_text(Written& target, std::vector<Part> parts,
                                   const std::vector<std::string>& words) const {
   const Trim trim = prompter_.question_trim_;
-  const auto strip = [](auto part, auto end, Trim side) {
+  const auto strip = [](auto part, const auto& end, Trim side) {
     for (; part != end && !part->picture; ++part) {
       part->text = trimmed(part->text, side);
       if (!part->text.empty()) break;
