@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Callable
@@ -49,9 +50,20 @@ def key(plan: Any) -> str:
     own = {name: value for name, value in vars(plan.module).items() if not name.startswith("_")}
     parameters = [(name, value.dtype, tuple(value.shape)) for name, value in full.named_parameters()]
     inputs = [(tuple(v.shape), v.dtype, v.tolist() if v.numel() < 65 else None) for v in flat(plan)]
-    config = {name: value for name, value in full.config.to_dict().items() if name != "_name_or_path"}
+    config = without(full.config.to_dict())
     told = (type(plan.module), own, type(full), config, parameters, inputs)
     return repr((*told, plan.dynamic_shapes, plan.spec, dict(plan.fusions)))
+
+
+# Of a config, what no graph depends on: where it is from, how weights were stored, which token ends an answer.
+UNSAID = ("_name_or_path", "quantization_config", "eos_token_id")
+
+
+def without(config: Any) -> Any:
+    """A config and those in it without UNSAID."""
+    if not isinstance(config, dict):
+        return config
+    return {name: without(value) for name, value in config.items() if name not in UNSAID}
 
 
 def flat(plan: Any) -> list[Any]:
@@ -66,3 +78,11 @@ def install(folder: Path) -> None:
     module = sys.modules.get("vlmtrim.export.tracing.trace")
     if module is not None and not isinstance(module.trace, SharedTraces):
         module.trace = SharedTraces(folder, module.trace)
+        share_translations()
+
+
+def share_translations() -> None:
+    """One table of torch.onnx's translations a process: it makes one for every graph, a third of a small one's time."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))

@@ -12,7 +12,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import torch
 from torch import nn
+from torch.fx.experimental import _config as sizes
 
+from vlmtrim.export.tracing.settle import settle
 from vlmtrim.graphs.contract import GraphSpec
 from vlmtrim.graphs.passes.fuse import fuse
 
@@ -72,24 +74,37 @@ def trace(plan: Plan) -> ir.Model:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                plan.module,
-                tuple(plan.args),
-                dynamo=True,
-                opset_version=OPSET,
-                optimize=False,
-                verbose=False,
-                dynamic_shapes=plan.dynamic_shapes,
-            )
+            with sizes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # 0 and 1 are sizes like others
+                program = torch.export.export(
+                    plan.module,
+                    tuple(plan.args),
+                    dynamic_shapes=plan.dynamic_shapes,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
+            model = _translated(program, plan.dynamic_shapes)
     finally:
         for logger, level in zip(quiet, levels, strict=True):
             logger.setLevel(level)
-    assert program is not None
-    model = program.model
     _name_boundary(model, plan.spec)
     tidy(model)
     fuse(model, plan.fusions)
     return model
+
+
+def _translated(program: torch.export.ExportedProgram, dynamic_shapes: Any) -> ir.Model:
+    """``dynamic_shapes`` name the axes."""
+
+    def translate(program: torch.export.ExportedProgram) -> ir.Model:
+        made = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False, dynamic_shapes=dynamic_shapes
+        )
+        assert made is not None
+        return made.model
+
+    try:
+        return translate(settle(program))
+    except torch.onnx.OnnxExporterError:  # an operator without a translation
+        return translate(program)
 
 
 def _name_boundary(model: ir.Model, spec: GraphSpec) -> None:
