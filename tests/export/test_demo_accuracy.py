@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -34,18 +35,30 @@ def reported(name):
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory):
+def bundle(tmp_path_factory):
+    """bundle(a name of SETTINGS, or "int4") -> folder; each is exported by the first test that asks."""
     folder, traces = tmp_path_factory.mktemp("demo"), {}
     common = {"model": "demo", "dtype": "float32", "max_seq_len": 256, "max_batch": 16}
-    return {
-        name: pipeline.export(Job(output=str(folder / name), method=method, **common), CHECKPOINT, traces)
-        for name, method in SETTINGS.items()
-    } | {"int4": pipeline.export(Job(output=str(folder / "int4"), weights="int4", **common), CHECKPOINT, traces)}
+
+    @functools.cache
+    def give(name):
+        job = Job(output=str(folder / name), weights="int4", **common)
+        if name in SETTINGS:
+            job = Job(output=str(folder / name), method=SETTINGS[name], **common)
+        return pipeline.export(job, CHECKPOINT, traces)
+
+    return give
 
 
 @pytest.fixture(scope="module")
 def examples():
     return list(task.examples("test", len(reported("dense")["first"])))
+
+
+@pytest.fixture(scope="module")
+def answers(bundle, examples):
+    """answers(name) -> what a bundle says to all examples, asked once."""
+    return functools.cache(lambda name: ask(bundle(name), examples))
 
 
 def test_the_report_is_of_the_shipped_weights():
@@ -55,10 +68,10 @@ def test_the_report_is_of_the_shipped_weights():
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("k4")) for n in SETTINGS])
-def test_accuracy_is_the_reports(bundles, examples, name):
+def test_accuracy_is_the_reports(answers, name):
     """The same questions are answered as then, and their share lies where the report's larger sample puts it."""
     run = reported(name)
-    right = ask(bundles[name], examples).right
+    right = answers(name).right
     then = [mark == "1" for mark in run["first"]]
     assert sum(a != b for a, b in zip(right, then, strict=True)) <= 2  # a near tie may fall otherwise elsewhere
     share, count = run["all"]["share"], len(right)
@@ -66,7 +79,7 @@ def test_accuracy_is_the_reports(bundles, examples, name):
 
 
 @pytest.mark.parametrize("name", ["pytorch", "dense", "k2-r0.5"])
-def test_a_fixed_list_of_held_out_questions_is_answered(bundles, examples, name):
+def test_a_fixed_list_of_held_out_questions_is_answered(bundle, examples, name):
     """Questions that the report has as right, dense and pruned; unseen in training."""
     both = [
         example
@@ -75,24 +88,24 @@ def test_a_fixed_list_of_held_out_questions_is_answered(bundles, examples, name)
     ][:FIXED]
     assert len({example.question.kind for example in both}) == len(task.QUESTION_KINDS)
     expected = [example.question.answer for example in both]
-    said = Demo().answers(both) if name == "pytorch" else ask(bundles[name], both).texts
+    said = Demo().answers(both) if name == "pytorch" else ask(bundle(name), both).texts
     assert said == expected
 
 
-def test_four_bits_answer_alike(bundles, examples):
+def test_four_bits_answer_alike(answers, examples):
     """k = 2 and r = 0.5, in int4 and in float32: as many questions are right (intervals: BENCHMARKS)."""
-    packed, plain = (ask(bundles[name], examples) for name in ("int4", "k2-r0.5"))
+    packed, plain = answers("int4"), answers("k2-r0.5")
     same = sum(one == other for one, other in zip(packed.texts, plain.texts, strict=True))
     assert same >= 0.97 * len(examples)
     assert abs(packed.right.mean() - plain.right.mean()) <= 0.02
 
 
-def test_a_head_that_shares_the_embedding_is_packed_beside_it(bundles, capsys):
+def test_a_head_that_shares_the_embedding_is_packed_beside_it(bundle, capsys):
     """The demo ties the two: the embedding stays as the checkpoint has it, the head is read from its own bytes."""
-    names = read_header(bundles["int4"] / "model.safetensors")
+    names = read_header(bundle("int4") / "model.safetensors")
     assert "lm_head.weight.int8" in names and "lm_head.weight" not in names
     embedding = next(tensor for name, tensor in names.items() if "embed_tokens" in name)
     assert embedding.code == "F16"  # only the rows that are read are widened
     norms = [tensor.code for name, tensor in names.items() if name.endswith("layernorm.weight")]
     assert norms and set(norms) == {"F32"}
-    assert check_cli.main([str(bundles["int4"]), "--tokens", "8"]) == 0, capsys.readouterr().out
+    assert check_cli.main([str(bundle("int4")), "--tokens", "8"]) == 0, capsys.readouterr().out
