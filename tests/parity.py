@@ -12,20 +12,25 @@ from vlmtrim.graphs.contract import IMAGES
 
 # Of these every method runs by default. Methods know no family: of the others fastv runs, the rest is slow.
 THOROUGH = ("llava", "mllama", "qwen2_5_vl")
+# Engines take longest. Of these every method's are built by default: positions of three numbers are fastv's as well.
+BUILT = ("llava", "mllama")
+ENGINES = "TensorRT-RTX engines"
 # Of methods that do nothing by default in what tests are made of: 9 of some 60 cache entries.
 FIELDS = {"tidal": {"entries": 9, "selecting": (0, 2)}}
 
 
-def is_slow(family, method):
+def is_slow(family, method, backend):
     """Whether only a run of slow tests proves this combination."""
-    return family not in THOROUGH and method != "fastv"
+    return family not in (BUILT if backend == ENGINES else THOROUGH) and method != "fastv"
 
 
-COMBINATIONS = [
-    pytest.param(family, method, marks=[pytest.mark.slow] * is_slow(family, method))
-    for family in family_names()
-    for method in (*methods_of(family), "none")
-]
+def combinations(backend):
+    """Parameters of a test: every family with every method that it names, and with none."""
+    return [
+        pytest.param(family, method, marks=[pytest.mark.slow] * is_slow(family, method, backend))
+        for family in family_names()
+        for method in (*methods_of(family), "none")
+    ]
 
 
 def room_of(family):

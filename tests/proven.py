@@ -51,11 +51,11 @@ def pytest_addoption(parser):
     parser.addoption("--proven", choices=("check", "write"), help="README's table of what is proven, from this run")
 
 
-def _left_out(marks: str, family: str, method: str) -> bool:
+def _left_out(marks: str, family: str, method: str, backend: str) -> bool:
     """Whether a run of tests with these marks is not to prove a combination: a slow one, or another in a slow run."""
     from parity import is_slow  # what it imports waits until the environment is set
 
-    return marks == "slow" if not is_slow(family, method) else "not slow" in marks
+    return marks == "slow" if not is_slow(family, method, backend) else "not slow" in marks
 
 
 def _whole(config) -> bool:
@@ -73,7 +73,7 @@ def pytest_sessionfinish(session):
     text = README.read_text()
     ran = {backend for _, _, backend in proven}  # the columns of others (those of GPUs, mostly) stay what they were
     marks = session.config.option.markexpr  # and so do rows that a run of these marks leaves out
-    proven |= {row for row in listed(text) if row[2] not in ran or _left_out(marks, *row[:2])}
+    proven |= {row for row in listed(text) if row[2] not in ran or _left_out(marks, *row)}
     if how == "write" and (session.exitstatus or session.config.option.keyword or not _whole(session.config)):
         reporter.write_line("README's table is written from a whole run that passes", red=True)
         session.exitstatus = 1

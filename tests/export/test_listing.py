@@ -40,7 +40,7 @@ def test_the_list_names_all_there_is(capsys):
 
 @pytest.mark.parametrize("family", family_names())
 def test_what_is_called_proven_is_held_by_an_oracle_and_goldens(family):
-    """The parity test runs every family with the methods for it (parity.COMBINATIONS)."""
+    """The parity test runs every family with the methods for it (parity.combinations)."""
     methods = methods_of(family)
     assert methods and set(methods) <= set(method_names())
     assert all((ORACLES / f"{method.replace('-', '_')}.py").is_file() for method in methods)
