@@ -74,14 +74,10 @@ def trace(plan: Plan) -> ir.Model:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            with sizes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # 0 and 1 are sizes like others
-                program = torch.export.export(
-                    plan.module,
-                    tuple(plan.args),
-                    dynamic_shapes=plan.dynamic_shapes,
-                    prefer_deferred_runtime_asserts_over_guards=True,
-                )
-            model = _translated(program, plan.dynamic_shapes)
+            try:
+                model = _translated(plan, settle(_exported(plan)))
+            except Exception:  # an operator without a translation, or a torch whose inner parts are others
+                model = _translated(plan, plan.module, tuple(plan.args))
     finally:
         for logger, level in zip(quiet, levels, strict=True):
             logger.setLevel(level)
@@ -91,20 +87,28 @@ def trace(plan: Plan) -> ir.Model:
     return model
 
 
-def _translated(program: torch.export.ExportedProgram, dynamic_shapes: Any) -> ir.Model:
-    """``dynamic_shapes`` name the axes."""
-
-    def translate(program: torch.export.ExportedProgram) -> ir.Model:
-        made = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False, dynamic_shapes=dynamic_shapes
+def _exported(plan: Plan) -> torch.export.ExportedProgram:
+    with sizes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # 0 and 1 are sizes like others
+        return torch.export.export(
+            plan.module,
+            tuple(plan.args),
+            dynamic_shapes=plan.dynamic_shapes,
+            prefer_deferred_runtime_asserts_over_guards=True,
         )
-        assert made is not None
-        return made.model
 
-    try:
-        return translate(settle(program))
-    except torch.onnx.OnnxExporterError:  # an operator without a translation
-        return translate(program)
+
+def _translated(plan: Plan, *source: Any) -> ir.Model:
+    """What torch.onnx makes of a program, or of a module and its arguments, which it decomposes."""
+    program = torch.onnx.export(
+        *source,
+        dynamo=True,
+        opset_version=OPSET,
+        optimize=False,
+        verbose=False,
+        dynamic_shapes=plan.dynamic_shapes,
+    )
+    assert program is not None
+    return program.model
 
 
 def _name_boundary(model: ir.Model, spec: GraphSpec) -> None:

@@ -73,6 +73,8 @@ def test_the_graph_is_that_of_a_decomposed_program(module, monkeypatch):
     assert len(session.run(None, {"pixels": np.zeros((0, 3, 6, 6), np.float32)})[0]) == 0
     monkeypatch.setattr(trace, "settle", lambda program: program)
     assert nodes(traced(module)) == nodes(made)
+    monkeypatch.setattr(trace, "sizes", None)  # of another torch
+    assert nodes(traced(module)) == nodes(made)
 
 
 @pytest.mark.parametrize(("module", "kind"), [(Replaced(), settle.Settled), (Written(), ExportedProgram)])
