@@ -14,6 +14,7 @@ from vlmtrim.graphs.contract import IMAGES, PATCHES, TOKENS, VISION, CacheGroup
 from vlmtrim.graphs.errors import GraphError
 from vlmtrim.graphs.formats import check_block, load_format
 from vlmtrim.graphs.methods import load_method, make_method, method_names, parameters
+from vlmtrim.graphs.packed import WITHOUT_ENGINES
 from vlmtrim.runtime.engines import find_library
 from vlmtrim.runtime.errors import RuntimeRefusal
 
@@ -133,6 +134,10 @@ def check_packing(job: Job) -> None:
             "out"
         )
     chosen = [name for name in (job.weights, job.head_format, job.vision_weights) if name != FLOAT]
+    without = next((name for name in chosen if name in WITHOUT_ENGINES), None)
+    if without is not None and job.engine != "none":
+        why, instead = WITHOUT_ENGINES[without]
+        raise Refusal(f"no engine is built of {without} weights, since {job.engine} {why}; give {instead}")
     if job.block is not None:
         try:
             check_block(chosen[0], job.block)

@@ -16,7 +16,7 @@ import numpy as np
 
 from vlmtrim.export.requirements import missing_extra
 from vlmtrim.graphs.bundle import Bundle, BundleError, open_bundle
-from vlmtrim.graphs.contract import PATCHES
+from vlmtrim.graphs.contract import PATCHES, ROUNDING
 from vlmtrim.graphs.methods import load_method
 from vlmtrim.runtime.errors import RuntimeRefusal
 from vlmtrim.runtime.guided import drawn_scores
@@ -142,7 +142,9 @@ def _against_pytorch(
 
 def _precision(args: argparse.Namespace, bundle: Bundle) -> str:
     """What decides how near the two sides must be."""
-    return "int8" if bundle.contract.packed and args.activations == "int8" else bundle.contract.dtype
+    packed = bundle.contract.packed
+    rounds = args.activations == "int8" or any(kind.format in ROUNDING for kind in packed)
+    return "int8" if packed and rounds else bundle.contract.dtype
 
 
 def _compare_inputs(bundle: Bundle, session: Session, prompt: str, image: Any) -> list[Row]:

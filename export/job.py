@@ -103,7 +103,7 @@ class Job:
         """Format of the matrix of the logits. Its errors are errors of the answer, so AUTO gives it 8 bits."""
         if self.head_weights != AUTO:
             return self.head_weights
-        return {FLOAT: FLOAT, "int4": "int8", "int8": "int8"}.get(self.weights, "fp8")
+        return {FLOAT: FLOAT, "int4": "int8", "int8": "int8", "w8a8": "w8a8"}.get(self.weights, "fp8")
 
     @property
     def calibrates_weights(self) -> bool:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from vlmtrim.export.job import FLOAT, Job, Refusal
 from vlmtrim.export.tracing.text_models import in_language_model
 from vlmtrim.graphs.formats import Packing, fitting_block, load_format
-from vlmtrim.graphs.packed import HEAD, LAYERS, TOWER, WITHOUT_ENGINES, Packed
+from vlmtrim.graphs.packed import HEAD, LAYERS, TOWER, Packed
 from vlmtrim.graphs.passes.quantise import quantise
 
 # Projectors stay: they are small, and everything that the decoder sees of a picture passes them.
@@ -76,7 +76,7 @@ def plan(job: Job, model: Any, given: Mapping[str, Packing]) -> dict[str, Packin
 
 def for_engines(packing: Packing) -> Packing:
     """The same matrix in a form that engines are built of: TensorRT reads no zero points but 0."""
-    return Packing("int4_sum", packing.block) if packing.format in WITHOUT_ENGINES else packing
+    return Packing("int4_sum", packing.block) if packing.format == "int4_zero" else packing
 
 
 def _check_given(job: Job, given: Mapping[str, Packing], matrices: Mapping[str, Any]) -> None:

@@ -94,8 +94,10 @@ from typing import Annotated, Any
 
 from vlmtrim.graphs.keeping import CachePolicy
 from vlmtrim.graphs.macs import Macs
-from vlmtrim.graphs.packed import TOWER, Packed
+from vlmtrim.graphs.packed import ROUNDING as ROUNDING
+from vlmtrim.graphs.packed import TOWER as TOWER
 from vlmtrim.graphs.packed import WITHOUT_ENGINES as WITHOUT_ENGINES
+from vlmtrim.graphs.packed import Packed
 from vlmtrim.graphs.reading import BundleError, json_object, shown
 from vlmtrim.graphs.schema import Among, Range, decode
 

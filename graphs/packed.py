@@ -8,8 +8,13 @@ from typing import Annotated
 from vlmtrim.graphs.schema import Among, Range
 
 # How they are stored (:mod:`vlmtrim.graphs.formats`), and what they belong to.
-FORMATS = ("fp8", "int4", "int4_sum", "int4_zero", "int8", "nvfp4")
-WITHOUT_ENGINES = ("int4_zero",)  # TensorRT reads no zero points but 0
+FORMATS = ("fp8", "int4", "int4_sum", "int4_zero", "int8", "nvfp4", "w8a8")
+# Formats that TensorRT cannot read: why, and what to export instead.
+WITHOUT_ENGINES = {
+    "int4_zero": ("reads no zero points but 0", "--engine {}, which stores them another way"),
+    "w8a8": ("has no layer that multiplies integers", "int8 in the place of w8a8"),
+}
+ROUNDING = ("w8a8",)  # formats whose graphs round activations to 8 bits, whatever the backend is told
 TOWER, LAYERS, HEAD = "tower", "layers", "head"
 
 

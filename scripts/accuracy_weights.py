@@ -33,6 +33,7 @@ METHODS: dict[str, Any] = {"dense": None, "fastv k2 r0.5": FastV(2, 0.5), "zipvl
 WEIGHTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "int8": {"weights": "int8"},
+    "w8a8": {"weights": "w8a8"},
     "int4, 32": {"weights": "int4", "block": 32},
     "int4": {"weights": "int4"},
     "int4, channel": {"weights": "int4", "block": 0},
@@ -40,6 +41,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "int4, channel, gptq": {"weights": "int4", "block": 0, "calibrate": "pictures"},
     "int4, tower int8": {"weights": "int4", "vision_weights": "int8"},
     "int4, tower int4": {"weights": "int4", "vision_weights": "int4"},
+    "int4, tower w8a8": {"weights": "int4", "vision_weights": "w8a8"},
 }
 STEPS = 32
 

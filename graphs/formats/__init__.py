@@ -10,7 +10,7 @@ A format's module has
     restore(...)        nodes that make the matrix of them again
     LIMITS, SHRINK      if it is of integers: theirs, and what shares of the largest magnitude scales are searched at;
                         ``from_codes`` stores integers that something else has rounded
-    correct(...)        if it is there: nodes that make the product of the product by what ``restore`` gives
+    multiply(...)       if it is there: nodes that make the product, which is more than MatMul by what ``restore`` gives
 
 and its docstring's first line is its entry in help texts. A matrix is stored as it is multiplied, [K, N], K inputs and
 N outputs: ONNX Runtime fuses ``MatMul(x, DequantizeLinear(w))`` to one kernel only where no Transpose stands between,
@@ -118,7 +118,9 @@ def dequantise(ops: Ops, stored: Sequence[ir.Value], block: int) -> ir.Value:
     """The matrix [K, N] in the scales' dtype, of integers or floats, their scales and, where there are any, zero
     points."""
     layout = {"axis": 1} if block == CHANNEL else {"axis": 0, "block_size": block}
-    return ops("DequantizeLinear", *stored, **layout)
+    matrix = ops("DequantizeLinear", *stored, **layout)
+    matrix.type, matrix.shape = stored[1].type, stored[0].shape
+    return matrix
 
 
 def nibbles(codes: np.ndarray) -> np.ndarray:

@@ -30,9 +30,11 @@ def restore(ops: Ops, stored: tuple[ir.Value, ...], block: int) -> ir.Value:
     return dequantise(ops, stored[:2], block)
 
 
-def correct(ops: Ops, x: ir.Value, product: ir.Value, stored: tuple[ir.Value, ...], block: int) -> ir.Value:
-    """``product`` of x [..., K] by the restored matrix, less what the zero points add to it: the sum of every block's
-    inputs times the block's offsets."""
+def multiply(ops: Ops, x: ir.Value, stored: tuple[ir.Value, ...], block: int) -> ir.Value:
+    """The product of x [..., K] by the matrix: that by the restored one, less what the zero points add to it, the sum
+    of every block's inputs times the block's offsets."""
+    product = ops("MatMul", x, restore(ops, stored, block))
+    product.type = x.type
     if block == CHANNEL:
         sums = ops("ReduceSum", x, ops.const([-1]), keepdims=1)
         return ops("Sub", product, ops("Mul", sums, stored[2]))

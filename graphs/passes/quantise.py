@@ -54,10 +54,7 @@ def _quantise(model: ir.Model, weight: ir.Value, packing: Packing) -> None:
     arrays = packing.arrays(inputs, outputs, NAMES[weight.dtype])
     stored = tuple(_initializer(model, f"{weight.name}.{array.suffix}", array) for array in arrays)
     for number, reader in enumerate(_readers(weight)):
-        ops = Ops(f"{weight.name}/{packing.format}{number or ''}")
-        matrix = load_format(packing.format).restore(ops, stored, packing.block)
-        matrix.shape, matrix.type = ir.Shape((inputs, outputs)), weight.type
-        _multiply(ops, reader, matrix, stored, packing)
+        _multiply(Ops(f"{weight.name}/{packing.format}{number or ''}"), reader, stored, packing)
 
 
 def _initializer(model: ir.Model, name: str, array: Array) -> ir.Value:
@@ -90,14 +87,14 @@ def _is_linear(gemm: ir.Node) -> bool:
     return all(given.get(name, defaults[name]) == value for name, value in wanted.items())
 
 
-def _multiply(ops: Ops, reader: ir.Node, matrix: ir.Value, stored: tuple[ir.Value, ...], packing: Packing) -> None:
-    """Put MatMul with ``matrix``, and Add where there is a bias, in the place of ``reader``."""
-    old, x = reader.outputs[0], reader.inputs[0]
-    new = ops("MatMul", x, matrix)
-    module = load_format(packing.format)
-    if hasattr(module, "correct"):
-        new.type, new.shape = old.type, old.shape
-        new = module.correct(ops, x, new, stored, packing.block)
+def _multiply(ops: Ops, reader: ir.Node, stored: tuple[ir.Value, ...], packing: Packing) -> None:
+    """Put the product by what is stored, and Add where there is a bias, in the place of ``reader``."""
+    old, x, form = reader.outputs[0], reader.inputs[0], load_format(packing.format)
+    assert x is not None
+    if hasattr(form, "multiply"):
+        new = form.multiply(ops, x, stored, packing.block)
+    else:
+        new = ops("MatMul", x, form.restore(ops, stored, packing.block))
     bias = reader.inputs[2] if reader.op_type == "Gemm" and len(reader.inputs) > 2 else None
     if bias is not None:
         new.type, new.shape = old.type, old.shape

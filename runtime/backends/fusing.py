@@ -11,18 +11,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vlmtrim.graphs.contract import Packed
+import numpy as np
+
+from vlmtrim.graphs.contract import ROUNDING, Packed
 from vlmtrim.runtime.backends import handmade
 
 KERNEL = b"MatMulNBits"
 LEVEL = "session.qdq_matmulnbits_accuracy_level"  # what activations are multiplied in
+UNSIGNED = "session.x64quantprecision"  # MatMulInteger by unsigned weights, with kernels that are slower where both are
 _STORED = {"int4_zero": "int4", "int4_sum": "int4"}  # formats whose integers have another's dtype
 _ZEROS = ("int4_zero",)  # formats whose DequantizeLinear has zero points
-_OUTPUTS = 32
+_INPUTS, _OUTPUTS = 64, 32
 
 
 def fuses(ort: Any, provider: str, kind: Packed, dtype: str, entries: dict[str, str]) -> bool:
     """Whether a session of ``provider`` with these config entries multiplies by matrices that are packed so."""
+    if kind.format in ROUNDING:  # in MatMulInteger, of which CUDA knows signed activations alone
+        return provider == "CPUExecutionProvider"
     if _STORED.get(kind.format, kind.format) not in handmade.NUMBERS:
         return False
     with tempfile.TemporaryDirectory() as folder:
@@ -36,6 +41,33 @@ def fuses(ort: Any, provider: str, kind: Packed, dtype: str, entries: dict[str, 
             return KERNEL in Path(options.optimized_model_filepath).read_bytes()
         except Exception:  # of any kind: a library that cannot even open it does not fuse it
             return False
+
+
+def saturates(ort: Any, provider: str, entries: dict[str, str]) -> bool:
+    """Whether sums of products by signed integers are wrong on this processor: without VNNI, x86 kernels add up pairs
+    of products in 16 bits, which do not hold the largest; see UNSIGNED."""
+    options = ort.SessionOptions()
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
+    session = ort.InferenceSession(_integers(), options, providers=[provider])
+    (sums,) = session.run(None, {"x": np.full((1, _INPUTS), 255, np.float32)})
+    return bool((sums != 255 * 127 * _INPUTS).any())
+
+
+def _integers() -> bytes:
+    """A ModelProto of ``y = MatMulInteger(x, w)`` between casts, w full of 127."""
+    weights = np.full((_INPUTS, _OUTPUTS), 127, np.int8).tobytes()
+    graph = b"".join(
+        (
+            handmade.field(1, handmade.node("Cast", ["x"], "codes", {"to": handmade.NUMBERS["uint8"]})),
+            handmade.field(1, handmade.node("MatMulInteger", ["codes", "w"], "sums", {})),
+            handmade.field(1, handmade.node("Cast", ["sums"], "y", {"to": handmade.NUMBERS["float32"]})),
+            handmade.field(5, handmade.tensor("w", "int8", (_INPUTS, _OUTPUTS), 8, weights)),
+            handmade.field(11, handmade.value("x", "float32", (1, _INPUTS))),
+            handmade.field(12, handmade.value("y", "float32", (1, _OUTPUTS))),
+        )
+    )
+    return handmade.model(graph)
 
 
 def _model(kind: Packed, dtype: str) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 # ONNX's numbers of dtypes (onnx.TensorProto.DataType) and of an attribute that is an integer.
-NUMBERS = {"float32": 1, "int8": 3, "float16": 10, "bfloat16": 16, "int4": 22}
+NUMBERS = {"float32": 1, "uint8": 2, "int8": 3, "float16": 10, "bfloat16": 16, "int4": 22}
 _INT = 2
 
 
@@ -30,10 +30,10 @@ def node(operator: str, inputs: Sequence[str], output: str, attributes: dict[str
     return b"".join(made)
 
 
-def tensor(name: str, dtype: str, shape: Sequence[int], bits: int) -> bytes:
-    """A TensorProto of ones, or of bits that stand for no number in particular."""
+def tensor(name: str, dtype: str, shape: Sequence[int], bits: int, data: bytes | None = None) -> bytes:
+    """A TensorProto of these bytes, or of ones or of bits that stand for no number in particular."""
     dims = b"".join(number(1, size) for size in shape)
-    data = np.ones(math.prod(shape) * bits // 32, np.float32).tobytes()
+    data = np.ones(math.prod(shape) * bits // 32, np.float32).tobytes() if data is None else data
     return dims + number(2, NUMBERS[dtype]) + field(8, name.encode()) + field(9, data)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmtrim.graphs.contract import Contract, GraphSpec
+from vlmtrim.graphs.contract import ROUNDING, TOWER, Contract, GraphSpec
 from vlmtrim.runtime import dtypes
 from vlmtrim.runtime.backends import fusing, handmade
 from vlmtrim.runtime.backends.base import Backend, Chain, Graph, Opened, Tensor, check_boundary
@@ -171,6 +171,7 @@ class OrtBackend(Backend):
         self._device = "cuda" if name == "ort-cuda" else "cpu"
         self._threads = threads
         self._entries = {fusing.LEVEL: _LEVELS[activations]}
+        self._unsigned: set[str] = set()  # files of graphs whose integers are multiplied unsigned
         self._needed = 0
         self._fused: set[tuple[str, int, str]] = set()  # forms of packed weights that were tried
         self._used: Counter[str] = Counter()
@@ -183,6 +184,9 @@ class OrtBackend(Backend):
                 "ONNX Runtime has no bfloat16 kernels on the CPU; export with --dtype float32, or use a GPU backend"
             )
         self._check_packed(contract)
+        rounding = [kind for kind in contract.packed if kind.format in ROUNDING]
+        if rounding and fusing.saturates(self._ort, self._provider, {}):
+            self._unsigned |= {"vision.onnx" if kind.part == TOWER else "decoder.onnx" for kind in rounding}
 
     def open(self, folder: Path, contract: Contract, graph: str) -> Graph | Chain:
         """Open a graph of a bundle. Raises RuntimeRefusal where packed weights do not fit into memory."""
@@ -202,11 +206,13 @@ class OrtBackend(Backend):
             if form in self._fused or fusing.fuses(self._ort, self._provider, kind, contract.dtype, self._entries):
                 self._fused.add(form)
                 continue
-            size = sum(k.weights for k in contract.packed if k.format == kind.format) * 4
+            same = [k for k in contract.packed if k.format == kind.format]
+            floats = f"turn {kind.matrices} matrices into {sum(k.weights for k in same) * 4 / 1e9:.2f} GB of floats"
+            would = "multiply by them on the CPU" if kind.format in ROUNDING else floats
             raise RuntimeRefusal(
                 f"{self.name} does not run {kind.format} weights: ONNX Runtime {self._ort.__version__} has no kernel "
-                f"for them here and would turn {kind.matrices} matrices into {size / 1e9:.2f} GB of floats at every "
-                "step; use a TensorRT backend, or export with --weights int4 or int8"
+                f"for them here and would {would} at every step; use a TensorRT backend, or export with --weights int4 "
+                "or int8"
             )
 
     def _open(self, folder: Path, spec: GraphSpec, dims: Mapping[str, tuple[int, int]]) -> Graph:
@@ -233,6 +239,8 @@ class OrtBackend(Backend):
         options.log_severity_level = 4  # what fails is said by the refusal
         for name, value in self._entries.items():
             options.add_session_config_entry(name, value)
+        if spec.file in self._unsigned:
+            options.add_session_config_entry(fusing.UNSIGNED, "1")
         if self._device == "cpu" and spec.file == "decoder.onnx":
             needed, free = self._needed, free_memory()
             if needed > FREE_SHARE * free:

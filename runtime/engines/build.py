@@ -121,9 +121,10 @@ def _check_formats(contract: Contract, library: str) -> None:
     """Raise RuntimeRefusal for weights in a format that no engine is built of."""
     for kind in contract.packed:
         if kind.format in WITHOUT_ENGINES:
+            why, instead = WITHOUT_ENGINES[kind.format]
             raise RuntimeRefusal(
-                f"{library} builds no engine of {kind.format} weights: it reads no zero points but 0; export the "
-                f"checkpoint again with --engine {library}, which stores them another way"
+                f"{library} builds no engine of {kind.format} weights: it {why}; export the checkpoint again with "
+                f"{instead.format(library)}"
             )
 
 

@@ -23,7 +23,7 @@ CASES = {
     "pyramid": ("llava", {"method": "pyramid"}),
     "guided": ("llava", {"method": "guided"}),
     "emitting": ("llava", {"method": "none", "emit_guide": True}),
-    "packed": ("llava", {"k": 1, "r": 0.5, "weights": "int4", "block": 32, "vision_weights": "int8"}),
+    "packed": ("llava", {"k": 1, "r": 0.5, "weights": "int4", "block": 32, "vision_weights": "w8a8"}),
     "next": ("llava_next", {"k": 2, "r": 0.5}),
     "qwen2": ("qwen2_vl", {"k": 1, "r": 0.5}),
     "qwen2_5": ("qwen2_5_vl", {"k": 1, "r": 0.5}),

@@ -2,8 +2,12 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -19,9 +23,11 @@ from vlmtrim.export.job import Job, Refusal
 from vlmtrim.export.weights import Wanted, read_checkpoint, read_header, store, tiny
 from vlmtrim.graphs.bundle import open_bundle
 from vlmtrim.graphs.formats import Packing, format_names
-from vlmtrim.graphs.packed import Packed
+from vlmtrim.graphs.packed import WITHOUT_ENGINES, Packed
 from vlmtrim.runtime.backends import fusing
 from vlmtrim.runtime.errors import RuntimeRefusal
+from vlmtrim.runtime.image import generated_picture
+from vlmtrim.runtime.session import Session
 
 SELECTING = {"mllama": "trimmed-llama"}
 LAYERS = 4 * 7  # matrices of the tiny models' decoders without cross-attention
@@ -91,11 +97,56 @@ def test_activations_in_eight_bits_are_near_and_are_the_default(export_tiny, cap
     assert runtime.make_backend("ort-cpu")._entries == {fusing.LEVEL: "4"}
 
 
+def test_towers_whose_activations_are_rounded_are_near(export_tiny, capsys, tmp_path):
+    """Every matrix of integers, none of floats, and the same answer where they are multiplied unsigned."""
+    folder = export_tiny("packed-w8a8", k=1, r=0.5, weights="int4", block=64, vision_weights="w8a8")
+    assert_parity(folder, capsys, "--tokens", "4")
+    matrices = next(kind.matrices for kind in open_bundle(folder).contract.packed if kind.part == "tower")
+    operators = fused(folder / "vision.onnx", tmp_path)
+    assert operators["MatMulInteger"] == matrices > 0 and not operators["MatMulNBits"]
+
+
+@pytest.mark.parametrize("method", ["none", pytest.param("zipvl", marks=slow), pytest.param("pyramid", marks=slow)])
+def test_whole_models_may_round_activations(method, export_tiny):
+    fields = {"tau": 0.9, "bound": 0.75} if method == "zipvl" else {}
+    folder = export_tiny("rounding", method=method, weights="w8a8", vision_weights="w8a8", **fields)
+    assert {kind.format for kind in open_bundle(folder).contract.packed} == {"w8a8"}
+    assert check_cli.main([str(folder), "--tokens", "4"]) == 0  # where ties decide, logits are not comparable
+
+
+def test_weights_are_multiplied_unsigned_where_sums_of_signed_ones_do_not_fit(export_tiny, monkeypatch):
+    """The processor says so by a product of its largest numbers; both kernels give the same."""
+    folder = export_tiny("packed-w8a8", k=1, r=0.5, weights="int4", block=64, vision_weights="w8a8")
+    answers = []
+    for saturates in (False, True):
+        monkeypatch.setattr(fusing, "saturates", lambda *_, told=saturates: told)
+        backend = runtime.make_backend("ort-cpu")
+        session = Session(open_bundle(folder), backend)
+        assert backend._unsigned == ({"vision.onnx"} if saturates else set())
+        pictures = session.processor([generated_picture(0)])
+        answers.append(backend.to_host(session.encode_images(pictures)))
+    assert np.array_equal(*answers)
+
+
+@slow
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="qemu-user is not installed")
+@pytest.mark.parametrize(("processor", "expected"), [("Haswell", "True False"), ("host", "False False")])
+def test_a_processor_without_vnni_is_told_by_its_sums(processor, expected):
+    code = (
+        "import onnxruntime; from vlmtrim.runtime.backends.fusing import saturates, UNSIGNED;"
+        "print(*(saturates(onnxruntime, 'CPUExecutionProvider', more) for more in ({}, {UNSIGNED: '1'})))"
+    )
+    emulator = [] if processor == "host" else ["qemu-x86_64", "-cpu", processor]
+    done = subprocess.run([*emulator, sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
+
+
 # All formats of one family, one of all families; the rest is slow. README's table is of all.
 ENGINES = [
     pytest.param(f, w, marks=[slow] * (f not in THOROUGH or (w != "int4" and f != "llava")))
     for f in family_names()
     for w in format_names()
+    if w not in WITHOUT_ENGINES
 ]
 
 
@@ -161,6 +212,10 @@ def test_the_plan_foresees_what_is_written(export_tiny, tmp_path):
         (["--weights", "fp8", "--block", "64"], "--block is 64; fp8 weights take channel, 128"),
         (["--weights", "nvfp4", "--dtype", "float32"], "nvfp4 weights are for engines, .* give --dtype float16"),
         (["--weights", "nvfp4"], r"proj.weight is nvfp4, for engines, .* give --dtype float16"),  # of a float32 model
+        (
+            ["--vision-weights", "w8a8", "--engine", "tensorrt-rtx"],
+            "no engine is built of w8a8 weights, since tensorrt-r",
+        ),
         (["--weights", "int4", "--link-weights"], "--link-weights links the checkpoint's files, and --weights writes"),
         (["--dtype", "float16", "--link-weights"], "--link-weights: weights are stored as float16, in files of their"),
     ],

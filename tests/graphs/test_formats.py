@@ -18,7 +18,7 @@ from vlmtrim.graphs.passes.widen import widen
 
 K, N = 384, 24
 # Largest error of a weight, as a share of the largest magnitude of its block: half a step, or what clipping leaves.
-ERRORS = {"int4": 0.31, "int8": 0.5 / 127 + 1e-6, "fp8": 1 / 16, "nvfp4": 1 / 6 + 1 / 16}
+ERRORS = {"int4": 0.31, "int8": 0.5 / 127 + 1e-6, "fp8": 1 / 16, "nvfp4": 1 / 6 + 1 / 16, "w8a8": 0.5 / 127 + 1e-6}
 CASES = [(name, block) for name in format_names() for block in load_format(name).BLOCKS]
 TORCH = {"int8": torch.int8, "float8e4m3fn": torch.float8_e4m3fn, "int4": torch.uint8, "float4e2m1": torch.uint8}
 
@@ -193,6 +193,43 @@ def test_zero_points_are_subtracted(name, block, rank):
     )
     x = random.normal(size=(3, K) if rank == 2 else (2, 3, K)).astype(np.float32)
     assert np.allclose(session.run(None, {"x": x})[0], -(x @ read), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_are_rounded_to_255_steps_of_their_largest(bias, dtype):
+    """On ONNX Runtime, against sums of integers by numpy: rows of any size, one of zeros, one with an outlier."""
+    import onnxruntime
+
+    random, kind = np.random.default_rng(2), {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}[dtype]
+    model = linear_graph(bias, True, output=True)
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.type = ir.TensorType(kind)
+    if bias:
+        model.graph.initializers["b"].const_value = ir.tensor(np.arange(N, dtype=kind.numpy()), name="b")
+    quantise(model, {"w": Packing("w8a8", formats.CHANNEL)})
+    held = stored(matrix(), Packing("w8a8", formats.CHANNEL), dtype)
+    for key, tensor in held.items():
+        model.graph.initializers[key].const_value = ir.tensor(tensor.numpy(), name=key)
+    x = (random.normal(size=(5, K)) * np.array([[1e-3], [1], [40], [0], [1]])).astype(dtype)
+    x[4, 7] = 900
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"x": x})[0].astype(np.float64)
+    wide = x.astype(np.float32)
+    step = np.maximum(np.abs(wide).max(axis=1, keepdims=True), np.float32(1e-30)) * np.float32(1 / 127)
+    codes, integers = np.rint(wide / step).astype(np.int64), held["w.w8a8"].numpy().astype(np.int64)
+    expected = (codes @ integers) * step.astype(np.float64) * held["w.w8a8_scale"].numpy() + (
+        np.arange(N) if bias else 0
+    )
+    assert np.abs(codes).max() == 127 and not codes[3].any()
+    assert np.allclose(
+        found, expected, rtol=1e-6 if dtype == "float32" else 2e-3, atol=1e-6 if dtype == "float32" else 1e-3
+    )
+    exact = wide @ (integers * held["w.w8a8_scale"].numpy().astype(np.float32))
+    errors = np.abs(expected - exact - (np.arange(N) if bias else 0)).max(axis=1) / np.maximum(
+        np.abs(exact).max(axis=1), 1e-9
+    )
+    assert 1e-4 < errors[1] < 0.02 < errors[4]  # what rounding costs, and what an outlier does to its row
 
 
 def test_what_is_no_linear_layer_is_refused_by_name():

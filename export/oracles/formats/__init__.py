@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMATS = ("int4", "int4_sum", "int4_zero", "int8", "fp8", "nvfp4")
+FORMATS = ("int4", "int4_sum", "int4_zero", "int8", "fp8", "nvfp4", "w8a8")
 
 
 @contextmanager

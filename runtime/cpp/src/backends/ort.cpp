@@ -1,5 +1,6 @@
 #include "backends/ort.hpp"
 
+#include <algorithm>
 #include <set>
 #include <tuple>
 
@@ -158,8 +159,14 @@ class OrtBackend final : public Backend {
     for (const auto& kind : contract.packed) {
       if (!tried.emplace(kind.format, kind.block).second || fuses(*device_, kind, contract.dtype, level_)) continue;
       throw Refusal(said(name(), " does not run ", kind.format, " weights: ONNX Runtime ", device_->library().version(),
-                         " has no kernel for them here and would make floats of them at every step; "
-                         "export with --weights int4 or int8"));
+                         " has no kernel for them here and would ",
+                         rounds(kind) ? "multiply by them on the CPU" : "make floats of them",
+                         " at every step; export with --weights int4 or int8"));
+    }
+    const auto& packed = contract.packed;
+    if (std::none_of(packed.begin(), packed.end(), rounds) || !saturates(*device_)) return;
+    for (const auto& kind : packed) {
+      if (rounds(kind)) unsigned_.insert(kind.part == "tower" ? "vision.onnx" : "decoder.onnx");
     }
   }
 
@@ -186,6 +193,9 @@ class OrtBackend final : public Backend {
     const Handle<OrtSessionOptions> options = device_->options();
     library.check(api->SetIntraOpNumThreads(options.get(), threads_), spec.file);
     library.check(api->AddSessionConfigEntry(options.get(), kAccuracyLevel, level_), spec.file);
+    if (unsigned_.count(spec.file) != 0) {
+      library.check(api->AddSessionConfigEntry(options.get(), kUnsigned, "1"), spec.file);
+    }
     if (graph != "decoder") {  // what runs once a question need not keep threads busy until it runs again
       library.check(api->AddSessionConfigEntry(options.get(), "session.intra_op.allow_spinning", "0"), spec.file);
     }
@@ -220,6 +230,7 @@ class OrtBackend final : public Backend {
   Device device_;
   int threads_;
   const char* level_;
+  std::set<std::string> unsigned_;  // files of graphs whose integers are multiplied unsigned
 };
 
 }  // namespace

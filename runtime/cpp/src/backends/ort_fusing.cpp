@@ -14,7 +14,7 @@ namespace {
 
 using handmade::field, handmade::node, handmade::number, handmade::Stored;
 
-constexpr int64_t kOutputs = 32;
+constexpr int64_t kInputs = 64, kOutputs = 32;
 constexpr const char* kKernel = "MatMulNBits";
 
 Stored stored_of(const std::string& format) {
@@ -83,9 +83,46 @@ std::string optimised(const OrtDevice& device, const std::string& bytes, const c
   return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
 }
 
+// A ModelProto of y = MatMulInteger(x, w) between casts, w full of 127.
+std::string integers() {
+  const Stored floats{1, 32}, bytes{3, 8};
+  const std::string shape = number(1, kInputs) + number(1, kOutputs);
+  const std::string weights = shape + number(2, static_cast<uint64_t>(bytes.number)) + field(8, "w") +
+                              field(9, std::string(kInputs * kOutputs, 127));
+  const std::string graph = field(1, node("Cast", {"x"}, "codes", {{"to", 2}})) +
+                            field(1, node("MatMulInteger", {"codes", "w"}, "sums", {})) +
+                            field(1, node("Cast", {"sums"}, "y", {{"to", 1}})) + field(5, weights) +
+                            field(11, value("x", floats, kInputs)) + field(12, value("y", floats, kOutputs));
+  return handmade::model(graph);
+}
+
 }  // namespace
 
+bool rounds(const Packed& kind) { return kind.format == "w8a8"; }
+
+bool saturates(const OrtDevice& device) {
+  constexpr const char* what = "ONNX Runtime";
+  const OrtLibrary& library = device.library();
+  const OrtApi* api = library.api();
+  const std::string model = integers();
+  OrtSession* made = nullptr;
+  library.check(api->CreateSessionFromArray(library.env(), model.data(), model.size(), device.options().get(), &made),
+                what);
+  const Handle<OrtSession> session(made, api->ReleaseSession);
+  const Tensor x = Tensor::of(std::vector<float>(kInputs, 255.0f), {1, kInputs});
+  OrtIoBinding* raw = nullptr;
+  library.check(api->CreateIoBinding(made, &raw), what);
+  const Handle<OrtIoBinding> binding(raw, api->ReleaseIoBinding);
+  const Handle<OrtValue> input = device.value_of(x, what);
+  library.check(api->BindInput(raw, "x", input.get()), what);
+  library.check(api->BindOutputToDevice(raw, "y", device.memory()), what);
+  library.check(api->RunWithBinding(made, nullptr, raw), what);
+  const Tensor sums = device.tensor_of(device.outputs_of(raw, what).at(0), what);
+  return sums.as<float>()[0] != 255.0f * 127 * kInputs;
+}
+
 bool fuses(const OrtDevice& device, const Packed& kind, DType dtype, const char* level) {
+  if (rounds(kind)) return !device.cuda();  // in MatMulInteger, of which CUDA knows signed activations alone
   if (stored_of(kind.format).number == 0) return false;
   std::string folder = (std::filesystem::temp_directory_path() / "vlmtrim-XXXXXX").string();
   if (mkdtemp(folder.data()) == nullptr) throw Refusal("no temporary folder can be made; set TMPDIR");

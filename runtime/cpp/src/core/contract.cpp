@@ -79,7 +79,7 @@ Packed packed_of(const Json& value, const std::string& where) {
   Packed packed;
   packed.part = fields.among(fields.need("part"), "part", {"tower", "layers", "head"});
   packed.format =
-      fields.among(fields.need("format"), "format", {"fp8", "int4", "int4_sum", "int4_zero", "int8", "nvfp4"});
+      fields.among(fields.need("format"), "format", {"fp8", "int4", "int4_sum", "int4_zero", "int8", "nvfp4", "w8a8"});
   packed.block = fields.whole("block", 0, 4096);
   packed.matrices = fields.whole("matrices", 1, kLargestSize);
   packed.weights = fields.whole("weights", 1, INT64_MAX);
