@@ -24,8 +24,9 @@ from vlmtrim.runtime.errors import RuntimeRefusal
 
 DEFAULT_METHOD = "fastv"
 _FORMATS_HELP = (
-    "the decoder's matrices: int4 or int8 for ONNX Runtime and engines, fp8 or nvfp4 for engines (default: float, "
-    "as --dtype says). Recommended on a device: --dtype float16 --weights int4; for ort-cpu: float32, int4"
+    "the decoder's matrices: int4 or int8 for ONNX Runtime and engines, fp8 or nvfp4 for engines, w8a8 for ONNX "
+    "Runtime's CPU (default: float, as --dtype says). Recommended on a device: --dtype float16 --weights int4; for "
+    "ort-cpu: float32, int4, --vision-weights w8a8"
 )
 
 
@@ -169,7 +170,7 @@ def _add_packing(p: argparse.ArgumentParser) -> None:
         default=None,
         metavar="32|64|128|channel",
         help="weights of a column that share a scale; where it does not divide the inputs, the next smaller that does "
-        "(default: 128 for int4 and int8; channel for fp8, which also takes 128; nvfp4 takes 16)",
+        "(default: 128 for int4 and int8; channel for fp8, which also takes 128; nvfp4 takes 16, w8a8 channel)",
     )
     group.add_argument(
         "--head-weights",

@@ -32,8 +32,8 @@ from vlmtrim.runtime.measure import machine
 DENSE = "dense=--method none"
 DEFAULTS = (DENSE, "fastv50=--k 2 --r 0.5", "fastv75=--k 2 --r 0.75")
 QUANTIZED = (
-    "{0}=--method none --weights {0} --vision-weights int8",
-    "{0}-fastv75=--k 2 --r 0.75 --weights {0} --vision-weights int8",
+    "{0}=--method none --weights {0} --vision-weights w8a8",
+    "{0}-fastv75=--k 2 --r 0.75 --weights {0} --vision-weights w8a8",
 )
 PEERS = {"pytorch": prepare.pytorch, "openvino": prepare.openvino, "llama": prepare.llama}
 Row = tuple[str, str, str]  # peer, weights, pruned
