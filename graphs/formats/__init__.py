@@ -10,7 +10,8 @@ A format's module has
     restore(...)        nodes that make the matrix of them again
     LIMITS, SHRINK      if it is of integers: theirs, and what shares of the largest magnitude scales are searched at;
                         ``from_codes`` stores integers that something else has rounded
-    multiply(...)       if it is there: nodes that make the product, which is more than MatMul by what ``restore`` gives
+    multiply(...)       in its place, or beside it: nodes that make the product, where that is no MatMul by what
+                        ``restore`` gives
 
 and its docstring's first line is its entry in help texts. A matrix is stored as it is multiplied, [K, N], K inputs and
 N outputs: ONNX Runtime fuses ``MatMul(x, DequantizeLinear(w))`` to one kernel only where no Transpose stands between,
